@@ -1,0 +1,401 @@
+"""Small networks for demos, tests and benchmarks, and their checkpoints.
+
+Every network takes ``activation``, a callable without arguments that returns a fresh module, so
+that the same layout trains with ReLU, a clipped ReLU or a staircase. Inputs are ``[B, C, H, W]``
+floating-point tensors, outputs are logits ``[B, num_classes]`` of the parameters' dtype.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = [
+    "ARCHITECTURES",
+    "VGG",
+    "BasicBlock",
+    "Checkpoint",
+    "ResNet",
+    "SmallCNN",
+    "load_checkpoint",
+    "resnet10",
+    "resnet18",
+    "resnet20",
+    "save_checkpoint",
+    "small_cnn",
+    "vgg9",
+    "vgg11",
+    "vgg16",
+]
+
+Activation = Callable[[], nn.Module]
+
+
+def _pool(kind: str) -> nn.Module:
+    if kind == "avg":
+        return nn.AvgPool2d(2)
+    if kind == "max":
+        return nn.MaxPool2d(2)
+    raise ValueError(f"pool must be 'avg' or 'max', got {kind!r}")
+
+
+def _conv_bn(cin: int, cout: int, kernel: int = 3, stride: int = 1) -> list[nn.Module]:
+    conv = nn.Conv2d(cin, cout, kernel, stride, padding=kernel // 2, bias=False)
+    return [conv, nn.BatchNorm2d(cout)]
+
+
+def _conv_stack(
+    plan: Sequence[int | str], in_channels: int, activation: Activation, pool: str
+) -> tuple[list[nn.Module], int]:
+    """Layers of a plan (a number: conv-BN-activation; ``"P"``: pool) and their channel count."""
+    layers: list[nn.Module] = []
+    channels = in_channels
+    for item in plan:
+        if isinstance(item, int):
+            layers += [*_conv_bn(channels, item), activation()]
+            channels = item
+        else:
+            layers.append(_pool(pool))
+    return layers, channels
+
+
+class SmallCNN(nn.Module):
+    """Four convolutions and two linear layers for 8x8 images; see :func:`small_cnn`."""
+
+    def __init__(
+        self,
+        num_classes: int = 10,
+        in_channels: int = 1,
+        *,
+        activation: Activation = nn.ReLU,
+        pool: str = "avg",
+    ) -> None:
+        super().__init__()
+        layers, channels = _conv_stack([32, 32, "P", 64, 64, "P"], in_channels, activation, pool)
+        self.features = nn.Sequential(*layers, nn.Flatten())
+        self.hidden = nn.Sequential(nn.Linear(channels * 2 * 2, 128), activation())
+        self.classifier = nn.Linear(128, num_classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits ``[B, num_classes]`` of images ``[B, in_channels, 8, 8]``."""
+        return self.classifier(self.hidden(self.features(x)))
+
+
+class VGG(nn.Module):
+    """3x3 convolutions with batch norm, 2x2 pools, a global average and one linear layer.
+
+    ``plan`` lists output channels, with ``"P"`` for a pool of the given kind (``"avg"`` or
+    ``"max"``; any other raises :class:`ValueError`). Keys of the state dict are ``features.<i>.*``
+    and ``classifier.*``.
+    """
+
+    def __init__(
+        self,
+        plan: Sequence[int | str],
+        num_classes: int = 10,
+        in_channels: int = 3,
+        *,
+        activation: Activation = nn.ReLU,
+        pool: str = "avg",
+    ) -> None:
+        super().__init__()
+        layers, channels = _conv_stack(plan, in_channels, activation, pool)
+        self.features = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1))
+        self.classifier = nn.Linear(channels, num_classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits ``[B, num_classes]`` of images ``[B, in_channels, H, W]``."""
+        return self.classifier(torch.flatten(self.features(x), 1))
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions around a sum; a 1x1 convolution on the shortcut where shapes differ."""
+
+    def __init__(
+        self, cin: int, cout: int, stride: int = 1, *, activation: Activation = nn.ReLU
+    ) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = _conv_bn(cin, cout, stride=stride)
+        self.relu1 = activation()
+        self.conv2, self.bn2 = _conv_bn(cout, cout)
+        changes = stride != 1 or cin != cout
+        self.shortcut = nn.Sequential(*_conv_bn(cin, cout, 1, stride)) if changes else nn.Identity()
+        self.relu2 = activation()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``[B, cin, H, W]`` to ``[B, cout, H / stride, W / stride]``."""
+        y = self.relu1(self.bn1(self.conv1(x)))
+        return self.relu2(self.bn2(self.conv2(y)) + self.shortcut(x))
+
+
+class ResNet(nn.Module):
+    """Residual network for 32x32 images: stem, basic blocks, a global average, a linear layer.
+
+    ``blocks`` lists ``(channels, stride)`` of each basic block. Keys of the state dict are
+    ``stem.*``, ``blocks.<i>.*`` and ``classifier.*``.
+    """
+
+    def __init__(
+        self,
+        stem: int,
+        blocks: Sequence[tuple[int, int]],
+        num_classes: int = 10,
+        in_channels: int = 3,
+        *,
+        activation: Activation = nn.ReLU,
+    ) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(*_conv_bn(in_channels, stem), activation())
+        layers = []
+        channels = stem
+        for cout, stride in blocks:
+            layers.append(BasicBlock(channels, cout, stride, activation=activation))
+            channels = cout
+        self.blocks = nn.Sequential(*layers)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.classifier = nn.Linear(channels, num_classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits ``[B, num_classes]`` of images ``[B, in_channels, H, W]``."""
+        return self.classifier(torch.flatten(self.pool(self.blocks(self.stem(x))), 1))
+
+
+def small_cnn(
+    num_classes: int = 10,
+    in_channels: int = 1,
+    *,
+    activation: Activation = nn.ReLU,
+    pool: str = "avg",
+) -> SmallCNN:
+    """Return the demo's network: 0.1 M parameters, five activations, images ``[B, C, 8, 8]``."""
+    return SmallCNN(num_classes, in_channels, activation=activation, pool=pool)
+
+
+_VGG9 = (64, "P", 128, 128, "P", 256, 256, "P", 256)
+_VGG11 = (64, "P", 128, "P", 256, 256, "P", 512, 512, "P", 512, 512, "P")
+_VGG16 = (64, 64, "P", 128, 128, "P", *(256,) * 3, "P", *(512,) * 3, "P", *(512,) * 3, "P")
+
+
+def vgg9(
+    num_classes: int = 10,
+    in_channels: int = 3,
+    *,
+    activation: Activation = nn.ReLU,
+    pool: str = "avg",
+) -> VGG:
+    """Return a small VGG for CIFAR: six convolutions, 1.7 M parameters."""
+    return VGG(_VGG9, num_classes, in_channels, activation=activation, pool=pool)
+
+
+def vgg11(
+    num_classes: int = 10,
+    in_channels: int = 3,
+    *,
+    activation: Activation = nn.ReLU,
+    pool: str = "max",
+) -> VGG:
+    """Return VGG-11 with batch norm for CIFAR: eight convolutions, one linear layer."""
+    return VGG(_VGG11, num_classes, in_channels, activation=activation, pool=pool)
+
+
+def vgg16(
+    num_classes: int = 10,
+    in_channels: int = 3,
+    *,
+    activation: Activation = nn.ReLU,
+    pool: str = "max",
+) -> VGG:
+    """Return VGG-16 with batch norm for CIFAR: thirteen convolutions, one linear layer."""
+    return VGG(_VGG16, num_classes, in_channels, activation=activation, pool=pool)
+
+
+def resnet10(
+    num_classes: int = 10, in_channels: int = 3, *, activation: Activation = nn.ReLU
+) -> ResNet:
+    """Return a small ResNet for CIFAR: four basic blocks, 1.3 M parameters."""
+    blocks = [(64, 2), (64, 1), (128, 2), (256, 2)]
+    return ResNet(32, blocks, num_classes, in_channels, activation=activation)
+
+
+def resnet18(
+    num_classes: int = 10, in_channels: int = 3, *, activation: Activation = nn.ReLU
+) -> ResNet:
+    """Return ResNet-18 with the CIFAR stem (3x3, stride 1, no pool)."""
+    stages = [(64, 1), (128, 2), (256, 2), (512, 2)]
+    blocks = [block for width, stride in stages for block in ((width, stride), (width, 1))]
+    return ResNet(64, blocks, num_classes, in_channels, activation=activation)
+
+
+def resnet20(
+    num_classes: int = 10, in_channels: int = 3, *, activation: Activation = nn.ReLU
+) -> ResNet:
+    """Return ResNet-20 for CIFAR (16, 32, 64 channels), with 1x1 convolutions on shortcuts."""
+    stages = [(16, 1), (32, 2), (64, 2)]
+    blocks = [
+        block for width, stride in stages for block in ((width, stride), (width, 1), (width, 1))
+    ]
+    return ResNet(16, blocks, num_classes, in_channels, activation=activation)
+
+
+ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
+    f.__name__: f for f in (small_cnn, vgg9, vgg11, vgg16, resnet10, resnet18, resnet20)
+}
+"""Networks that a checkpoint may name."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A network read from a file, and which file it was."""
+
+    model: nn.Module
+    """The network, in eval mode, on the CPU."""
+    architecture: str
+    """Its key in :data:`ARCHITECTURES`."""
+    sha256: str
+    """SHA-256 of the file, 64 hexadecimal digits."""
+    metadata: dict[str, str]
+    """The file's metadata, as stored."""
+
+    @property
+    def hash(self) -> str:
+        """The first 12 digits of the file's SHA-256: enough to name it in a table."""
+        return self.sha256[:12]
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors
+        import safetensors.torch
+    except ImportError as e:
+        raise ImportError(
+            "checkpoints need safetensors; install it with: pip install 'snnkernels[demo]'"
+        ) from e
+    return safetensors
+
+
+def save_checkpoint(
+    model: nn.Module, path: str | PathLike[str], architecture: str, **metadata: object
+) -> None:
+    """Write the state dict of ``model`` to a safetensors file that names its architecture.
+
+    ``metadata`` (``activation="qcfs", L=8``) is stored as text. Raises :class:`ValueError` for an
+    architecture that :data:`ARCHITECTURES` does not know.
+    """
+    if architecture not in ARCHITECTURES:
+        raise ValueError(f"unknown architecture {architecture!r}; known: {_names()}")
+    state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    stored = {"architecture": architecture, **{key: str(value) for key, value in metadata.items()}}
+    _safetensors().torch.save_file(state, str(path), stored)
+
+
+def load_checkpoint(
+    path: str | PathLike[str],
+    *,
+    architecture: str | None = None,
+    activations: Mapping[str, Callable[[Mapping[str, str]], nn.Module]] | None = None,
+    pool: str | None = None,
+) -> Checkpoint:
+    """Read a safetensors file into the network that its metadata names.
+
+    The metadata holds ``architecture`` and may hold ``activation`` (default ``relu``), the
+    activation's own settings (``L``) and ``pool``. ``activations`` maps a name to a function from
+    the metadata to a fresh module::
+
+        load_checkpoint(path, activations={"qcfs": lambda meta: QCFS(L=int(meta["L"]))})
+
+    ``architecture`` and ``pool``, when given, win over the metadata. Input channels and classes
+    are read from the weights. Raises :class:`FileNotFoundError`, :class:`ImportError` without
+    safetensors, and :class:`ValueError` when the file is not safetensors, names nothing known, or
+    holds other tensors than the network (the differing keys are listed).
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}; expected a .safetensors file")
+    safetensors = _safetensors()
+    blob = path.read_bytes()
+    try:
+        with safetensors.safe_open(str(path), "pt") as f:
+            metadata = dict(f.metadata() or {})
+        state = safetensors.torch.load(blob)
+    except (safetensors.SafetensorError, OSError) as e:
+        raise ValueError(f"{path} is not a readable safetensors file: {e}") from e
+
+    name = architecture or metadata.get("architecture")
+    if name is None:
+        raise ValueError(
+            f"{path} does not name its architecture in its metadata; pass architecture=, "
+            f"one of {_names()}"
+        )
+    if name not in ARCHITECTURES:
+        raise ValueError(f"{path} names the unknown architecture {name!r}; known: {_names()}")
+
+    options: dict[str, Any] = {"activation": _activation_factory(path, metadata, activations)}
+    pool = pool or metadata.get("pool")
+    if pool is not None:
+        options["pool"] = pool
+    options.update(_sizes(state))
+    model = ARCHITECTURES[name](**options)
+    _load_strictly(model, state, path, name)
+    return Checkpoint(model.eval(), name, hashlib.sha256(blob).hexdigest(), metadata)
+
+
+def _names() -> str:
+    return ", ".join(ARCHITECTURES)
+
+
+def _activation_factory(
+    path: Path,
+    metadata: Mapping[str, str],
+    activations: Mapping[str, Callable[[Mapping[str, str]], nn.Module]] | None,
+) -> Activation:
+    name = metadata.get("activation", "relu")
+    known = {"relu": lambda meta: nn.ReLU(), **(activations or {})}
+    if name not in known:
+        raise ValueError(
+            f"{path} was trained with the activation {name!r}, which was not given; pass "
+            f"activations={{{name!r}: function from the metadata to a module}} "
+            f"(known here: {', '.join(known)})"
+        )
+
+    def make() -> nn.Module:
+        try:
+            return known[name](metadata)
+        except KeyError as e:
+            raise ValueError(f"{path}: the metadata of activation {name!r} lacks {e}") from e
+
+    return make
+
+
+def _sizes(state: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    """Classes and input channels, where the usual keys are present."""
+    sizes = {}
+    if "classifier.weight" in state:
+        sizes["num_classes"] = state["classifier.weight"].shape[0]
+    for key in ("features.0.weight", "stem.0.weight"):
+        if key in state and state[key].dim() == 4:
+            sizes["in_channels"] = state[key].shape[1]
+    return sizes
+
+
+def _load_strictly(
+    model: nn.Module, state: Mapping[str, torch.Tensor], path: Path, name: str
+) -> None:
+    wanted = model.state_dict()
+    problems = [f"missing {key}" for key in wanted if key not in state]
+    problems += [f"unexpected {key}" for key in state if key not in wanted]
+    problems += [
+        f"{key} is {list(state[key].shape)}, the network has {list(value.shape)}"
+        for key, value in wanted.items()
+        if key in state and state[key].shape != value.shape
+    ]
+    if problems:
+        shown = "; ".join(problems[:8]) + ("; ..." if len(problems) > 8 else "")
+        raise ValueError(f"{path} does not fit {name}: {len(problems)} differences: {shown}")
+    model.load_state_dict(dict(state), strict=True)
