@@ -1,0 +1,98 @@
+"""The pieces of a converted graph that know about time."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..neurons import IFNode
+
+__all__ = ["CountSpikes", "Repeat", "SpikingActivation", "TimeShape", "per_channel_view"]
+
+
+def per_channel_view(value: Tensor, channel_dim: int, dim: int) -> Tensor:
+    """``value`` (scalar or ``[C]``) shaped to broadcast against ``dim`` dimensions."""
+    if value.dim() != 1:
+        return value
+    return value.view(*(-1 if d == channel_dim else 1 for d in range(dim)))
+
+
+class SpikingActivation(nn.Module):
+    """A layer of integrate-and-fire neurons where the ANN had an activation.
+
+    Args:
+        node: the neurons; state is carried from call to call until :meth:`reset`.
+        label: the name of the activation in the ANN.
+        constant: the current is constant in time: ``[B, *]``, run once for all T steps.
+        counts: return spike counts ``[B, *]`` (int32) instead of spikes ``[T * B, *]``.
+        scale: what one spike is worth when read out, if it is not the threshold: scalar or
+            ``[C]``, used when thresholds are folded into weights.
+        channel_dim: the channel dimension, counted with the batch as 0.
+    """
+
+    scale: Tensor | None
+
+    def __init__(
+        self,
+        node: IFNode,
+        label: str,
+        *,
+        constant: bool,
+        counts: bool,
+        scale: Tensor | None = None,
+        channel_dim: int = 1,
+    ) -> None:
+        super().__init__()
+        self.node = node
+        self.label = label
+        self.constant = constant
+        self.counts = counts
+        self.channel_dim = channel_dim
+        self.register_buffer("scale", scale)
+
+    def reset(self) -> None:
+        """Back to the initial potential."""
+        self.node.reset()
+
+    def forward(self, x: Tensor, T: int) -> Tensor:
+        """Run T steps on a current ``[B, *]`` (constant) or ``[T * B, *]``."""
+        if self.constant:
+            out = self.node(x, T=T)
+        else:
+            out = self.node(x.reshape(T, x.shape[0] // T, *x.shape[1:]))
+        return out if self.counts else out.flatten(0, 1)
+
+    def rate(self, count: Tensor, T: int, dtype: torch.dtype) -> Tensor:
+        """Spike counts over T steps as activations: ``scale * count / T`` in ``dtype``."""
+        scale = self.node.v_threshold if self.scale is None else self.scale
+        scale = per_channel_view(scale, self.channel_dim, count.dim())
+        return (scale * count / T).to(dtype)
+
+    def extra_repr(self) -> str:
+        """Show where the neurons come from."""
+        return f"{self.label!r}, constant={self.constant}, counts={self.counts}"
+
+
+class Repeat(nn.Module):
+    """A value that is constant in time where one per step is needed: ``[B, *]`` to ``[T * B, *]``."""
+
+    def forward(self, x: Tensor, T: int) -> Tensor:
+        """Repeat ``x`` T times, time slowest."""
+        return x.unsqueeze(0).expand(T, *x.shape).reshape(T * x.shape[0], *x.shape[1:])
+
+
+class TimeShape(nn.Module):
+    """The shape a value that is constant in time would have if it were repeated T times."""
+
+    def forward(self, x: Tensor, T: int) -> tuple[int, ...]:
+        """``(T * B, *)`` for ``x`` of shape ``[B, *]``."""
+        return (T * x.shape[0], *x.shape[1:])
+
+
+class CountSpikes(nn.Module):
+    """Spikes ``[T * B, *]`` of any amplitude to counts ``[B, *]``, int32."""
+
+    def forward(self, spikes: Tensor, T: int) -> Tensor:
+        """Count over time."""
+        steps = spikes.reshape(T, spikes.shape[0] // T, *spikes.shape[1:])
+        return (steps != 0).sum(0, dtype=torch.int32)
