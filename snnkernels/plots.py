@@ -7,6 +7,7 @@ not touched, so any back end will do.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -100,8 +101,8 @@ def raster(
     if spikes.ndim < 2:
         raise ValueError(f"spikes must be [T, neurons], got {spikes.ndim} dimension(s)")
     steps = spikes.shape[0]
-    fired = (spikes != 0).reshape(steps, -1)
-    neurons = fired.shape[1]
+    neurons = math.prod(spikes.shape[1:])
+    fired = (spikes != 0).reshape(steps, neurons)
     t, n = fired.nonzero()
     ax = _axes(ax, (6.4, 3.6))
     width = ax.get_window_extent().width / ax.figure.dpi * 72 / max(1, steps)
@@ -115,7 +116,7 @@ def raster(
         # As paths, a million spikes would make a vector file nobody can open.
         rasterized=len(t) > 20_000,
     )
-    ax.set_xlim(0.5, steps + 0.5)
+    ax.set_xlim(0.5, max(1, steps) + 0.5)
     ax.set_ylim(-0.8, max(1, neurons) - 0.2)
     ax.set_xlabel("time step")
     ax.set_ylabel("neuron")

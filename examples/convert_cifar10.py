@@ -1,0 +1,190 @@
+"""Convert trained CIFAR-10 networks and tabulate accuracy against the number of time steps.
+
+    python examples/convert_cifar10.py --weights vgg9.safetensors --data cifar10_jpeg.npz
+
+``--weights`` takes checkpoints that name their architecture (``snnkernels.models``); ``--data``
+takes a bundle of JPEG copies (``.npz``) or the official archives, packed or not. Thresholds come
+from training images, accuracies from test images; each row carries its checkpoint's hash. The
+logits of all numbers of steps come from one run over the largest of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+import snnkernels
+from snnkernels import data, models
+from snnkernels.cli import markdown_table, print_table, progress_bar
+from snnkernels.conversion.activations import QCFS, ClipReLU
+
+ACTIVATIONS = {
+    "qcfs": lambda metadata: QCFS(levels=int(metadata["L"])),
+    "clip_relu": lambda metadata: ClipReLU(),
+}
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--weights", type=Path, nargs="+", required=True, metavar="FILE")
+    parser.add_argument("--data", type=Path, required=True, metavar="PATH")
+    parser.add_argument("--method", default="opi")
+    parser.add_argument(
+        "--threshold",
+        help="mmse, max, 99.9%% or a number; by default what the network learned, else the "
+        "method's own rule",
+    )
+    parser.add_argument("--T", type=int, default=32, help="steps the thresholds are made for")
+    parser.add_argument("--ts", default="1,2,4,8,16,32", help="numbers of steps to evaluate")
+    parser.add_argument("--v-init", default="0,half", help="initial potentials, one row each")
+    parser.add_argument("--calibration", type=int, default=1024, help="training images to use")
+    parser.add_argument("--limit", type=int, help="test images to use; all of them by default")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here too")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table here too")
+    args = parser.parse_args(argv)
+    try:
+        args.ts = [int(t) for t in args.ts.split(",")]
+        args.v_init = [v if v == "half" else float(v) for v in args.v_init.split(",")]
+    except ValueError as e:
+        parser.error(f"--ts takes whole numbers, --v-init numbers or 'half': {e}")
+    if min(*args.ts, args.T, args.calibration, args.batch_size, args.limit or 1) < 1:
+        parser.error("numbers of steps and of images must be at least 1")
+    if args.threshold is not None:
+        with contextlib.suppress(ValueError):  # else it is a rule's name
+            args.threshold = float(args.threshold)
+    return args
+
+
+def evaluate(
+    ann: torch.nn.Module,
+    spiking: Sequence[torch.nn.Module],
+    test: data.ImageSet,
+    ts: list[int],
+    batch_size: int,
+    what: str,
+) -> tuple[float, list[list[float]]]:
+    """Return the accuracy of the ANN, and of each spiking network at each of ``ts``."""
+    ann_right = 0
+    right = torch.zeros(len(spiking), len(ts), dtype=torch.int64)
+    with progress_bar(what, len(test)) as bar, torch.no_grad():
+        for start in range(0, len(test), batch_size):
+            x, y = test[start : start + batch_size]
+            ann_right += int((ann(x).argmax(1) == y).sum())
+            for i, snn in enumerate(spiking):
+                answers = snn.predict_curve(x, ts)
+                right[i] += torch.stack([(answers[t].argmax(1) == y).sum() for t in ts])
+            bar.update(len(y))
+    return ann_right / len(test), (right.double() / len(test)).tolist()
+
+
+def convert(args: argparse.Namespace) -> dict:
+    """Run the whole comparison and return what ``--json`` writes."""
+    calibration_set = data.load_cifar10(args.data, train=True, limit=args.calibration)
+    test = data.load_cifar10(args.data, train=False, limit=args.limit)
+    size = max(args.batch_size, 64)
+    calibration = [calibration_set[i : i + size][0] for i in range(0, len(calibration_set), size)]
+    results = []
+    for path in args.weights:
+        checkpoint = models.load_checkpoint(path, activations=ACTIVATIONS)
+        start = time.perf_counter()
+        spiking = [
+            snnkernels.convert(
+                checkpoint.model,
+                calibration,
+                method=args.method,
+                T=args.T,
+                threshold=args.threshold,
+                v_init=v_init,
+            )
+            for v_init in args.v_init
+        ]
+        converted = time.perf_counter()
+        ann, curves = evaluate(checkpoint.model, spiking, test, args.ts, args.batch_size, path.stem)
+        learned = args.threshold is None and checkpoint.metadata.get("activation", "relu") != "relu"
+        results.append(
+            {
+                "network": path.stem,
+                "architecture": checkpoint.architecture,
+                "sha256": checkpoint.sha256,
+                "threshold": "learned" if learned else args.threshold,
+                "ann": ann,
+                "curves": [
+                    {"v_init": v_init, "accuracy": accuracy}
+                    for v_init, accuracy in zip(args.v_init, curves, strict=True)
+                ],
+                "seconds_to_convert": round(converted - start, 1),
+                "seconds_to_evaluate": round(time.perf_counter() - converted, 1),
+            }
+        )
+    return {
+        "data": test.name,
+        "test_images": len(test),
+        "calibration_images": len(calibration_set),
+        "method": args.method,
+        "T": args.T,
+        "ts": args.ts,
+        "torch": torch.__version__,
+        "results": results,
+    }
+
+
+def table(summary: dict) -> tuple[str, list[str], list[list[str]]]:
+    """Return title, header and rows of the results as text."""
+    title = (
+        f"{summary['data']}: accuracy (%) on {summary['test_images']} test images; "
+        f"{summary['method']}, thresholds for T = {summary['T']}, "
+        f"{summary['calibration_images']} training images to calibrate"
+    )
+    header = ["network", "checkpoint", "threshold", "v_init", "ANN"]
+    header += [f"T={t}" for t in summary["ts"]]
+    rows: list[list[str]] = []
+    for r in summary["results"]:
+        for curve in r["curves"]:
+            v_init = "θ/2" if curve["v_init"] == "half" else f"{curve['v_init']:g}"
+            cells = [r["network"], r["sha256"][:12], str(r["threshold"] or "default"), v_init]
+            rows.append([*cells, *(f"{100 * a:.1f}" for a in (r["ann"], *curve["accuracy"]))])
+    return title, header, rows
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the example; 0 when done, 1 for an error told on stderr, 130 when interrupted."""
+    args = parse(argv)
+    try:
+        summary = convert(args)
+        title, header, rows = table(summary)
+        print_table(title, header, rows)
+        for r in summary["results"]:
+            print(
+                f"{r['network']}: converted in {r['seconds_to_convert']} s, "
+                f"evaluated in {r['seconds_to_evaluate']} s"
+            )
+        if args.json:
+            args.json.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        if args.markdown:
+            command = shlex.join(["python", *(sys.argv if argv is None else [__file__, *argv])])
+            text = f"{title}\n\n{markdown_table(header, rows)}\n```\n{command}\n```\n"
+            args.markdown.write_text(text, encoding="utf-8")
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    except (ImportError, OSError, RuntimeError, ValueError) as e:
+        print(f"{type(e).__name__}: {e}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
