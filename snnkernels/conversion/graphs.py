@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import fx, nn
 
-__all__ = ["add_module", "place_module"]
+__all__ = ["add_module", "copy_graph", "place_module"]
 
 
 def add_module(net: nn.Module, wanted: str, module: nn.Module) -> str:
@@ -21,6 +21,13 @@ def add_module(net: nn.Module, wanted: str, module: nn.Module) -> str:
         parent = getattr(parent, part)
     parent.add_module(name, module)
     return path
+
+
+def copy_graph(graph: fx.Graph) -> fx.Graph:
+    """The same graph in new nodes, so that changing one leaves the other alone."""
+    new = fx.Graph()
+    new.output(new.graph_copy(graph, {}))
+    return new
 
 
 def place_module(net: nn.Module, graph: fx.Graph, node: fx.Node, module: nn.Module) -> str:

@@ -6,7 +6,7 @@ from torch import fx, nn
 
 from .activations import QCFS, ClipReLU
 from .errors import ConversionError
-from .graphs import add_module, place_module
+from .graphs import add_module
 from .ops import Activation, activation_of, max_pool_of
 from .trace import is_meta
 
@@ -22,6 +22,12 @@ def depends_on_input(graph: fx.Graph) -> set[fx.Node]:
     return found
 
 
+def _become(node: fx.Node, path: str) -> None:
+    """Turn ``node`` into a call of the module at ``path`` on its first input."""
+    source = node.args[0] if node.args else node.kwargs["input"]
+    node.op, node.target, node.args, node.kwargs = "call_module", path, (source,), {}
+
+
 def mark(net: nn.Module, graph: fx.Graph) -> list[str]:
     """Replace every activation by an :class:`Activation`, every max-pool by its module.
 
@@ -33,33 +39,27 @@ def mark(net: nn.Module, graph: fx.Graph) -> list[str]:
     """
     live = depends_on_input(graph)
     meta: dict[fx.Node, bool] = {}
-    found = []
+    sites: list[tuple[fx.Node, nn.Module]] = []
     for node in list(graph.nodes):
         numbers = is_meta(node, meta)
         if node not in live or numbers or node.op in ("placeholder", "output"):
             continue
         inner = activation_of(node, net)
-        pool = max_pool_of(node, net) if inner is None else None
-        if inner is None and pool is None:
-            continue
-        new: nn.Module
-        if pool is not None:
-            if node.op == "call_module":
-                continue
-            new, path = pool, add_module(net, node.name, pool)
-        elif node.op == "call_module":
-            assert inner is not None
-            new = Activation(inner, "")
-            path = place_module(net, graph, node, new)
+        if inner is not None:
+            sites.append((node, inner))
+        elif node.op != "call_module" and (pool := max_pool_of(node, net)) is not None:
+            _become(node, add_module(net, node.name, pool))
+    found = []
+    for node, inner in sites:
+        path = str(node.target)
+        if node.op == "call_module" and path not in found:  # the first call keeps the name
+            net.set_submodule(path, Activation(inner, path))
         else:
-            assert inner is not None
-            new = Activation(inner, "")
-            path = add_module(net, node.name, new)
-        if isinstance(new, Activation):
-            new.label = path
-            found.append(path)
-        source = node.args[0] if node.args else node.kwargs["input"]
-        node.op, node.target, node.args, node.kwargs = "call_module", path, (source,), {}
+            wanted = path if node.op == "call_module" else node.name
+            path = add_module(net, wanted, Activation(inner, ""))
+            net.get_submodule(path).label = path  # type: ignore[assignment]
+        _become(node, path)
+        found.append(path)
     if not found:
         seen = sorted(
             {type(m).__name__ for m in net.modules() if not list(m.children()) and m is not net}

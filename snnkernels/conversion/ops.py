@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from .activations import QCFS, ClipReLU
+from .fold import ChannelAffine
 
 __all__ = ["MAX_POOLS", "Activation", "activation_of", "max_pool_of", "why_not_affine"]
 
@@ -111,6 +112,7 @@ def max_pool_of(node: fx.Node, net: nn.Module) -> nn.Module | None:
 AFFINE_MODULES = (
     _ConvNd,
     _BatchNorm,
+    ChannelAffine,
     nn.Linear,
     nn.AvgPool1d,
     nn.AvgPool2d,

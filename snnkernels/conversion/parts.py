@@ -113,7 +113,7 @@ class _Cutter:
         for node in self.nodes:
             if node in self.in_suffix:
                 env[node] = graph.node_copy(node, lambda n: env[n])
-        graph.output(fx.map_arg(self.output.args[0], lambda n: env[n]))
+        graph.output(fx.node.map_arg(self.output.args[0], lambda n: env[n]))
         return self._module({}, graph, "Suffix")
 
     def body(self, neurons: dict[str, SpikingActivation]) -> fx.GraphModule:

@@ -297,4 +297,6 @@ def _drop_identities(net: nn.Module, graph: fx.Graph) -> None:
             source = node.args[0] if node.args else next(iter(node.kwargs.values()))
             node.replace_all_uses_with(source)
             graph.erase_node(node)
-    graph.eliminate_dead_code()
+    for node in reversed(list(graph.nodes)):
+        if not node.users and node.op not in ("placeholder", "output"):
+            graph.erase_node(node)

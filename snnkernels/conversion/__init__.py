@@ -1,0 +1,20 @@
+"""ANN to SNN conversion: ``convert`` and what it is made of."""
+
+from __future__ import annotations
+
+from .activations import QCFS, ClipReLU
+from .convert import convert, methods
+from .errors import ConversionError
+from .network import ConvertedNetwork
+from .report import NodeReport, Report
+
+__all__ = [
+    "QCFS",
+    "ClipReLU",
+    "ConversionError",
+    "ConvertedNetwork",
+    "NodeReport",
+    "Report",
+    "convert",
+    "methods",
+]

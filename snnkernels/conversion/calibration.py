@@ -1,0 +1,227 @@
+"""Thresholds from data: one pass over the loader, then a rule per layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from .errors import ConversionError
+from .histogram import Histogram
+from .ops import Activation
+
+__all__ = ["SAMPLE", "Statistics", "batches", "collect", "mmse_threshold", "parse_rule", "rule_threshold"]
+
+SAMPLE = 32  # inputs kept for the report's rates and errors
+GRID = 95  # candidates max * (1 - 0.01 i), i = 0..94, as in SNN Calibration (ICML 2021)
+
+
+class Statistics:
+    """What calibration saw at one activation.
+
+    Attributes:
+        histogram: of the ANN's activation values, per channel or (one channel) per layer.
+        channels: size of the channel dimension.
+        channel_dim: its index, the batch being 0.
+        dtype: of the activation.
+    """
+
+    def __init__(self, shape: torch.Size, dtype: torch.dtype) -> None:
+        self.channel_dim = 1 if len(shape) > 1 else 0
+        self.shape = shape
+        self.channels = shape[self.channel_dim] if len(shape) > 1 else 1
+        self.dtype = dtype
+        self.histogram: Histogram | None = None
+
+    def update(self, label: str, a: Tensor, per_channel: bool) -> None:
+        """Add one batch of activations ``[B, C, *]``."""
+        if not bool(torch.isfinite(a).all()):
+            what = "NaN" if bool(torch.isnan(a).any()) else "infinite values"
+            raise ConversionError(
+                f"{label}: the ANN's activations contain {what} on the calibration data; no "
+                "threshold can be found. Check the network's weights and the loader's inputs"
+            )
+        a = a.detach()
+        if a.dtype in (torch.float16, torch.bfloat16):
+            a = a.float()
+        table = a.movedim(self.channel_dim, 0).flatten(1) if a.dim() > 1 else a.view(1, -1)
+        table = table if per_channel else table.reshape(1, -1)
+        if self.histogram is None:
+            self.histogram = Histogram(len(table), 1024 if per_channel else 8192, a.device)
+        if len(table) != len(self.histogram.counts):
+            raise ConversionError(
+                f"{label}: {len(table)} channels in one batch, {len(self.histogram.counts)} in "
+                "another; per-channel thresholds need one number. Pass per_channel=False"
+            )
+        self.histogram.update(table)
+
+
+def batches(loader: Any, device: torch.device | None) -> Iterator[Tensor]:
+    """The inputs of a loader: tensors, or the first element of tuples and lists.
+
+    A single tensor is one batch. Inputs are moved to ``device``.
+
+    Raises:
+        TypeError: an item is neither a tensor nor starts with one.
+    """
+    items: Iterable[Any] = [loader] if isinstance(loader, Tensor) else loader
+    for item in items:
+        x = item[0] if isinstance(item, (tuple, list)) and item else item
+        if not isinstance(x, Tensor):
+            raise TypeError(
+                "loader must yield tensors or (input, anything); got "
+                f"{type(item).__name__}. Wrap it so that the first element is the input tensor"
+            )
+        yield x.to(device) if device is not None else x
+
+
+def _progress(items: Iterator[Tensor], loader: Any, show: bool) -> Iterable[Tensor]:
+    if not show or isinstance(loader, Tensor):
+        return items
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return items
+    total = len(loader) if hasattr(loader, "__len__") else None
+    return tqdm(items, total=total, desc="calibrating", unit="batch", leave=False)
+
+
+@torch.no_grad()
+def collect(
+    model: fx.GraphModule,
+    paths: dict[str, bool],
+    loader: Any,
+    *,
+    device: torch.device | None = None,
+    progress: bool = True,
+) -> tuple[dict[str, Statistics], Tensor]:
+    """Run ``model`` over ``loader`` once and gather statistics at the activations ``paths``.
+
+    Args:
+        model: the ANN with its activations as :class:`Activation` modules, in eval mode.
+        paths: activation path to whether a histogram per channel (else per layer) is kept.
+        loader: see :func:`batches`.
+        device: where inputs go.
+        progress: show a tqdm bar if tqdm is there (``TQDM_DISABLE`` is honoured by tqdm).
+
+    Returns:
+        ``(statistics by path, the first few inputs)``.
+
+    Raises:
+        ConversionError: NaN or infinite activations (names the layer).
+        ValueError: the loader yields nothing.
+    """
+    found: dict[str, Statistics] = {}
+
+    def watch(path: str, per_channel: bool) -> Any:
+        def hook(module: nn.Module, args: Any, out: Tensor) -> None:
+            assert isinstance(module, Activation)
+            if path not in found:
+                found[path] = Statistics(out.shape, out.dtype)
+            found[path].update(module.label, out, per_channel)
+
+        return model.get_submodule(path).register_forward_hook(hook)
+
+    handles = [watch(path, per_channel) for path, per_channel in paths.items()]
+    sample = None
+    try:
+        for x in _progress(batches(loader, device), loader, progress):
+            model(x)
+            sample = x[:SAMPLE] if sample is None else sample
+    finally:
+        for handle in handles:
+            handle.remove()
+    if sample is None:
+        raise ValueError("loader is empty: calibration needs at least one batch of inputs")
+    return found, sample
+
+
+def parse_rule(rule: str) -> float | str:
+    """``"mmse"``, ``"max"``, or a percentile such as ``"99.9%"`` as a number.
+
+    Raises:
+        ValueError: anything else; lists what is allowed.
+    """
+    if rule in ("mmse", "max"):
+        return rule
+    if rule.endswith("%"):
+        try:
+            percent = float(rule[:-1])
+        except ValueError:
+            percent = -1.0
+        if 0 < percent <= 100:
+            return percent
+    raise ValueError(
+        f"threshold={rule!r} is not known; allowed: 'mmse', 'max', a percentile such as '99.9%', a "
+        "number, a tensor, or a dict from layer name to one of these"
+    )
+
+
+def mmse_threshold(histogram: Histogram, T: int, v_init: Tensor | str) -> Tensor:
+    """The threshold V whose staircase ``V/T clip(floor((aT + v_init) / V), 0, T)`` fits a best.
+
+    Source: the grid and the criterion are those of SNN Calibration (Li et al., ICML 2021, light
+    pipeline); the staircase is the one in force, so it includes the initial potential.
+
+    Args:
+        histogram: of the ANN's activations a.
+        T: number of steps.
+        v_init: absolute potential, scalar or ``[C]``; or ``"half"`` for V / 2.
+
+    Returns:
+        float64 ``[C]``; 0 for a channel without a positive value. Of equal candidates the largest.
+    """
+    value, weight = histogram.points()
+    used = weight.sum(0) > 0
+    value, weight = value[:, used], weight[:, used]
+    silent = (histogram.total - weight.sum(1)).clamp(min=0)
+    half = isinstance(v_init, str)
+    start = torch.zeros(()) if isinstance(v_init, str) else v_init.double().reshape(-1, 1)
+    start = start.to(value.device)
+    best = torch.full_like(histogram.maximum, torch.inf)
+    chosen = torch.zeros_like(histogram.maximum)
+    for i in range(GRID):
+        candidate = histogram.maximum * (1 - 0.01 * i)
+        v = candidate[:, None].clamp(min=torch.finfo(torch.float64).tiny)
+        offset = v / 2 if half else start
+        steps = torch.floor((value * T + offset) / v).clamp_(0, T)
+        error = ((value - v * steps / T).square_() * weight).sum(1)
+        at_zero = v * torch.floor(offset / v).clamp(0, T) / T
+        error = error + silent * at_zero.square().expand(len(error), 1)[:, 0]
+        better = error < best
+        best = torch.where(better, error, best)
+        chosen = torch.where(better, candidate, chosen)
+    return chosen
+
+
+def rule_threshold(
+    rule: str, histogram: Histogram, T: int, v_init: Tensor | str
+) -> tuple[Tensor, list[int], bool]:
+    """Apply a rule: ``(theta float64 [C], channels that took the layer's value, layer silent)``.
+
+    A channel that never fires on the data (or whose percentile is 0) takes its layer's threshold;
+    a layer that never fires takes 1.
+    """
+    parsed = parse_rule(rule)
+
+    def apply(h: Histogram) -> Tensor:
+        if parsed == "mmse":
+            return mmse_threshold(h, T, v_init if h is histogram else _typical(v_init))
+        return h.maximum.clone() if parsed == "max" else h.percentile(float(parsed))
+
+    theta = apply(histogram)
+    dead = torch.nonzero(theta <= 0).flatten().tolist()
+    if not dead:
+        return theta, [], False
+    silent = not bool(histogram.maximum.amax() > 0)
+    layer = apply(histogram.pooled()) if not silent else torch.ones_like(theta[:1])
+    if not bool(layer > 0):  # the percentile of a layer that hardly ever fires
+        layer = histogram.maximum.amax().view(1)
+    theta[dead] = layer
+    return theta, dead, silent
+
+
+def _typical(v_init: Tensor | str) -> Tensor | str:
+    return v_init if isinstance(v_init, str) else v_init.double().mean()

@@ -1,0 +1,236 @@
+"""The pipeline: trace, normalise, find activations, calibrate, place neurons, report."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from ..neurons import IFNode
+from .calibration import SAMPLE, Statistics, batches, collect
+from .fold import fold_batch_norm
+from .graphs import copy_graph
+from .kinds import Kind, before_neurons, check_supported, is_activation, kinds_of
+from .marks import mark
+from .methods import METHODS, find_method
+from .network import ConvertedNetwork, _steps
+from .ops import MAX_POOL_MODULES, Activation
+from .parts import cut
+from .pools import MAXPOOL_MODES, average_instead, check_pools, pools_first
+from .report import NodeReport, Report, measure
+from .scale import fold_thresholds
+from .spiking import SpikingActivation
+from .thresholds import Site, plan, settle
+from .trace import trace
+
+__all__ = ["convert", "methods"]
+
+
+def methods() -> list[dict[str, str]]:
+    """The conversion methods: ``name``, ``source`` (the paper) and ``needs``."""
+    return [{"name": m.name, "source": m.source, "needs": m.needs} for m in METHODS.values()]
+
+
+def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r} is not known; allowed: {', '.join(map(repr, allowed))}")
+
+
+def convert(
+    ann: nn.Module,
+    loader: Any = None,
+    *,
+    method: str = "opi",
+    T: int = 16,
+    threshold: Any = None,
+    per_channel: bool | None = None,
+    v_init: Any = None,
+    maxpool: str = "cumulative",
+    on_unsupported: str = "error",
+    normalize: str = "threshold",
+    progress: bool = True,
+) -> ConvertedNetwork:
+    """Convert a trained network into a spiking one; ``ann`` is not modified.
+
+    Args:
+        ann: maps ``[B, *]`` to its output; the first dimension is the batch. Any device.
+        loader: calibration inputs: an iterable of tensors or of (input, anything), or one tensor.
+            Not needed where thresholds are learned (``ClipReLU``, ``QCFS``) or given.
+        method: ``"opi"`` (Bu et al., AAAI 2022) or ``"qcfs"`` (Bu et al., ICLR 2022).
+        T: number of time steps the thresholds are made for, and the default of ``snn(x)``.
+        threshold: None (the method's own: for opi the learned ceiling if there is one, else
+            "mmse"), ``"mmse"``, ``"max"``, a percentile such as ``"99.9%"``, a number, a tensor
+            (scalar or one value for each channel), or a dict from activation name to one of these.
+        per_channel: thresholds from data per channel (True) or per layer; None: the method's own.
+        v_init: initial potential: None (the method's own), ``"half"`` (θ/2, follows θ), a number
+            or a tensor (scalar or per channel) in the units of the current, or a dict.
+        maxpool: ``"cumulative"`` (exact in the mean at every T), ``"pre_spike"`` (maximum of the
+            currents of each step) or ``"avg"`` (replaced by average pooling: a different ANN).
+        on_unsupported: ``"error"``, or ``"keep"`` to apply what cannot be converted to the spikes
+            of every step as it is; the report names it.
+        normalize: ``"threshold"`` (spikes weigh θ) or ``"weights"`` (θ folded into the weights,
+            every threshold 1: methods.md 1.1); equal up to rounding.
+        progress: show a tqdm bar while calibrating, if tqdm is installed.
+
+    Returns:
+        The spiking network; ``snn(x)``, ``snn(x, T=...)``, ``snn.predict_curve``, ``snn.report``.
+
+    Raises:
+        ConversionError: the network cannot be converted; names the layer, why, and the way out.
+        ValueError, TypeError: an argument is not allowed; names it.
+    """
+    if not isinstance(ann, nn.Module):
+        raise TypeError(f"ann must be a torch.nn.Module, got {type(ann).__name__}")
+    chosen, T = find_method(method), _steps(T)
+    _one_of("maxpool", maxpool, MAXPOOL_MODES)
+    _one_of("on_unsupported", on_unsupported, ("error", "keep"))
+    _one_of("normalize", normalize, ("threshold", "weights"))
+    report = Report(method, T)
+
+    net, graph = trace(ann)
+    folded = fold_batch_norm(net, graph)
+    mark(net, graph)
+    check_pools(net, graph)
+    pools = average_instead(net, graph) if maxpool == "avg" else pools_first(net, graph)
+    if maxpool == "avg" and pools:
+        report.notes.append(
+            "max-pools were replaced by average pools: errors are against that network, not the ANN"
+        )
+    paths = [str(node.target) for node in graph.nodes if is_activation(net, node)]
+    activations: dict[str, Activation] = {p: net.get_submodule(p) for p in paths}  # type: ignore
+    kinds = kinds_of(net, graph)
+    kept = check_supported(net, graph, kinds, keep=on_unsupported == "keep")
+    model = fx.GraphModule(net, copy_graph(graph)).eval()
+
+    sites = plan(activations, chosen, threshold, per_channel, v_init)
+    seen, sample = _calibrate(model, sites, loader, progress)
+    for site in sites:
+        settle(site, seen.get(site.path), T, _dtype(net))
+        if site.silent:
+            report.notes.append(f"{site.label} never fired on the calibration data: θ = 1")
+        elif site.borrowed:
+            report.silent_channels[site.label] = site.borrowed
+        if site.rare:
+            report.notes.append(
+                f"{site.label}: the {site.rule} percentile of channels {site.rare} is 0; they took "
+                "the layer's threshold"
+            )
+
+    spiking_graph, spiking_kinds = graph, kinds
+    if normalize == "weights":
+        spiking_graph = fold_thresholds(net, graph, kinds, {s.path: s.theta for s in sites}, sample)
+        spiking_kinds = kinds_of(net, spiking_graph)
+    neurons = {site.path: _neurons(site, folded=normalize == "weights") for site in sites}
+    parts = cut(net, spiking_graph, spiking_kinds, neurons, cumulative=maxpool == "cumulative")
+    _describe(report, model, sites, folded, pools, kept, maxpool)
+    snn = ConvertedNetwork(parts, T, report)
+    device = _device(net)
+    if device is not None:
+        snn.to(device)
+    if sample is not None:
+        measure(snn, model, sample, report)
+    return snn
+
+
+def _device(net: nn.Module) -> torch.device | None:
+    return next((t.device for t in (*net.parameters(), *net.buffers())), None)
+
+
+def _dtype(net: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in net.parameters() if p.is_floating_point()), torch.float32)
+
+
+def _calibrate(
+    model: fx.GraphModule, sites: list[Site], loader: Any, progress: bool
+) -> tuple[dict[str, Statistics], Tensor | None]:
+    """Statistics of the sites that need data, and a few inputs for the report."""
+    needy = [site for site in sites if site.needs_data]
+    device = _device(model)
+    if loader is None:
+        if needy:
+            raise ValueError(
+                f"loader is None, but threshold={needy[0].rule!r} for {needy[0].label} needs "
+                "calibration data: pass loader= (an iterable of input batches, or one tensor), "
+                "give threshold= as numbers, or train with ClipReLU or QCFS"
+            )
+        return {}, None
+    if needy:
+        return collect(
+            model, {s.path: s.per_channel for s in needy}, loader, device=device, progress=progress
+        )
+    first = next(iter(batches(loader, device)), None)
+    if first is None:
+        raise ValueError("loader is empty: leave it out, nothing here needs data")
+    return {}, first[:SAMPLE]
+
+
+def _neurons(site: Site, folded: bool) -> SpikingActivation:
+    """The spiking layer of one activation."""
+    start = site.v_init
+    if folded and not isinstance(start, str):
+        start = torch.as_tensor(start, dtype=site.theta.dtype, device=site.theta.device)
+        start = start / site.theta
+    per_channel = site.theta.dim() == 1 or (isinstance(start, Tensor) and start.dim() == 1)
+    node = IFNode(
+        torch.ones_like(site.theta[..., :1].reshape(())) if folded else site.theta,
+        v_init=start,
+        channel_dim=site.channel_dim if per_channel else None,
+        amplitude=None if folded else "threshold",
+    )
+    return SpikingActivation(
+        node,
+        site.label,
+        constant=False,
+        counts=False,
+        scale=site.theta.clone() if folded else None,
+        channel_dim=site.channel_dim,
+    )
+
+
+def _describe(
+    report: Report,
+    model: fx.GraphModule,
+    sites: list[Site],
+    folded: dict[str, str],
+    pools: list[str],
+    kept: dict[str, str],
+    maxpool: str,
+) -> None:
+    """One row for every operation of the ANN."""
+    by_path = {site.path: site for site in sites}
+    early = before_neurons(model, model.graph)
+    report.rows += [NodeReport(name, f"batch norm {what}") for name, what in folded.items()]
+    kinds = kinds_of(model, model.graph)  # the model holds a copy of the graph
+    for node in model.graph.nodes:
+        if node.op not in ("call_module", "call_function", "call_method"):
+            continue
+        kind = kinds[node]
+        name = str(node.target) if node.op == "call_module" else node.name
+        if kind in (Kind.META, Kind.CONST) or name in folded:
+            continue
+        if name in by_path:
+            site = by_path[name]
+            report.rows.append(NodeReport(site.label, site.describe(), site.theta))
+            continue
+        module = model.get_submodule(name) if node.op == "call_module" else None
+        if kind is Kind.STATIC:
+            what = "once, before the neurons"
+        elif node not in early:
+            what = "once, on rates"
+        elif name in kept:
+            what = f"KEPT as it is, every step: {kept[name]}"
+        elif isinstance(module, MAX_POOL_MODULES):
+            what = f"every step, {maxpool} max-pool"
+        else:
+            what = "every step"
+        if name in pools:
+            what += ", max-pool averaged" if maxpool == "avg" else ", moved before its neurons"
+        operation = type(module).__name__ if module is not None else _operation(node)
+        report.rows.append(NodeReport(name, f"{operation}: {what}"))
+
+
+def _operation(node: fx.Node) -> str:
+    return str(getattr(node.target, "__name__", node.target))
+
+

@@ -1,0 +1,126 @@
+"""The converted network: a module that runs in time and answers like the ANN."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .parts import Parts
+from .pools import CumulativeMaxPool
+from .report import Report
+from .spiking import SpikingActivation
+
+__all__ = ["ConvertedNetwork"]
+
+
+def _steps(T: Any) -> int:
+    if isinstance(T, bool) or not isinstance(T, int) or T < 1:
+        raise ValueError(f"T must be a whole number of at least 1, got {T!r}")
+    return T
+
+
+class ConvertedNetwork(nn.Module):
+    """A spiking network made by :func:`snnkernels.convert`.
+
+    Three graphs: ``prefix`` runs once on the input, ``body`` holds the neurons and runs T steps,
+    ``suffix`` runs once on the rates of the last neurons. Every call starts from the initial
+    potentials and leaves no state behind. Batch normalisation and dropout act as in evaluation,
+    whatever :meth:`train` says.
+
+    Attributes:
+        T: the number of steps the thresholds were made for, and the default of a call.
+        report: what was done with every node.
+
+    Shape: the input and the output of the ANN; any batch size.
+    """
+
+    def __init__(self, parts: Parts, T: int, report: Report) -> None:
+        super().__init__()
+        self.T = _steps(T)
+        self.report = report
+        self.prefix, self.body, self.suffix = parts.prefix, parts.body, parts.suffix
+        self._counted = list(parts.counted)
+        self._of_body = list(parts.statics_of_body)
+        self._of_suffix = list(parts.statics_of_suffix)
+        self.eval()
+
+    def neurons(self) -> Iterator[tuple[str, SpikingActivation]]:
+        """``(name in the ANN, layer)`` of every spiking layer, in order of execution."""
+        for module in self.body.modules():
+            if isinstance(module, SpikingActivation):
+                yield module.label, module
+
+    def reset(self) -> None:
+        """Back to the initial potentials; calls do it themselves."""
+        for module in self.body.modules():
+            if isinstance(module, (SpikingActivation, CumulativeMaxPool)):
+                module.reset()
+
+    def train(self, mode: bool = True) -> ConvertedNetwork:
+        """Set the flag of this module only: the converted layers stay in evaluation mode."""
+        super().train(False)
+        self.training = mode
+        return self
+
+    def _read(self, statics: Any, counts: Any, T: int, dtype: torch.dtype) -> Any:
+        rates = []
+        for path, count in zip(self._counted, counts, strict=True):
+            layer = self.body.get_submodule(path)
+            assert isinstance(layer, SpikingActivation)
+            rates.append(layer.rate(count, T, dtype))
+        return self.suffix(*(statics[i] for i in self._of_suffix), *rates)
+
+    def _segments(self, x: Tensor, ends: list[int]) -> Iterator[Any]:
+        """The answer after each number of steps in ``ends`` (rising), in one causal run."""
+        self.reset()
+        try:
+            statics = self.prefix(x)
+            inputs = [statics[i] for i in self._of_body]
+            dtype = next(t.dtype for t in inputs if t.is_floating_point())
+            counts: Any = None
+            done = 0
+            for end in ends:
+                new = self.body(*inputs, end - done)
+                counts = new if counts is None else [a + b for a, b in zip(counts, new, strict=True)]
+                done = end
+                yield self._read(statics, counts, done, dtype)
+        finally:
+            self.reset()
+
+    def forward(self, x: Tensor, T: int | None = None) -> Any:
+        """The ANN's output as estimated in ``T`` steps (default: those of the conversion).
+
+        Args:
+            x: ``[B, *]``, what the ANN takes, shown unchanged at every step.
+            T: number of steps, at least 1.
+
+        Raises:
+            ValueError: T < 1 or not a whole number.
+        """
+        T = self.T if T is None else _steps(T)
+        (out,) = self._segments(x, [T])
+        return out
+
+    def predict_curve(self, x: Tensor, steps: Iterable[int] = (1, 2, 4, 8, 16, 32)) -> dict[int, Any]:
+        """The outputs after several numbers of steps, from one run: ``{T: output}``.
+
+        Bit for bit what separate calls return, at the price of the longest.
+
+        Args:
+            x: ``[B, *]``.
+            steps: numbers of steps; order and repetitions do not matter.
+
+        Raises:
+            ValueError: ``steps`` is empty, or one is not a whole number of at least 1.
+        """
+        ends = sorted({_steps(T) for T in steps})
+        if not ends:
+            raise ValueError("steps is empty: predict_curve needs at least one number of steps")
+        return dict(zip(ends, self._segments(x, ends), strict=True))
+
+    def extra_repr(self) -> str:
+        """Show T and the number of spiking layers."""
+        return f"T={self.T}, spiking_layers={sum(1 for _ in self.neurons())}"

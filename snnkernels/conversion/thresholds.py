@@ -1,0 +1,167 @@
+"""Which threshold and initial potential every neuron gets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .calibration import Statistics, parse_rule, rule_threshold
+from .errors import ConversionError
+from .methods import Method
+from .ops import Activation
+
+__all__ = ["Site", "plan", "settle"]
+
+
+@dataclass
+class Site:
+    """One activation on its way to becoming neurons."""
+
+    path: str
+    activation: Activation
+    rule: Any  # "learned", a rule of calibration.py, a number or a tensor
+    v_init: Any  # "half", a number or a tensor
+    per_channel: bool
+    theta: Tensor = field(default_factory=lambda: torch.ones(()))
+    channel_dim: int = 1
+    borrowed: list[int] = field(default_factory=list)  # channels that never fired
+    rare: list[int] = field(default_factory=list)  # channels whose percentile is 0
+    silent: bool = False
+
+    @property
+    def label(self) -> str:
+        """The name users see."""
+        return self.activation.label
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether the rule works on calibration data."""
+        return isinstance(self.rule, str) and self.rule != "learned"
+
+    def describe(self) -> str:
+        """How the threshold came about."""
+        if self.rule == "learned":
+            return f"{type(self.activation.inner).__name__} -> IF, θ learned"
+        kind = type(self.activation.inner).__name__
+        kind = f"ReLU{self.activation.inner.max_val:g}" if kind == "Hardtanh" else kind  # type: ignore
+        if isinstance(self.rule, str):
+            return f"{kind} -> IF, θ {self.rule} per {'channel' if self.per_channel else 'layer'}"
+        return f"{kind} -> IF, θ given"
+
+
+def _lookup(name: str, value: Any, label: str, labels: list[str], default: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    unknown = sorted(set(value) - set(labels))
+    if unknown:
+        raise ValueError(
+            f"{name} names {unknown}, which are not activations of this network; it has {labels}"
+        )
+    return value.get(label, default)
+
+
+def plan(
+    activations: dict[str, Activation],
+    method: Method,
+    threshold: Any,
+    per_channel: bool | None,
+    v_init: Any,
+) -> list[Site]:
+    """Decide rule and initial potential of every activation, before any data is looked at.
+
+    Raises:
+        ValueError, TypeError: values that are not allowed; the message names the argument.
+        ConversionError: the method does not suit the network, or a learned threshold is not
+            positive and finite.
+    """
+    labels = [a.label for a in activations.values()]
+    if threshold is None:
+        method.check(list(activations.values()))
+    sites = []
+    for path, activation in activations.items():
+        own = "learned" if activation.learned is not None else method.threshold
+        rule = _lookup("threshold", threshold, activation.label, labels, None)
+        rule = own if rule is None else rule
+        if rule is None:
+            method.check([activation])
+        if isinstance(rule, str):
+            if rule != "learned":
+                parse_rule(rule)
+        elif isinstance(rule, bool) or not isinstance(rule, (Real, Tensor)):
+            raise TypeError(
+                "threshold must be 'mmse', 'max', a percentile such as '99.9%', a number, a tensor "
+                f"or a dict from layer name to one of these; got {type(rule).__name__}"
+            )
+        start = _lookup("v_init", v_init, activation.label, labels, None)
+        start = method.v_init if start is None else start
+        if start != "half" if isinstance(start, str) else not isinstance(start, (Real, Tensor)):
+            raise ValueError(
+                f"v_init={start!r} is not known; allowed: 'half' (θ/2), a number or a tensor (an "
+                "absolute potential, in the units of θ), a dict from layer name to one of these"
+            )
+        channels = method.per_channel if per_channel is None else bool(per_channel)
+        sites.append(Site(path, activation, rule, start, channels))
+    for site in sites:
+        if site.rule == "learned":
+            site.theta = _positive(site, site.activation.learned, "the learned threshold")
+        elif not site.needs_data:
+            site.theta = _positive(site, site.rule, "threshold")
+        if isinstance(site.v_init, Tensor) and site.v_init.dim() > 1:
+            raise ValueError(
+                f"v_init of {site.label} has shape {tuple(site.v_init.shape)}; it must be a scalar "
+                "or one value for each channel"
+            )
+    return sites
+
+
+def _positive(site: Site, value: Any, what: str) -> Tensor:
+    theta = torch.as_tensor(value).detach().clone()
+    theta = theta if theta.is_floating_point() else theta.float()
+    theta = theta.reshape(()) if theta.numel() == 1 else theta
+    if theta.dim() > 1 or theta.numel() == 0:
+        raise ValueError(
+            f"{what} of {site.label} has shape {tuple(theta.shape)}; it must be a scalar or one "
+            "value for each channel"
+        )
+    bad = ~((theta > 0) & torch.isfinite(theta))
+    if bool(bad.any()):
+        raise ConversionError(
+            f"{site.label}: {what} must be positive and finite, got {theta[bad].flatten()[0]:g}. "
+            "A learned one that is not means that training went wrong there: fine-tune with a "
+            "smaller learning rate, or pass threshold= for this layer"
+        )
+    return theta
+
+
+def settle(site: Site, seen: Statistics | None, T: int, dtype: torch.dtype) -> None:
+    """Give ``site`` its final threshold and initial potential, in the neurons' state dtype."""
+    if seen is not None:
+        dtype = seen.dtype
+        site.channel_dim = seen.channel_dim
+    state = torch.float64 if dtype == torch.float64 else torch.float32
+    if site.needs_data:
+        assert seen is not None and seen.histogram is not None
+        start = site.v_init
+        start = start if isinstance(start, str) else torch.as_tensor(start, dtype=torch.float64)
+        if isinstance(start, Tensor) and start.numel() > 1 and not site.per_channel:
+            start = start.mean()  # the layer's one staircase
+        theta, borrowed, site.silent = rule_threshold(site.rule, seen.histogram, T, start)
+        fired = seen.histogram.maximum > 0
+        site.borrowed = [c for c in borrowed if not bool(fired[c])]
+        site.rare = [c for c in borrowed if bool(fired[c])]
+        site.theta = theta if site.per_channel else theta.reshape(())
+    site.theta = site.theta.to(state)
+    if isinstance(site.v_init, Tensor):
+        site.v_init = site.v_init.detach().to(site.theta.device, state)
+        site.v_init = site.v_init.reshape(()) if site.v_init.numel() == 1 else site.v_init
+    if seen is not None:
+        for what, value in (("threshold", site.theta), ("v_init", site.v_init)):
+            if isinstance(value, Tensor) and value.dim() == 1 and len(value) != seen.channels:
+                raise ValueError(
+                    f"{what} of {site.label} has {len(value)} values, but the layer has "
+                    f"{seen.channels} channels"
+                )
