@@ -60,7 +60,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         args.v_init = [v if v == "half" else float(v) for v in args.v_init.split(",")]
     except ValueError as e:
         parser.error(f"--ts takes whole numbers, --v-init numbers or 'half': {e}")
-    if min(*args.ts, args.T, args.calibration, args.batch_size, args.limit or 1) < 1:
+    sizes = [*args.ts, args.T, args.calibration, args.batch_size]
+    if min(sizes) < 1 or (args.limit is not None and args.limit < 1):
         parser.error("numbers of steps and of images must be at least 1")
     if args.threshold is not None:
         with contextlib.suppress(ValueError):  # else it is a rule's name

@@ -94,7 +94,7 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
     except ImportError:
         _print_plain(title, header, rows)
         return
-    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(box=box.SIMPLE_HEAD)
     for i, name in enumerate(header):
         table.add_column(Text(name), justify="left" if i == 0 else "right")
     for row in rows:
@@ -102,6 +102,7 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
             table.add_row(*(Text(cell) for cell in row))
         else:
             table.add_section()
+    print(title)  # as the table's own title it would be broken to the table's width
     Console().print(table)
 
 
@@ -158,6 +159,11 @@ def _info(args: argparse.Namespace) -> None:
 
 
 def _demo(args: argparse.Namespace) -> None:
+    with _quiet_backend():
+        _run_demo(args)
+
+
+def _run_demo(args: argparse.Namespace) -> None:
     import torch
 
     from snnkernels import convert, data, models, plots
@@ -206,6 +212,27 @@ def _demo(args: argparse.Namespace) -> None:
     _raster(spiking, x[:1], int(y[0]), args.out / "raster.png")
     print(_race(spiking["v_init = θ/2"], x[:128]))
     print(f"Saved in {args.out.resolve()}: accuracy_vs_T.png, raster.png, small_cnn.safetensors")
+
+
+@contextmanager
+def _quiet_backend() -> Iterator[None]:
+    """Ask for the reference where ``auto`` would end there anyway, with a warning.
+
+    The demo says what is missing itself, at its end.
+    """
+    from snnkernels.kernels.backends import get_backend, use_backend
+
+    if get_backend() == "auto" and not _cpu_row().available:
+        with use_backend("reference"):
+            yield
+    else:
+        yield
+
+
+def _cpu_row() -> Any:
+    from snnkernels import backend_info
+
+    return next(row for row in backend_info().rows if row.name == "cpu")
 
 
 def _train(train: ImageSet, epochs: int, seed: int, batch_size: int = 64) -> nn.Module:
@@ -313,10 +340,9 @@ def _race(snn: nn.Module, x: torch.Tensor, steps: int = 16, rounds: int = 15) ->
     """Time the fused kernel against the reference on the widest layer's own current."""
     import torch
 
-    from snnkernels import backend_info
     from snnkernels.kernels.backends import use_backend
 
-    row = next(row for row in backend_info().rows if row.name == "cpu")
+    row = _cpu_row()
     if not row.available:
         return (
             f"No fused CPU kernel here, so the networks above ran through the reference and there "

@@ -69,7 +69,7 @@ def accuracy_curve(
             markeredgewidth=0.8,
             linewidth=1.8,
             label=label or None,
-            zorder=3,
+            zorder=3 + 1 / (1 + i),  # where lines meet, the first stays visible
             clip_on=False,
         )
     ax.set_xscale("log", base=2)
