@@ -1,0 +1,14 @@
+// Launchers of the compiled CUDA extension. Each returns a cudaError_t as int, 0 for success, or
+// kNoSuchKernel for parameters outside the closed list of instances.
+#pragma once
+#include "params.h"
+
+namespace snn {
+
+enum { kNoSuchKernel = -1 };
+
+int launch_if_forward(const IFForward& p, int device, void* stream);
+int launch_if_backward(const IFBackward& p, int device, void* stream);
+const char* error_string(int error);
+
+}  // namespace snn

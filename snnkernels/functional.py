@@ -1,0 +1,427 @@
+"""Integrate-and-fire neurons over many time steps, as functions with explicit state.
+
+One neuron, one step (OPI, Bu et al., AAAI 2022; QCFS, Bu et al., ICLR 2022, eq. 1-4)::
+
+    m = v + x[t]                  charge
+    s = m >= v_threshold          fire
+    v = m - v_threshold * s       reset by subtraction (v_reset given: v = v_reset after a spike)
+    spikes[t] = amplitude * s
+
+All steps run in one kernel launch. Given the same current every back end returns the same bits.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Size, Tensor
+
+from . import surrogate as _surrogate
+from .kernels import operands, ops, reference
+
+__all__ = ["if_count", "if_multi_step", "if_rate", "if_step"]
+
+_FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+_PLAIN = (Tensor, torch.nn.Parameter)
+_Number = float | int
+
+
+class _Config(NamedTuple):
+    """What a run is told besides tensors."""
+
+    T: int | None
+    v_value: float
+    threshold_value: float
+    amplitude_value: float
+    v_reset: float | None
+    strict: bool
+    spike_dtype: torch.dtype
+    spikes: bool
+    count: bool
+    v_seq: bool
+    charge_seq: bool
+    rate: bool
+    surrogate: _surrogate.Surrogate
+    detach_reset: bool
+    smooth: bool
+
+
+def if_multi_step(
+    x_seq: Tensor,
+    v: Tensor | _Number | str = 0.0,
+    v_threshold: Tensor | _Number = 1.0,
+    v_reset: _Number | None = None,
+    surrogate_function: Any = None,
+    detach_reset: bool = False,
+    store_v_seq: bool = False,
+    *,
+    T: int | None = None,
+    channel_dim: int | None = None,
+    amplitude: Tensor | _Number | str | None = None,
+    input_scale: Tensor | _Number | None = None,
+    tie: str = ">=",
+    spike_dtype: torch.dtype | None = None,
+    store_charge_seq: bool = False,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Runs integrate-and-fire neurons for all time steps in one launch.
+
+    Args:
+        x_seq: input current ``[T, *shape]``, float32, float64, float16 or bfloat16. With ``T=n``
+            given it is ``[*shape]``, a current held constant for n steps and never expanded.
+        v: membrane before the first step: a number, a tensor that broadcasts to ``shape``, or
+            ``"half"`` for half the threshold (OPI).
+        v_threshold: threshold, positive and finite: a number, or a tensor that is scalar, per
+            channel (with ``channel_dim``) or broadcasts to ``shape``.
+        v_reset: ``None`` resets by subtraction; a number is what v becomes after a spike.
+        surrogate_function: derivative used for spikes in the backward pass: ``None`` (ATan, alpha
+            2), ``"atan"``, ``"sigmoid"``, ``"triangle"``, ``"rectangle"``, or an object of
+            :mod:`snnkernels.surrogate` or SpikingJelly.
+        detach_reset: no gradient through the spike in the reset.
+        store_v_seq: also return the membranes after each step.
+        T: number of steps of a constant current.
+        channel_dim: dimension of ``shape`` (counted without T) along which 1-D ``v``,
+            ``v_threshold``, ``amplitude`` and ``input_scale`` are per channel.
+        amplitude: what a spike weighs: ``None`` (1), a number, a tensor as for ``v_threshold``, or
+            ``"threshold"``. Rounded once to ``spike_dtype``.
+        input_scale: ``m = v + round(x * input_scale)``; for neurons in units of their threshold.
+        tie: ``">="`` fires at the threshold, ``">"`` only above.
+        spike_dtype: dtype of the spikes: that of ``x_seq`` (default) or ``torch.uint8``, which
+            holds 0 and 1 whatever the amplitude and carries no gradient.
+        store_charge_seq: return the membranes before each reset instead of ``v_seq``.
+        out: where the spikes go: contiguous ``[T, *shape]`` of ``spike_dtype``; not with gradients.
+
+    Returns:
+        ``(spikes, v, v_seq)``: spikes ``[T, *shape]``; the final membrane ``[*shape]``; and the
+        membranes ``[T, *shape]`` after (``store_v_seq``) or before (``store_charge_seq``) reset, or
+        ``None``. Membranes are float32, float64 for float64 inputs.
+
+    Raises:
+        TypeError: an argument of the wrong type.
+        ValueError: a value out of range or a shape that does not fit; the message names it.
+    """
+    if store_v_seq and store_charge_seq:
+        raise ValueError("store_v_seq and store_charge_seq exclude each other")
+    spikes, _, v_last, v_seq, charge_seq = _run(
+        x_seq, v, v_threshold, v_reset, surrogate_function, detach_reset, T, channel_dim, amplitude,
+        input_scale, tie, spike_dtype, True, False, store_v_seq, store_charge_seq, False, out,
+    )  # fmt: skip
+    return spikes, v_last, v_seq if store_v_seq else charge_seq if store_charge_seq else None
+
+
+def if_count(
+    x_seq: Tensor,
+    v: Tensor | _Number | str = 0.0,
+    v_threshold: Tensor | _Number = 1.0,
+    v_reset: _Number | None = None,
+    *,
+    T: int | None = None,
+    channel_dim: int | None = None,
+    input_scale: Tensor | _Number | None = None,
+    tie: str = ">=",
+    surrogate_function: Any = None,
+    detach_reset: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Counts spikes without a ``[T, ...]`` tensor; arguments as in :func:`if_multi_step`.
+
+    Returns:
+        ``(count, v)``: int32 spike counts and final membranes, both ``[*shape]``. Gradients flow
+        through ``v`` only; :func:`if_rate` is the differentiable form.
+    """
+    _, count, v_last, _, _ = _run(
+        x_seq, v, v_threshold, v_reset, surrogate_function, detach_reset, T, channel_dim, None,
+        input_scale, tie, None, False, True, False, False, False, None,
+    )  # fmt: skip
+    return count, v_last
+
+
+def if_rate(
+    x_seq: Tensor,
+    v: Tensor | _Number | str = 0.0,
+    v_threshold: Tensor | _Number = 1.0,
+    v_reset: _Number | None = None,
+    *,
+    T: int | None = None,
+    channel_dim: int | None = None,
+    amplitude: Tensor | _Number | str | None = None,
+    input_scale: Tensor | _Number | None = None,
+    tie: str = ">=",
+    surrogate_function: Any = None,
+    detach_reset: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Mean output ``amplitude * count / T`` without a ``[T, ...]`` tensor, differentiable.
+
+    Arguments as in :func:`if_multi_step`.
+
+    Returns:
+        ``(rate, v)``, both ``[*shape]``; the rate has the dtype of ``x_seq``.
+
+    Raises:
+        ValueError: also when ``x_seq`` has no time steps.
+    """
+    rate, _, v_last, _, _ = _run(
+        x_seq, v, v_threshold, v_reset, surrogate_function, detach_reset, T, channel_dim, amplitude,
+        input_scale, tie, None, False, True, False, False, True, None,
+    )  # fmt: skip
+    return rate, v_last
+
+
+def if_step(
+    x: Tensor,
+    v: Tensor | _Number | str = 0.0,
+    v_threshold: Tensor | _Number = 1.0,
+    v_reset: _Number | None = None,
+    surrogate_function: Any = None,
+    detach_reset: bool = False,
+    *,
+    channel_dim: int | None = None,
+    amplitude: Tensor | _Number | str | None = None,
+    input_scale: Tensor | _Number | None = None,
+    tie: str = ">=",
+    spike_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One time step: current ``[*shape]`` in, ``(spikes, v)`` out, both ``[*shape]``.
+
+    Arguments as in :func:`if_multi_step`.
+    """
+    spikes, _, v_last, _, _ = _run(
+        x, v, v_threshold, v_reset, surrogate_function, detach_reset, 1, channel_dim, amplitude,
+        input_scale, tie, spike_dtype, True, False, False, False, False, None,
+    )  # fmt: skip
+    return spikes[0], v_last
+
+
+def _run(
+    x: Tensor,
+    v: Any,
+    v_threshold: Any,
+    v_reset: Any,
+    surrogate_function: Any,
+    detach_reset: bool,
+    T: int | None,
+    channel_dim: int | None,
+    amplitude: Any,
+    input_scale: Any,
+    tie: str,
+    spike_dtype: torch.dtype | None,
+    spikes: bool,
+    count: bool,
+    v_seq: bool,
+    charge_seq: bool,
+    rate: bool,
+    out: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Checks the arguments, then takes the shortest way to a kernel that they allow."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x_seq must be a torch.Tensor, got {type(x).__name__}")
+    if x.dtype not in _FLOATS:
+        raise TypeError(
+            f"x_seq has dtype {x.dtype}; allowed are float32, float64, float16 and bfloat16"
+        )
+    if T is None:
+        if x.dim() == 0:
+            raise ValueError("x_seq has no dimensions; it is [T, *shape], or [*shape] with T=n")
+        shape = x.shape[1:]
+        if rate and x.shape[0] == 0:
+            raise ValueError("x_seq has no time steps: a rate of no steps is undefined")
+    else:
+        if not isinstance(T, (int, torch.SymInt)) or isinstance(T, bool):
+            raise TypeError(f"T={T!r} must be an int")
+        if T < 1:
+            raise ValueError(f"T={T} must be at least 1")
+        shape = x.shape
+    if tie != ">=" and tie != ">":
+        raise ValueError(f"tie={tie!r} is unknown; allowed are '>=' and '>'")
+    if spike_dtype is None:
+        spike_dtype = x.dtype
+    elif spike_dtype != x.dtype and spike_dtype != torch.uint8:
+        raise ValueError(
+            f"spike_dtype={spike_dtype} is not offered for {x.dtype} input; allowed are {x.dtype} "
+            "and torch.uint8"
+        )
+    if v_reset is not None:
+        v_reset = _number("v_reset", v_reset)
+
+    compiling = torch.compiler.is_compiling()
+    th, th_value = _operand("v_threshold", v_threshold, shape, channel_dim, x)
+    if not compiling:
+        operands.check_threshold(th_value if th is None else th)
+    if isinstance(v, str):
+        if v != "half":
+            raise ValueError(f"v={v!r} is unknown; the only string allowed is 'half'")
+        v_tensor, v_value = (None, th_value / 2) if th is None else (th * 0.5, 0.0)
+    else:
+        v_tensor, v_value = _operand("v", v, shape, channel_dim, x)
+    if amplitude is None:
+        amp, amp_value = None, 1.0
+    elif isinstance(amplitude, str):
+        if amplitude != "threshold":
+            raise ValueError(
+                f"amplitude={amplitude!r} is unknown; the only string allowed is 'threshold'"
+            )
+        amp, amp_value = th, th_value
+    else:
+        amp, amp_value = _operand("amplitude", amplitude, shape, channel_dim, x)
+    scale = None
+    if input_scale is not None:
+        scale, scale_value = _operand("input_scale", input_scale, shape, channel_dim, x)
+        if scale is None:
+            state = reference.state_dtype(x.dtype)
+            scale = torch.full((), scale_value, dtype=state, device=x.device)
+
+    tensors = (x, v_tensor, th, amp, scale)
+    needs_grad = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in tensors
+    )
+    if out is not None:
+        _check_out(out, x, shape, T, spike_dtype, needs_grad)
+    if not needs_grad and not rate:
+        arguments = (
+            x, T, v_tensor, v_value, th, th_value, amp, amp_value, scale, v_reset, tie == ">",
+            spike_dtype, spikes, count, v_seq, charge_seq, -1, 1.0,
+        )  # fmt: skip
+        if compiling or type(x) not in _PLAIN or torch._C._len_torch_dispatch_stack():
+            result = torch.ops.snnkernels.if_forward(*arguments)
+            if out is not None:
+                out.copy_(result[0])
+                result = (out, *result[1:])
+        else:
+            result = ops.if_forward(*arguments, out)
+    else:
+        config = _Config(
+            T, v_value, th_value, amp_value, v_reset, tie == ">", spike_dtype, spikes, count, v_seq,
+            charge_seq, rate, _surrogate.resolve(surrogate_function), bool(detach_reset), False,
+        )  # fmt: skip
+        result = _IntegrateAndFire.apply(*tensors, config)
+    if spikes and spike_dtype == torch.uint8 and amplitude is not None and not compiling:
+        result[0].amplitude = amp_value if amp is None else amp
+    return result
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(
+        value, (int, float, torch.SymFloat, torch.SymInt)
+    ):
+        try:
+            # NumPy scalars and the like; not strings, not bool.
+            if isinstance(value, (bool, str, bytes)):
+                raise TypeError
+            return float(value)
+        except (TypeError, ValueError):
+            raise TypeError(
+                f"{name}={value!r} is of type {type(value).__name__}; allowed are a number"
+                + ("" if name == "v_reset" else " and a tensor")
+            ) from None
+    return value if type(value) is float else float(value)
+
+
+def _operand(
+    name: str, value: Any, shape: Size, channel_dim: int | None, x: Tensor
+) -> tuple[Tensor | None, float]:
+    """``value`` as (tensor that broadcasts to shape, 0.0) or (None, number)."""
+    if type(value) is float:
+        if value != value:
+            raise ValueError(f"{name} is NaN")
+        return None, value
+    if not isinstance(value, Tensor):
+        value = _number(name, value)
+        if math.isnan(value):
+            raise ValueError(f"{name} is NaN")
+        return None, value
+    if not value.dtype.is_floating_point:
+        if value.dtype.is_complex or value.dtype == torch.bool:
+            raise TypeError(f"{name} has dtype {value.dtype}; allowed are real numbers")
+        value = value.to(reference.state_dtype(x.dtype))
+    if value.device != x.device:
+        if value.dim() == 0 and value.device.type == "cpu" and not value.requires_grad:
+            return None, float(value)
+        raise ValueError(f"{name} is on {value.device} but x_seq is on {x.device}")
+    return operands.for_broadcast(name, value, shape, channel_dim), 0.0
+
+
+def _check_out(
+    out: Tensor, x: Tensor, shape: Size, T: int | None, dtype: torch.dtype, needs_grad: bool
+) -> None:
+    full = (x.shape[0] if T is None else T, *shape)
+    if not isinstance(out, Tensor):
+        raise TypeError(f"out must be a torch.Tensor, got {type(out).__name__}")
+    if needs_grad or out.requires_grad:
+        raise ValueError("out cannot be combined with gradients; use torch.no_grad() or drop it")
+    if tuple(out.shape) != full or out.dtype != dtype or out.device != x.device:
+        raise ValueError(
+            f"out is {out.dtype} {tuple(out.shape)} on {out.device}; expected {dtype} {full} on "
+            f"{x.device}"
+        )
+    if not out.is_contiguous():
+        raise ValueError("out must be contiguous")
+    # Reading x after spikes were written over it would be silent garbage.
+    if out.numel() and out.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
+        raise ValueError("out shares memory with x_seq")
+
+
+class _IntegrateAndFire(torch.autograd.Function):
+    """Autograd around the two operators: keeps x and the operands, nothing of size [T, ...] else."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        v: Tensor | None,
+        threshold: Tensor | None,
+        amplitude: Tensor | None,
+        input_scale: Tensor | None,
+        c: _Config,
+    ) -> tuple[Tensor, ...]:
+        run = torch.ops.snnkernels.if_forward if _through_operator(x) else ops.if_forward
+        smooth = c.surrogate.kind if c.smooth else -1
+        spikes, count, v_last, v_seq, charge_seq = run(
+            x, c.T, v, c.v_value, threshold, c.threshold_value, amplitude, c.amplitude_value,
+            input_scale, c.v_reset, c.strict, c.spike_dtype, c.spikes, c.count, c.v_seq,
+            c.charge_seq, smooth, c.surrogate.alpha,
+        )  # fmt: skip
+        if c.rate:
+            steps = x.shape[0] if c.T is None else c.T
+            weight = c.amplitude_value if amplitude is None else amplitude.to(v_last.dtype)
+            spikes = (weight * count / steps).to(x.dtype)
+        ctx.save_for_backward(x, v, threshold, amplitude, input_scale)
+        ctx.config = c
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(
+            count, *(t for t in (spikes,) if not t.dtype.is_floating_point)
+        )
+        return spikes, count, v_last, v_seq, charge_seq
+
+    @staticmethod
+    def backward(  # type: ignore[override]
+        ctx: Any,
+        grad_spikes: Tensor | None,
+        grad_count: None,
+        grad_v: Tensor | None,
+        grad_v_seq: Tensor | None,
+        grad_charge_seq: Tensor | None,
+    ) -> tuple[Tensor | None, ...]:
+        c: _Config = ctx.config
+        x, v, threshold, amplitude, input_scale = ctx.saved_tensors
+        needs = list(ctx.needs_input_grad[:5])
+        if torch.compiler.is_compiling() or _through_operator(x):
+            run = torch.ops.snnkernels.if_backward
+        else:
+            run = ops.differentiable_backward if torch.is_grad_enabled() else ops.if_backward
+        grads = run(
+            x, c.T, v, c.v_value, threshold, c.threshold_value, amplitude, c.amplitude_value,
+            input_scale, c.v_reset, c.strict, c.spike_dtype,
+            grad_spikes if c.spikes or c.rate else None, c.rate, grad_v,
+            grad_v_seq if c.v_seq else None, grad_charge_seq if c.charge_seq else None,
+            c.surrogate.kind, c.surrogate.alpha, c.detach_reset, c.smooth, needs,
+        )  # fmt: skip
+        return (*(g if need else None for g, need in zip(grads, needs, strict=True)), None)
+
+
+def _through_operator(x: Tensor) -> bool:
+    return (
+        torch.compiler.is_compiling()
+        or type(x) not in _PLAIN
+        or bool(torch._C._len_torch_dispatch_stack())
+    )

@@ -1,0 +1,297 @@
+"""Which implementation serves a tensor, and why.
+
+========== ======= ===========================================================================
+name       serves  what it is
+========== ======= ===========================================================================
+cpu        CPU     compiled extension, SIMD level chosen at run time, OpenMP threads
+cuda       CUDA    compiled extension, static CUDA runtime
+nvrtc      CUDA    the same source compiled at run time by NVRTC through CuPy
+reference  any     plain PyTorch
+========== ======= ===========================================================================
+
+``auto`` takes the first that is there and warns once when only the reference is left. A forced one
+raises instead of falling back.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from types import ModuleType
+from typing import Any
+
+import torch
+
+NAMES = ("auto", "cpu", "cuda", "nvrtc", "reference")
+_VARIABLE = "SNNKERNELS_BACKEND"
+_REINSTALL = "reinstall snnkernels where a C++17 compiler is on PATH (SNNKERNELS_CPU=1 shows why not)"
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """One compiled implementation. ``gpu``: it runs csrc/kernels.cuh and needs its launch plan."""
+
+    name: str
+    device_type: str
+    gpu: bool
+    forward: Callable[[bytes, torch.device], None]
+    backward: Callable[[bytes, torch.device], None]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of :func:`backend_info`."""
+
+    name: str
+    available: bool
+    reason: str
+    remedy: str
+    version: str
+
+
+@dataclass(frozen=True)
+class BackendInfo:
+    """What is there, what is not, why, and the remedy; ``str()`` is a table."""
+
+    rows: tuple[Row, ...]
+    forced: str
+    torch: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain dictionaries, for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        head = ("back end", "there", "version", "why / remedy")
+        lines = [head]
+        for row in self.rows:
+            lines.append((row.name, "yes" if row.available else "no", row.version, row.reason))
+            if row.remedy:
+                lines.append(("", "", "", "remedy: " + row.remedy))
+        width = [max(len(line[i]) for line in lines) for i in range(3)]
+        table = [
+            "  ".join([*(cell.ljust(w) for cell, w in zip(line, width, strict=False)), line[3]]).rstrip()
+            for line in lines
+        ]
+        table.insert(1, "-" * max(map(len, table)))
+        return "\n".join([f"torch {self.torch}; back end: {self.forced}", *table])
+
+
+class Missing(RuntimeError):
+    """A back end cannot run here; ``remedy`` says what would make it."""
+
+    def __init__(self, reason: str, remedy: str) -> None:
+        super().__init__(f"{reason}; {remedy}" if remedy else reason)
+        self.reason, self.remedy = reason, remedy
+
+
+@lru_cache(maxsize=None)
+def extension(name: str) -> ModuleType:
+    """The compiled module ``_cpu`` or ``_cuda``; raises :class:`Missing`."""
+    try:
+        return importlib.import_module(f"snnkernels.{name}")
+    except ModuleNotFoundError as error:
+        if error.name != f"snnkernels.{name}":
+            raise
+        raise Missing(f"the compiled extension snnkernels.{name} is not installed", "") from None
+    except ImportError as error:
+        raise Missing(f"snnkernels.{name} does not load: {error}", "reinstall snnkernels") from error
+
+
+def _need_device() -> None:
+    if torch.version.cuda is None:
+        raise Missing(
+            f"torch {torch.__version__} was built without CUDA", "install a CUDA build of torch"
+        )
+    if not torch.cuda.is_available():
+        raise Missing("no CUDA device is visible", "check nvidia-smi and CUDA_VISIBLE_DEVICES")
+
+
+def _cpu() -> Kernels:
+    try:
+        module = extension("_cpu")
+    except Missing as error:
+        raise Missing(error.reason, error.remedy or _REINSTALL) from None
+    return Kernels(
+        "cpu",
+        "cpu",
+        False,
+        lambda params, device: module.if_forward(params),
+        lambda params, device: module.if_backward(params),
+    )
+
+
+def _stream(device: torch.device) -> int:
+    return torch._C._cuda_getCurrentRawStream(device.index)
+
+
+def _cuda() -> Kernels:
+    try:
+        module = extension("_cuda")
+    except Missing as error:
+        remedy = "reinstall snnkernels where nvcc is on PATH (SNNKERNELS_CUDA=1 shows why not)"
+        raise Missing(error.reason, error.remedy or remedy) from None
+    _need_device()
+    return Kernels(
+        "cuda",
+        "cuda",
+        True,
+        lambda params, device: module.if_forward(params, device.index, _stream(device)),
+        lambda params, device: module.if_backward(params, device.index, _stream(device)),
+    )
+
+
+def _nvrtc() -> Kernels:
+    from . import nvrtc
+
+    major = (torch.version.cuda or "13").split(".")[0]
+    try:
+        importlib.import_module("cupy")
+    except ImportError as error:
+        raise Missing(
+            f"CuPy does not import: {error}", f"pip install 'snnkernels[cuda{major}]'"
+        ) from None
+    _need_device()
+    return Kernels("nvrtc", "cuda", True, nvrtc.if_forward, nvrtc.if_backward)
+
+
+_MAKERS: dict[str, Callable[[], Kernels]] = {"cpu": _cpu, "cuda": _cuda, "nvrtc": _nvrtc}
+_made: dict[str, Kernels | Missing] = {}
+_chosen: dict[str, Kernels | None] = {}
+_forced = "auto"
+
+
+def kernels(name: str) -> Kernels:
+    """The implementation called ``name``; raises :class:`Missing` when it cannot run here."""
+    if name not in _made:
+        try:
+            _made[name] = _MAKERS[name]()
+        except Missing as error:
+            _made[name] = error
+    made = _made[name]
+    if isinstance(made, Missing):
+        raise made
+    return made
+
+
+def choose(device: torch.device) -> Kernels | None:
+    """What serves tensors on ``device``; ``None`` is the reference."""
+    try:
+        return _chosen[device.type]
+    except KeyError:
+        return _chosen.setdefault(device.type, _choose(device.type))
+
+
+def _choose(device_type: str) -> Kernels | None:
+    if _forced == "reference":
+        return None
+    if _forced != "auto":
+        found = kernels(_forced)
+        if found.device_type != device_type:
+            raise RuntimeError(
+                f"back end {_forced!r} was forced but the input is on a {device_type} device; "
+                "snnkernels.set_backend('auto') lets each device have its own"
+            )
+        return found
+    missing = []
+    for name in {"cpu": ("cpu",), "cuda": ("cuda", "nvrtc")}.get(device_type, ()):
+        try:
+            return kernels(name)
+        except Missing as error:
+            missing.append(f"{name}: {error}")
+    warnings.warn(
+        f"snnkernels runs its slow PyTorch reference on {device_type} tensors. "
+        + (" | ".join(missing) or f"There are no kernels for {device_type} devices.")
+        + " | `python -m snnkernels info` shows everything; set_backend('reference') silences this.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return None
+
+
+def set_backend(name: str) -> None:
+    """Chooses the implementation for all later calls.
+
+    Args:
+        name: ``"auto"`` (the best that is there), or one of ``"cpu"``, ``"cuda"``, ``"nvrtc"``,
+            ``"reference"``, which is then used or an error raised, never replaced. The environment
+            variable ``SNNKERNELS_BACKEND`` sets the start value.
+
+    Raises:
+        ValueError: if there is no such back end.
+        RuntimeError: if it cannot run on this machine, with the reason and the remedy.
+    """
+    global _forced
+    if name not in NAMES and name not in _MAKERS:
+        raise ValueError(f"back end {name!r} is unknown; allowed are {', '.join(map(repr, NAMES))}")
+    if name in _MAKERS:
+        try:
+            kernels(name)
+        except Missing as error:
+            raise RuntimeError(f"back end {name!r} cannot run here: {error}") from None
+    _forced = name
+    _chosen.clear()
+
+
+def get_backend() -> str:
+    """The name last given to :func:`set_backend` (``"auto"`` at start)."""
+    return _forced
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """:func:`set_backend` for a ``with`` block."""
+    before = _forced
+    set_backend(name)
+    try:
+        yield
+    finally:
+        set_backend(before)
+
+
+def backend_info() -> BackendInfo:
+    """What each back end needs and whether it is there, as ``python -m snnkernels info`` prints."""
+    rows = []
+    for name in _MAKERS:
+        version = _version(name)
+        try:
+            kernels(name)
+            rows.append(Row(name, True, f"serves {_SERVES.get(name, name)} tensors", "", version))
+        except Missing as error:
+            rows.append(Row(name, False, error.reason, error.remedy, version))
+    rows.append(Row("reference", True, "plain PyTorch, any device; slow", "", torch.__version__))
+    return BackendInfo(tuple(rows), _forced, torch.__version__)
+
+
+_SERVES = {"cpu": "CPU", "cuda": "CUDA", "nvrtc": "CUDA"}
+
+
+def _version(name: str) -> str:
+    try:
+        if name == "cpu":
+            module = extension("_cpu")
+            return f"{module.isa()}, {module.threads()} threads"
+        if name == "cuda":
+            return "sm " + extension("_cuda").ARCHS
+        if name == "nvrtc":
+            return "cupy " + importlib.import_module("cupy").__version__
+    except (Missing, ImportError, AttributeError):
+        pass
+    return "-"
+
+
+def _from_environment() -> None:
+    name = os.environ.get(_VARIABLE, "auto")
+    if name not in NAMES:
+        raise ValueError(f"{_VARIABLE}={name!r} is unknown; allowed are {', '.join(NAMES)}")
+    global _forced
+    # Checked when first used: importing touches no device.
+    _forced = name
+
+
+_from_environment()

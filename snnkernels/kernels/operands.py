@@ -1,0 +1,114 @@
+"""What a neuron reads besides its current: numbers and tensors that neurons share."""
+
+from __future__ import annotations
+
+import math
+import struct
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Size, Tensor
+
+
+def for_broadcast(name: str, value: Tensor, shape: Size, channel_dim: int | None) -> Tensor:
+    """``value`` viewed so that it broadcasts to the neurons' ``shape``.
+
+    A 1-D tensor with ``channel_dim`` set (counted without T) is per channel.
+
+    Raises:
+        ValueError: naming the argument, its shape and what is allowed.
+    """
+    if channel_dim is not None and value.dim() == 1 and value.numel() != 1:
+        dims = len(shape)
+        if not -dims <= channel_dim < dims:
+            raise ValueError(
+                f"channel_dim={channel_dim} is out of range for neurons of shape {tuple(shape)}; "
+                "it counts without the time dimension"
+            )
+        channel_dim %= dims
+        if value.shape[0] != shape[channel_dim]:
+            raise ValueError(
+                f"{name} has {value.shape[0]} elements but dimension {channel_dim} (channel_dim) of "
+                f"the neurons' shape {tuple(shape)} has {shape[channel_dim]}"
+            )
+        return value.reshape(-1, *(1 for _ in shape[channel_dim + 1 :]))
+    if value.dim() > len(shape) or any(
+        a not in (1, b) for a, b in zip(reversed(value.shape), reversed(shape), strict=False)
+    ):
+        if value.numel() == 1:
+            return value.reshape(())
+        hint = "" if channel_dim is not None else "; set channel_dim for one value per channel"
+        raise ValueError(
+            f"{name} of shape {tuple(value.shape)} does not broadcast to the neurons' shape "
+            f"{tuple(shape)}{hint}"
+        )
+    return value
+
+
+class Shared(NamedTuple):
+    """A tensor's elements as kernels read them: neuron n takes ``(n // inner) % count``."""
+
+    tensor: Tensor
+    inner: int
+    count: int
+
+
+def share(value: Tensor, shape: Size, dtype: torch.dtype) -> Shared:
+    """Describes ``value`` (broadcasts to ``shape``) without expanding it where that is possible."""
+    value = value.detach().to(dtype)
+    if value.numel() == 1:
+        return Shared(value.contiguous(), 1, 1)
+    sizes = [1] * (len(shape) - value.dim()) + list(value.shape)
+    full = [i for i, n in enumerate(sizes) if n != 1]
+    first, last = full[0], full[-1]
+    if sizes[first : last + 1] == list(shape[first : last + 1]):
+        return Shared(value.contiguous(), math.prod(shape[last + 1 :]), value.numel())
+    # Shared along two separate runs of dimensions, for example [B, 1, H, W]: rare, so expanded.
+    return Shared(value.expand(shape).contiguous(), 1, math.prod(shape))
+
+
+@lru_cache(maxsize=256)
+def bits(number: float, dtype: torch.dtype) -> int:
+    """The bit pattern of ``number`` rounded once to ``dtype``; integer spikes are 0 and 1."""
+    if not dtype.is_floating_point:
+        return 1
+    if dtype == torch.float32:
+        return struct.unpack("<I", struct.pack("<f", number))[0]
+    if dtype == torch.float64:
+        return struct.unpack("<Q", struct.pack("<d", number))[0]
+    with torch.device("cpu"):
+        rounded = torch.tensor(number, dtype=torch.float64).to(dtype)
+        return int(rounded.view(torch.int16)) & 0xFFFF
+
+
+def rounded(number: float, dtype: torch.dtype) -> float:
+    """``number`` rounded once to ``dtype``; integer spikes weigh 1 inside the kernels."""
+    if not dtype.is_floating_point:
+        return 1.0
+    return number if dtype == torch.float64 else _rounded(number, dtype)
+
+
+@lru_cache(maxsize=256)
+def _rounded(number: float, dtype: torch.dtype) -> float:
+    with torch.device("cpu"):
+        return float(torch.tensor(number, dtype=torch.float64).to(dtype))
+
+
+def check_threshold(value: Any, name: str = "v_threshold") -> None:
+    """Raises ValueError unless every threshold is positive and finite.
+
+    CUDA tensors are not looked at: that would wait for the device at every call.
+    """
+    if isinstance(value, Tensor):
+        if value.device.type != "cpu" or value.numel() == 0:
+            return
+        bad = ~((value > 0) & torch.isfinite(value)).detach().reshape(-1)
+        if bool(bad.any()):
+            i = int(bad.nonzero()[0])
+            raise ValueError(
+                f"{name} must be positive and finite; element {i} of {value.numel()} is "
+                f"{value.detach().reshape(-1)[i].item()}"
+            )
+    elif not 0.0 < value < math.inf:
+        raise ValueError(f"{name}={value!r} must be positive and finite")

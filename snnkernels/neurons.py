@@ -1,0 +1,268 @@
+"""Integrate-and-fire neurons as modules that hold state and parameters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import functional
+from . import surrogate as _surrogate
+from .kernels import operands
+
+_OUTPUTS = ("spikes", "count", "rate")
+_STEP_MODES = ("s", "m")
+# A learned threshold never falls below this fraction of where it started.
+_FLOOR = 1e-3
+
+
+class IFNode(nn.Module):
+    """Integrate-and-fire neurons; words and defaults as in SpikingJelly where both have them.
+
+    ``m = v + x``, fire at ``m >= v_threshold``, reset by subtraction, all T steps in one launch
+    (:func:`snnkernels.functional.if_multi_step`). The membrane ``v`` is carried from call to call
+    until :meth:`reset`; a call with another neuron shape starts at ``v_init`` again.
+
+    Args:
+        v_threshold: positive and finite: a number, or a tensor that is scalar, per channel (with
+            ``channel_dim``) or broadcasts to the neurons' shape. Tensors are buffers.
+        v_reset: ``None`` resets by subtraction; a number is what v becomes after a spike.
+        surrogate_function: see :func:`snnkernels.surrogate.resolve`; default ATan, alpha 2.
+        detach_reset: no gradient through the spike in the reset.
+        step_mode: ``"m"``: inputs are ``[T, *shape]``; ``"s"``: one step, ``[*shape]``.
+        v_init: membrane at start and after :meth:`reset`: a number, a tensor as for
+            ``v_threshold``, or ``"half"`` for half the threshold (OPI, Bu et al., AAAI 2022), which
+            follows a threshold that is learned.
+        channel_dim: dimension of per-channel tensors in the neurons' shape, counted without T.
+        amplitude: what a spike weighs: ``None`` (1), a number, a tensor, or ``"threshold"``.
+        input_scale: ``m = v + round(x * input_scale)``; a number or a tensor.
+        tie: ``">="`` fires at the threshold, ``">"`` only above.
+        learn_threshold, learn_v_init: make them parameters. The threshold in force is
+            ``max(v_threshold, 0.001 * its start)``.
+        output: ``"spikes"`` ``[T, *shape]``; ``"count"`` (int32) or ``"rate"``
+            (``amplitude * count / T``), both ``[*shape]`` with no ``[T, ...]`` tensor in between.
+        spike_dtype: dtype of the spikes: the input's (default) or ``torch.uint8``.
+        store_v_seq: keep the membranes after each step in ``v_seq``.
+
+    Thresholds and initial membranes keep their float32 through ``.half()`` and ``.bfloat16()``.
+    """
+
+    def __init__(
+        self,
+        v_threshold: float | Tensor = 1.0,
+        v_reset: float | None = None,
+        surrogate_function: Any = None,
+        detach_reset: bool = False,
+        step_mode: str = "m",
+        *,
+        v_init: float | Tensor | str = 0.0,
+        channel_dim: int | None = None,
+        amplitude: float | Tensor | str | None = None,
+        input_scale: float | Tensor | None = None,
+        tie: str = ">=",
+        learn_threshold: bool = False,
+        learn_v_init: bool = False,
+        output: str = "spikes",
+        spike_dtype: torch.dtype | None = None,
+        store_v_seq: bool = False,
+    ) -> None:
+        super().__init__()
+        if output not in _OUTPUTS:
+            raise ValueError(f"output={output!r} is unknown; allowed are {', '.join(_OUTPUTS)}")
+        if tie not in (">=", ">"):
+            raise ValueError(f"tie={tie!r} is unknown; allowed are '>=' and '>'")
+        if isinstance(v_init, str) and v_init != "half":
+            raise ValueError(f"v_init={v_init!r} is unknown; the only string allowed is 'half'")
+        if isinstance(amplitude, str) and amplitude != "threshold":
+            raise ValueError(f"amplitude={amplitude!r} is unknown; only 'threshold' is allowed")
+        if v_reset is not None and not math.isfinite(v_reset):
+            raise ValueError(f"v_reset={v_reset!r} must be finite or None")
+        if output != "spikes" and store_v_seq:
+            raise ValueError(f"store_v_seq=True needs output='spikes', not {output!r}")
+        self.step_mode = step_mode
+        self.v_reset = v_reset
+        self.surrogate_function = _surrogate.resolve(surrogate_function)
+        self.detach_reset = detach_reset
+        self.channel_dim = channel_dim
+        self.tie = tie
+        self.output = output
+        self.spike_dtype = spike_dtype
+        self.store_v_seq = store_v_seq
+        self.v_seq: Tensor | None = None
+        self._v: Tensor | float | None = None
+        self.learn_threshold = learn_threshold
+
+        _check_built(v_threshold)
+        self._hold("v_threshold", v_threshold, learn_threshold)
+        if learn_threshold:
+            self.register_buffer("_floor", _FLOOR * self.v_threshold.detach().clone())
+        if learn_v_init and isinstance(v_init, str):
+            half = 0.5 * (v_threshold if isinstance(v_threshold, (int, float)) else self.v_threshold)
+            v_init = half.detach() if isinstance(half, Tensor) else half
+        self._hold("v_init", v_init, learn_v_init)
+        self._hold("amplitude", amplitude, False)
+        self._hold("input_scale", input_scale, False)
+
+    def _hold(self, name: str, value: Any, learn: bool) -> None:
+        """Keeps numbers as attributes, tensors as buffers, learned ones as parameters."""
+        if learn:
+            tensor = value.detach().clone() if isinstance(value, Tensor) else torch.tensor(value)
+            self.register_parameter(name, nn.Parameter(_at_least_float32(tensor)))
+        elif isinstance(value, nn.Parameter):
+            self.register_parameter(name, value)
+        elif isinstance(value, Tensor):
+            self.register_buffer(name, _at_least_float32(value.detach().clone()))
+        else:
+            setattr(self, name, value if isinstance(value, str) or value is None else float(value))
+
+    @property
+    def step_mode(self) -> str:
+        """``"m"`` (many steps) or ``"s"`` (a single one)."""
+        return self._step_mode
+
+    @step_mode.setter
+    def step_mode(self, value: str) -> None:
+        if value not in _STEP_MODES:
+            raise ValueError(f"step_mode={value!r} is unknown; allowed are 's' and 'm'")
+        self._step_mode = value
+
+    def supported_step_mode(self) -> tuple[str, ...]:
+        """The step modes there are, as in SpikingJelly."""
+        return _STEP_MODES
+
+    @property
+    def threshold(self) -> float | Tensor:
+        """The threshold in force: ``v_threshold``, kept above its floor while it is learned."""
+        if self.learn_threshold:
+            return torch.maximum(self.v_threshold, self._floor)  # type: ignore[arg-type]
+        return self.v_threshold
+
+    @property
+    def v(self) -> Any:
+        """The membrane: a tensor ``[*shape]`` after a call, ``v_init`` after :meth:`reset`."""
+        if self._v is not None:
+            return self._v
+        return 0.5 * self.threshold if isinstance(self.v_init, str) else self.v_init
+
+    @v.setter
+    def v(self, value: Tensor | float | None) -> None:
+        self._v = value
+
+    def reset(self) -> None:
+        """Forgets the membrane: the next call starts at ``v_init``."""
+        self._v = None
+        self.v_seq = None
+
+    def detach(self) -> None:
+        """Cuts the membrane from the graph of earlier calls (truncated back-propagation)."""
+        if isinstance(self._v, Tensor):
+            self._v = self._v.detach()
+
+    def forward(self, x: Tensor, T: int | None = None) -> Tensor:
+        """Runs the neurons.
+
+        Args:
+            x: current ``[T, *shape]`` (step mode ``"m"``) or ``[*shape]`` (``"s"``).
+            T: with step mode ``"m"``: ``x`` is ``[*shape]``, held constant for T steps.
+
+        Returns:
+            What ``output`` says.
+        """
+        single = self._step_mode == "s"
+        if single:
+            if T is not None:
+                raise ValueError("T is for step_mode='m'; step_mode='s' takes one step a call")
+            T = 1
+        v = self._v
+        if v is None:
+            v = self.v_init
+        elif isinstance(v, Tensor) and v.dim():
+            if v.shape != (x.shape if T is not None else x.shape[1:]):
+                v = self.v_init
+        store = self.store_v_seq
+        output = self.output
+        result, count, last, v_seq, _ = functional._run(
+            x, v, self.threshold, self.v_reset, self.surrogate_function, self.detach_reset, T,
+            self.channel_dim, self.amplitude, self.input_scale, self.tie, self.spike_dtype,
+            output == "spikes", output != "spikes", store, False, output == "rate", None,
+        )  # fmt: skip
+        self._v = last
+        if store:
+            self.v_seq = v_seq
+        if output == "count":
+            return count
+        return result[0] if single and output == "spikes" else result
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> IFNode:
+        kept = {
+            name: tensor.detach()
+            for store in (self._parameters, self._buffers)
+            for name, tensor in store.items()
+            if tensor is not None
+        }
+        super()._apply(fn, recurse)
+        # Half-precision thresholds would move spikes: only device and float64 moves are followed.
+        for name, before in kept.items():
+            tensor = getattr(self, name)
+            if tensor.dtype in (torch.float16, torch.bfloat16):
+                tensor.data = before.to(tensor.device)
+        if isinstance(self._v, Tensor):
+            moved = fn(self._v)
+            half = moved.dtype in (torch.float16, torch.bfloat16)
+            self._v = self._v.to(moved.device) if half else moved
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        key = prefix + "v_threshold"
+        if key in state_dict:
+            _check_built(state_dict[key])
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        # A graph can be neither copied nor pickled.
+        for name in ("_v", "v_seq"):
+            if isinstance(state[name], Tensor):
+                state[name] = state[name].detach()
+        return state
+
+    def extra_repr(self) -> str:
+        """The arguments that differ between nodes."""
+
+        def short(value: Any) -> str:
+            return f"Tensor{tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+
+        parts = [f"v_threshold={short(self.v_threshold)}", f"v_reset={self.v_reset}"]
+        parts += [f"v_init={short(self.v_init)}", f"step_mode={self.step_mode!r}"]
+        if self.amplitude is not None:
+            parts.append(f"amplitude={short(self.amplitude)}")
+        if self.channel_dim is not None:
+            parts.append(f"channel_dim={self.channel_dim}")
+        if self.output != "spikes":
+            parts.append(f"output={self.output!r}")
+        return ", ".join([*parts, f"surrogate_function={self.surrogate_function!r}"])
+
+
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
+
+
+def _check_built(threshold: Any) -> None:
+    """Checks a threshold on any device: building and loading may wait for it, calls may not."""
+    if isinstance(threshold, Tensor):
+        operands.check_threshold(threshold.detach().cpu())
+    elif isinstance(threshold, bool) or not isinstance(threshold, (int, float)):
+        raise TypeError(f"v_threshold={threshold!r} must be a number or a tensor")
+    else:
+        operands.check_threshold(threshold)
+
+
+def reset_net(net: nn.Module) -> None:
+    """Resets every module in ``net`` that has a ``reset()``, as SpikingJelly's does."""
+    for module in net.modules():
+        reset = getattr(module, "reset", None)
+        if callable(reset):
+            reset()
