@@ -103,7 +103,9 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
         else:
             table.add_section()
     print(title)  # as the table's own title it would be broken to the table's width
-    Console().print(table)
+    # At the width of a pipe or a narrow terminal rich would cut cells; numbers must stay whole.
+    wide = Console(width=10_000)
+    Console(width=max(Console().width, wide.measure(table).maximum)).print(table)
 
 
 def _print_plain(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -52,6 +52,14 @@ def test_rich_table_shows_the_same_cells(capsys: pytest.CaptureFixture[str]) -> 
     ]
 
 
+def test_wide_tables_are_not_cut(capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "20")
+    header = [f"column {i}" for i in range(20)]
+    cli.print_table("Wide", header, [[f"cell number {i}" for i in range(20)]])
+    out = capsys.readouterr().out
+    assert all(f"cell number {i}" in out for i in range(20))
+
+
 def test_markdown_table() -> None:
     assert cli.markdown_table(*TABLE[1:]) == (
         "|  | a | bb |\n| --- | ---: | ---: |\n| one | 1 | 2 |\n| three | 10 | [2] |\n"
