@@ -112,4 +112,4 @@ class Concat(nn.Module):
 
 
 def relative(a: Tensor, b: Tensor) -> float:
-    return float((a - b).norm() / b.norm())
+    return ((a - b).norm() / b.norm()).item()

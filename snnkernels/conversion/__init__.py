@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .activations import QCFS, ClipReLU
-from .convert import convert, methods
+from .pipeline import convert, methods
 from .errors import ConversionError
 from .network import ConvertedNetwork
 from .report import NodeReport, Report

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -64,7 +66,7 @@ class SpikingActivation(nn.Module):
 
     def rate(self, count: Tensor, T: int, dtype: torch.dtype) -> Tensor:
         """Spike counts over T steps as activations: ``scale * count / T`` in ``dtype``."""
-        scale = self.node.v_threshold if self.scale is None else self.scale
+        scale: Any = self.node.threshold if self.scale is None else self.scale
         scale = per_channel_view(scale, self.channel_dim, count.dim())
         return (scale * count / T).to(dtype)
 

@@ -155,19 +155,26 @@ def trace(ann: nn.Module) -> tuple[nn.Module, fx.Graph]:
 
 
 def _one_placeholder(graph: fx.Graph) -> None:
-    used = [n for n in graph.nodes if n.op == "placeholder"]
-    for node in used[1:]:  # concretised defaults, *args, **kwargs
-        for user in list(node.users):
-            if user.op == "call_function" and user.target is torch._assert:
-                graph.erase_node(user)
+    """Remove the inputs that have default values, and torch.fx's guards on them."""
+    for node in list(graph.nodes):
+        if node.op == "call_function" and node.target is torch._assert:
+            guard = node.args[0]
+            graph.erase_node(node)
+            if isinstance(guard, fx.Node) and not guard.users:
+                graph.erase_node(guard)
+    for node in [n for n in graph.nodes if n.op == "placeholder"][1:]:
         if node.users:
             raise ConversionError(
                 f"input {node.target!r} is used by the network; conversion needs exactly one "
                 "input. Wrap the network in a module with one input"
             )
         graph.erase_node(node)
-    for node in list(graph.nodes):  # torch.fx guards the concrete value with eq + _assert
-        if node.op == "call_function" and node.target is torch._assert:
+
+
+def _drop_dead(graph: fx.Graph) -> None:
+    """Erase what nothing reads; torch.fx's own pass needs an owning module."""
+    for node in reversed(list(graph.nodes)):
+        if not node.users and node.op not in ("placeholder", "output"):
             graph.erase_node(node)
 
 
@@ -297,6 +304,4 @@ def _drop_identities(net: nn.Module, graph: fx.Graph) -> None:
             source = node.args[0] if node.args else next(iter(node.kwargs.values()))
             node.replace_all_uses_with(source)
             graph.erase_node(node)
-    for node in reversed(list(graph.nodes)):
-        if not node.users and node.op not in ("placeholder", "output"):
-            graph.erase_node(node)
+    _drop_dead(graph)
