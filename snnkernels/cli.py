@@ -12,7 +12,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -168,7 +168,8 @@ def _demo(args: argparse.Namespace) -> None:
 def _run_demo(args: argparse.Namespace) -> None:
     import torch
 
-    from snnkernels import convert, data, models, plots
+    from snnkernels import data, models, plots
+    from snnkernels.conversion import convert
 
     _figure((1, 1))  # a missing package should stop the demo before the training, not after
     train, test = data.digits(train=True), data.digits(train=False)
@@ -315,7 +316,7 @@ def _fire(call: tuple[Any, tuple, dict]) -> torch.Tensor:
         return node(*args, **kwargs)
 
 
-def _raster(spiking: dict[str, nn.Module], x: torch.Tensor, label: int, path: Path) -> None:
+def _raster(spiking: Mapping[str, nn.Module], x: torch.Tensor, label: int, path: Path) -> None:
     """Draw the last spiking layer for one image, once for each network."""
     import torch
 
