@@ -35,7 +35,7 @@ class Statistics:
         self.dtype = dtype
         self.histogram: Histogram | None = None
 
-    def update(self, label: str, a: Tensor, per_channel: bool) -> None:
+    def update(self, label: str, a: Tensor, per_channel: bool | None) -> None:
         """Add one batch of activations ``[B, C, *]``."""
         if not bool(torch.isfinite(a).all()):
             what = "NaN" if bool(torch.isnan(a).any()) else "infinite values"
@@ -43,6 +43,8 @@ class Statistics:
                 f"{label}: the ANN's activations contain {what} on the calibration data; no "
                 "threshold can be found. Check the network's weights and the loader's inputs"
             )
+        if per_channel is None:
+            return
         a = a.detach()
         if a.dtype in (torch.float16, torch.bfloat16):
             a = a.float()
@@ -91,20 +93,23 @@ def _progress(items: Iterator[Tensor], loader: Any, show: bool) -> Iterable[Tens
 @torch.no_grad()
 def collect(
     model: fx.GraphModule,
-    paths: dict[str, bool],
+    paths: dict[str, bool | None],
     loader: Any,
     *,
     device: torch.device | None = None,
     progress: bool = True,
+    once: bool = False,
 ) -> tuple[dict[str, Statistics], Tensor]:
     """Run ``model`` over ``loader`` once and gather statistics at the activations ``paths``.
 
     Args:
         model: the ANN with its activations as :class:`Activation` modules, in eval mode.
-        paths: activation path to whether a histogram per channel (else per layer) is kept.
+        paths: activation path to whether a histogram per channel (else per layer) is kept; None:
+            only shape and dtype are noted and the values checked.
         loader: see :func:`batches`.
         device: where inputs go.
         progress: show a tqdm bar if tqdm is there (``TQDM_DISABLE`` is honoured by tqdm).
+        once: one batch is enough.
 
     Returns:
         ``(statistics by path, the first few inputs)``.
@@ -115,7 +120,7 @@ def collect(
     """
     found: dict[str, Statistics] = {}
 
-    def watch(path: str, per_channel: bool) -> Any:
+    def watch(path: str, per_channel: bool | None) -> Any:
         def hook(module: nn.Module, args: Any, out: Tensor) -> None:
             assert isinstance(module, Activation)
             if path not in found:
@@ -127,9 +132,11 @@ def collect(
     handles = [watch(path, per_channel) for path, per_channel in paths.items()]
     sample = None
     try:
-        for x in _progress(batches(loader, device), loader, progress):
-            model(x)
+        for x in _progress(batches(loader, device), loader, progress and not once):
+            model(x[:SAMPLE] if once else x)
             sample = x[:SAMPLE] if sample is None else sample
+            if once:
+                break
     finally:
         for handle in handles:
             handle.remove()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -75,30 +77,20 @@ class Histogram:
     def percentile(self, percent: float) -> Tensor:
         """The value ``percent`` % of all values (zeros included) do not exceed, float64 ``[C]``.
 
-        Linear between the bins' means; never above the maximum.
+        Linear between ranks, as in numpy; a value is known to the mean of its bin.
         """
         value, weight = self.points()
         order = torch.where(weight > 0, value, torch.inf).argsort(1)
         value, weight = value.gather(1, order), weight.gather(1, order)
         zeros = self.total - weight.sum(1, keepdim=True)
-        # Rank of the last value of each bin, counted from 0 as numpy.quantile does.
-        rank = zeros + weight.cumsum(1) - 1
+        last = zeros + weight.cumsum(1) - 1  # rank of the largest value of each bin, from 0
         wanted = (self.total - 1) * percent / 100
-        out = torch.zeros_like(self.maximum)
-        for c in range(len(out)):
-            used = weight[c] > 0
-            ranks = torch.cat([zeros[c] - 1, rank[c][used]])
-            values = torch.cat([zeros.new_zeros(1), value[c][used]])
-            if len(values) > 1:
-                values[-1] = self.maximum[c]
-            above = int((ranks < wanted).sum())
-            if above == 0:
-                continue
-            if above == len(ranks):
-                out[c] = self.maximum[c]
-                continue
-            low, high = ranks[above - 1], ranks[above]
-            # A bin of several values stands for ranks up to its last one.
-            share = ((wanted - low) / (high - low)).clamp(0, 1)
-            out[c] = values[above - 1] + share * (values[above] - values[above - 1])
-        return out
+
+        def at(rank: int) -> Tensor:
+            wide = last.new_full((len(last), 1), rank)
+            bin_ = torch.searchsorted(last, wide).clamp(max=value.shape[1] - 1)
+            found = torch.where(wide < zeros, 0.0, value.gather(1, bin_))[:, 0]
+            return self.maximum if rank >= self.total - 1 else found
+
+        low, high = at(math.floor(wanted)), at(math.ceil(wanted))
+        return low + (high - low) * (wanted - math.floor(wanted))

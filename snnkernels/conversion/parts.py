@@ -139,8 +139,9 @@ class _Body:
         counts = []
         for node in self.cut.counted:
             out = self.env[node]
-            if not self.neurons[str(node.target)].counts:
-                out = self._helper(CountSpikes(), "count_spikes", out)
+            layer = self.neurons[str(node.target)]
+            if not layer.counts:
+                out = self._helper(CountSpikes(layer), "count_spikes", out)
             counts.append(out)
         self.graph.output(tuple(counts))
         return self.cut._module(self.root, self.graph, "Body")
@@ -227,7 +228,6 @@ def cut(
         neuron.constant = isinstance(source, fx.Node) and kinds[source] is Kind.STATIC
         inside = any(user in cutter.in_body for user in node.users)
         neuron.counts = node in counted and not inside
-        neuron.node.output = "count" if neuron.counts else "spikes"
     return Parts(
         prefix=cutter.prefix(),
         body=cutter.body(neurons),

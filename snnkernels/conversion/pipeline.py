@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..neurons import IFNode
-from .calibration import SAMPLE, Statistics, batches, collect
+from .calibration import Statistics, collect
 from .fold import fold_batch_norm
 from .graphs import copy_graph
 from .kinds import Kind, before_neurons, check_supported, is_activation, kinds_of
@@ -155,14 +155,8 @@ def _calibrate(
                 "give threshold= as numbers, or train with ClipReLU or QCFS"
             )
         return {}, None
-    if needy:
-        return collect(
-            model, {s.path: s.per_channel for s in needy}, loader, device=device, progress=progress
-        )
-    first = next(iter(batches(loader, device)), None)
-    if first is None:
-        raise ValueError("loader is empty: leave it out, nothing here needs data")
-    return {}, first[:SAMPLE]
+    paths = {s.path: s.per_channel if s.needs_data else None for s in sites}
+    return collect(model, paths, loader, device=device, progress=progress, once=not needy)
 
 
 def _neurons(site: Site, folded: bool) -> SpikingActivation:
@@ -173,7 +167,7 @@ def _neurons(site: Site, folded: bool) -> SpikingActivation:
         start = start / site.theta
     per_channel = site.theta.dim() == 1 or (isinstance(start, Tensor) and start.dim() == 1)
     node = IFNode(
-        torch.ones_like(site.theta[..., :1].reshape(())) if folded else site.theta,
+        site.theta.new_ones(()) if folded else site.theta,
         v_init=start,
         channel_dim=site.channel_dim if per_channel else None,
         amplitude=None if folded else "threshold",

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from .spiking import SpikingActivation, split_time
+
 __all__ = ["NodeReport", "Report", "measure"]
 
 
@@ -107,9 +109,7 @@ def measure(snn: nn.Module, ann: nn.Module, x: Tensor, report: Report) -> None:
 
     ``ann`` has its activations at the paths at which ``snn.body`` has its neurons.
     """
-    from .spiking import CountSpikes, SpikingActivation
-
-    T, count_spikes = report.T, CountSpikes()
+    T = report.T
     wanted: dict[str, Tensor] = {}
     handles = []
     layers = {p: m for p, m in snn.body.named_modules() if isinstance(m, SpikingActivation)}  # type: ignore[union-attr]
@@ -122,7 +122,7 @@ def measure(snn: nn.Module, ann: nn.Module, x: Tensor, report: Report) -> None:
 
     def compare(path: str) -> object:
         def hook(module: SpikingActivation, args: object, out: Tensor) -> None:
-            count = out if module.counts else count_spikes(out, T)
+            count = out if module.counts else module.count(split_time(out, T))
             row = report[module.label]
             row.rate = float(count.double().mean() / T)
             row.error = _relative(module.rate(count, T, wanted[path].dtype), wanted[path])

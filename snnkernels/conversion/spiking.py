@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from ..neurons import IFNode
 
-__all__ = ["CountSpikes", "Repeat", "SpikingActivation", "TimeShape", "per_channel_view"]
+__all__ = ["CountSpikes", "Repeat", "SpikingActivation", "TimeShape", "per_channel_view", "split_time"]
 
 
 def per_channel_view(value: Tensor, channel_dim: int, dim: int) -> Tensor:
@@ -17,6 +15,11 @@ def per_channel_view(value: Tensor, channel_dim: int, dim: int) -> Tensor:
     if value.dim() != 1:
         return value
     return value.view(*(-1 if d == channel_dim else 1 for d in range(dim)))
+
+
+def split_time(x: Tensor, T: int) -> Tensor:
+    """``[T * B, *]`` to ``[T, B, *]``."""
+    return x.reshape(T, x.shape[0] // T, *x.shape[1:])
 
 
 class SpikingActivation(nn.Module):
@@ -58,15 +61,37 @@ class SpikingActivation(nn.Module):
 
     def forward(self, x: Tensor, T: int) -> Tensor:
         """Run T steps on a current ``[B, *]`` (constant) or ``[T * B, *]``."""
-        if self.constant:
-            out = self.node(x, T=T)
-        else:
-            out = self.node(x.reshape(T, x.shape[0] // T, *x.shape[1:]))
-        return out if self.counts else out.flatten(0, 1)
+        steps = T if self.constant else None
+        if not self.constant:
+            x = split_time(x, T)
+        learning = torch.is_grad_enabled() and (
+            x.requires_grad or any(p.requires_grad for p in self.node.parameters())
+        )
+        self.node.output = "count" if self.counts and not learning else "spikes"
+        out = self.node(x, T=steps)
+        if not self.counts:
+            return out.flatten(0, 1)
+        return self.count(out) if learning else out
+
+    def count(self, spikes: Tensor) -> Tensor:
+        """Spikes ``[T, B, *]`` to counts: int32, or floating point with the spikes' gradient."""
+        count = (spikes != 0).sum(0, dtype=torch.int32)
+        if not spikes.requires_grad:
+            return count
+        wide = spikes.float() if spikes.dtype in (torch.float16, torch.bfloat16) else spikes
+        smooth = wide.sum(0)
+        if self.scale is None:
+            smooth = smooth / per_channel_view(self._threshold(), self.channel_dim, count.dim())
+        # The value is the whole number, so that answers do not depend on the gradient mode.
+        return count.to(smooth.dtype) + (smooth - smooth.detach())
+
+    def _threshold(self) -> Tensor:
+        threshold = self.node.threshold
+        return threshold if isinstance(threshold, Tensor) else torch.tensor(threshold)
 
     def rate(self, count: Tensor, T: int, dtype: torch.dtype) -> Tensor:
         """Spike counts over T steps as activations: ``scale * count / T`` in ``dtype``."""
-        scale: Any = self.node.threshold if self.scale is None else self.scale
+        scale = self._threshold() if self.scale is None else self.scale
         scale = per_channel_view(scale, self.channel_dim, count.dim())
         return (scale * count / T).to(dtype)
 
@@ -92,9 +117,16 @@ class TimeShape(nn.Module):
 
 
 class CountSpikes(nn.Module):
-    """Spikes ``[T * B, *]`` of any amplitude to counts ``[B, *]``, int32."""
+    """Spikes ``[T * B, *]`` of a layer to counts ``[B, *]``.
+
+    Args:
+        layer: where the spikes come from; not a submodule, it lives elsewhere in the graph.
+    """
+
+    def __init__(self, layer: SpikingActivation) -> None:
+        super().__init__()
+        self._layer = (layer,)
 
     def forward(self, spikes: Tensor, T: int) -> Tensor:
         """Count over time."""
-        steps = spikes.reshape(T, spikes.shape[0] // T, *spikes.shape[1:])
-        return (steps != 0).sum(0, dtype=torch.int32)
+        return self._layer[0].count(split_time(spikes, T))

@@ -142,6 +142,12 @@ def settle(site: Site, seen: Statistics | None, T: int, dtype: torch.dtype) -> N
     if seen is not None:
         dtype = seen.dtype
         site.channel_dim = seen.channel_dim
+        for what, value in (("threshold", site.theta), ("v_init", site.v_init)):
+            if isinstance(value, Tensor) and value.numel() not in (1, seen.channels):
+                raise ValueError(
+                    f"{what} of {site.label} has {value.numel()} values, but the layer has "
+                    f"{seen.channels} channels"
+                )
     state = torch.float64 if dtype == torch.float64 else torch.float32
     if site.needs_data:
         assert seen is not None and seen.histogram is not None
@@ -158,10 +164,3 @@ def settle(site: Site, seen: Statistics | None, T: int, dtype: torch.dtype) -> N
     if isinstance(site.v_init, Tensor):
         site.v_init = site.v_init.detach().to(site.theta.device, state)
         site.v_init = site.v_init.reshape(()) if site.v_init.numel() == 1 else site.v_init
-    if seen is not None:
-        for what, value in (("threshold", site.theta), ("v_init", site.v_init)):
-            if isinstance(value, Tensor) and value.dim() == 1 and len(value) != seen.channels:
-                raise ValueError(
-                    f"{what} of {site.label} has {len(value)} values, but the layer has "
-                    f"{seen.channels} channels"
-                )

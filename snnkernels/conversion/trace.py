@@ -148,6 +148,8 @@ def trace(ann: nn.Module) -> tuple[nn.Module, fx.Graph]:
             f"cannot trace the network: {where} failed with {type(error).__name__}: {error}. "
             + WAY_OUT
         ) from error
+    for node in graph.nodes:
+        node.type = None  # annotations may be strings, which torch.fx cannot pickle
     _one_placeholder(graph)
     _remove_inplace(net, graph)
     _drop_identities(net, graph)

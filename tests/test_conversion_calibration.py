@@ -1,0 +1,213 @@
+"""Thresholds from data: histogram, percentile, MMSE, and what a silent channel gets."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from snnkernels.conversion import ClipReLU, ConversionError, convert
+from snnkernels.conversion.calibration import mmse_threshold
+from snnkernels.conversion.histogram import Histogram
+
+
+def filled(*batches: Tensor, bins: int = 1024) -> Histogram:
+    histogram = Histogram(len(batches[0]), bins)
+    for batch in batches:
+        histogram.update(batch)
+    return histogram
+
+
+def test_mmse_worked_example() -> None:
+    # methods.md 11.2: best V = 0.99 (i = 10), mse 0.0146896 against 0.0194792 at V = max
+    a = torch.tensor([[0.1, 0.2, 0.3, 0.4, 0.5, 1.1]], dtype=torch.float64)
+    V = mmse_threshold(filled(a), 4, torch.zeros(()))
+    assert V.item() == pytest.approx(0.99)
+    error = (a - V / 4 * torch.floor(torch.clamp(a * 4 / V, 0, 4))).square().mean().item()
+    assert error == pytest.approx(0.0146896, abs=1e-7)
+
+
+@pytest.mark.parametrize("start", ["half", 0.0, 0.2, 1.5])
+@pytest.mark.parametrize("T", [1, 4, 16])
+def test_mmse_is_the_best_of_the_grid_for_the_staircase_in_force(
+    start: float | str, T: int
+) -> None:
+    a = torch.relu(torch.randn(3, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(T)))
+    v_init = start if isinstance(start, str) else torch.tensor(start, dtype=torch.float64)
+    chosen = mmse_threshold(filled(a, bins=1 << 16), T, v_init)
+    for c in range(3):
+
+        def error(V: float, a: Tensor = a[c]) -> float:
+            v0 = V / 2 if start == "half" else float(start)
+            count = torch.floor((a * T + v0) / V).clamp(0, T)
+            return (a - V / T * count).square().mean().item()
+
+        best = min(error(a[c].max().item() * (1 - 0.01 * i)) for i in range(95))
+        assert error(chosen[c].item()) == pytest.approx(best, rel=1e-9)
+
+
+def test_histogram_widens_without_losing_anything() -> None:
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.rand(3, 50, generator=generator) * s for s in (0.01, 1.0, 300.0)]
+    batches[0][1] = 0  # a channel that starts later than the others
+    histogram = filled(*batches)
+    everything = torch.cat(batches, 1)
+    assert torch.equal(histogram.maximum, everything.amax(1).double())
+    torch.testing.assert_close(histogram.sums.sum(1), everything.double().sum(1))
+    assert torch.equal(histogram.counts.sum(1), (everything > 0).sum(1))
+    assert histogram.total == 150
+    assert bool((histogram.range < 2 * histogram.maximum).all())
+    value, weight = histogram.points()
+    width = histogram.range / histogram.bins
+    index = torch.arange(histogram.bins)
+    used = weight > 0
+    for c in range(3):
+        low = value[c][used[c]] - index[used[c]] * width[c]
+        assert bool((low > -1e-6 * width[c]).all())
+        assert bool((low < (1 + 1e-6) * width[c]).all())
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.floats(0, 1e6, width=32), min_size=1, max_size=60),
+    st.floats(0.5, 100),
+)
+def test_percentile_of_few_values_is_numpys(values: list[float], percent: float) -> None:
+    a = torch.tensor([values])
+    histogram = filled(a)
+    expected = torch.quantile(a.double(), percent / 100).item()
+    width = histogram.range.item() / histogram.bins
+    assert abs(histogram.percentile(percent).item() - expected) <= 2 * width + 1e-9
+
+
+def test_percentile_of_many_values() -> None:
+    a = torch.relu(torch.randn(2, 50_000, generator=torch.Generator().manual_seed(1)))
+    got = filled(*a.split(10_000, dim=1)).percentile(99.9)
+    torch.testing.assert_close(got, torch.quantile(a.double(), 0.999, dim=1), rtol=0.01, atol=0)
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2))
+
+
+DATA = torch.randn(64, 4, generator=torch.Generator().manual_seed(5))
+
+
+def activations(ann: nn.Module) -> list[Tensor]:
+    return [ann[:2](DATA).detach(), ann[:4](DATA).detach()]
+
+
+def test_max_per_channel_and_per_layer() -> None:
+    ann = net()
+    per_channel, per_layer = (
+        convert(ann, DATA, threshold="max", per_channel=flag) for flag in (True, False)
+    )
+    for name, a in zip(("1", "3"), activations(ann), strict=True):
+        alive = a.amax(0) > 0
+        theta = per_channel.report[name].threshold
+        assert torch.equal(theta[alive], a.amax(0)[alive])
+        assert torch.equal(per_layer.report[name].threshold, a.max())
+
+
+def test_the_split_into_batches_does_not_matter() -> None:
+    ann = net()
+    for rule in ("max", "99%", "mmse"):
+        whole = convert(ann, DATA, threshold=rule)
+        for loader in (DATA.split(7), [(b, "label") for b in DATA.split(16)], iter(DATA.split(20))):
+            pieces = convert(ann, loader, threshold=rule, progress=False)
+            for row in whole.report.rows:
+                if row.threshold is not None:
+                    other = pieces.report[row.name].threshold
+                    torch.testing.assert_close(other, row.threshold, rtol=0.02, atol=0)
+
+
+def test_percentile_threshold() -> None:
+    ann = net()
+    snn = convert(ann, DATA, threshold="90%", per_channel=False)
+    expected = torch.quantile(activations(ann)[0].double(), 0.9).item()
+    assert snn.report["1"].threshold.item() == pytest.approx(expected, rel=0.02)
+
+
+@pytest.mark.parametrize("rule", ["mmse", "max", "99%"])
+def test_a_silent_channel_takes_its_layers_threshold_and_is_named(rule: str) -> None:
+    ann = net()
+    with torch.no_grad():
+        ann[0].weight[2] = 0
+        ann[0].bias[2] = -1
+    snn = convert(ann, DATA, threshold=rule)
+    assert snn.report.silent_channels["1"] == [2]
+    assert "1: 1 channel never fired on the calibration data" in str(snn.report)
+    if rule == "max":
+        assert snn.report["1"].threshold[2] == activations(ann)[0].max()
+    assert snn.report["1"].threshold[2] > 0
+
+
+def test_a_silent_layer_converts_and_is_named() -> None:
+    ann = net()
+    with torch.no_grad():
+        ann[0].bias.fill_(-100)
+    snn = convert(ann, DATA)
+    assert bool((snn.report["1"].threshold == 1).all())
+    assert "1 never fired" in str(snn.report)
+    torch.testing.assert_close(snn(DATA), ann(DATA), atol=0.2, rtol=0)
+
+
+def test_numbers_tensors_and_dicts() -> None:
+    ann = net()
+    assert convert(ann, threshold=2.5).report["3"].threshold.item() == 2.5
+    theta = torch.arange(1.0, 7.0)
+    snn = convert(ann, DATA, threshold={"1": theta, "3": "max"}, v_init={"1": theta / 4})
+    assert torch.equal(snn.report["1"].threshold, theta)
+    layers = dict(snn.neurons())
+    assert torch.equal(layers["1"].node.v_init, theta / 4)
+    assert layers["3"].node.v_init == "half"
+
+
+def test_learned_thresholds_can_be_overruled() -> None:
+    ann = nn.Sequential(nn.Linear(4, 3), ClipReLU(0.5))
+    assert convert(ann, DATA).report["1"].threshold.item() == 0.5
+    seen = convert(ann, DATA, threshold="max", per_channel=False).report["1"].threshold.item()
+    assert seen == pytest.approx(min(0.5, torch.relu(ann[0](DATA)).max().item()))
+
+
+def test_thresholds_are_for_this_T_and_this_start() -> None:
+    ann = net()
+    theta = {
+        (T, v): convert(ann, DATA, T=T, v_init=v).report["1"].threshold
+        for T in (2, 32)
+        for v in ("half", 0.0)
+    }
+    assert not torch.equal(theta[2, "half"], theta[32, "half"])
+    assert not torch.equal(theta[2, "half"], theta[2, 0.0])
+    assert bool((theta[2, "half"] < theta[32, "half"]).any())
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_activations_that_are_not_finite_name_the_layer(poison: float) -> None:
+    ann = net()
+    with torch.no_grad():
+        ann[2].bias[1] = poison
+    with pytest.raises(ConversionError, match=r"^3: the ANN's activations contain"):
+        convert(ann, DATA)
+
+
+def test_float64_networks_keep_float64_thresholds() -> None:
+    ann = net().double()
+    snn = convert(ann, DATA.double(), T=256, threshold="max")
+    assert snn.report["1"].threshold.dtype == torch.float64
+    out = snn(DATA.double())
+    assert out.dtype == torch.float64
+    torch.testing.assert_close(out, ann(DATA.double()), atol=0.02, rtol=0)
+
+
+def test_progress_bar_obeys(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("tqdm")
+    convert(net(), DATA.split(16), progress=False)
+    assert capsys.readouterr().err == ""
+    convert(net(), DATA.split(16), progress=True)
+    assert "calibrating" in capsys.readouterr().err
