@@ -2,7 +2,7 @@
 
 Environment:
     SNNKERNELS_CUDA   auto (default: when nvcc is found) | 0 (never) | 1 (or fail)
-    SNNKERNELS_CPU    auto (default: skipped with a warning when it cannot be built) | 0 | 1 (or fail)
+    SNNKERNELS_CPU    auto (default: left out with a warning when it cannot be built) | 0 | 1
     SNNKERNELS_ARCHS  compute capabilities to compile for, e.g. "80 90" (default: all nvcc knows of
                       70 75 80 90 100 120)
     SNNKERNELS_SANITIZE  e.g. "address,undefined": an instrumented CPU extension, for tests
@@ -27,15 +27,24 @@ X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 # Arithmetic must be the same everywhere: no contraction, no fast math. -fno-trapping-math changes
 # no result; without it g++ does not turn `m >= theta ? theta : 0` into vector code below AVX-512.
-HOST_FLAGS = (
-    "-O3 -std=c++17 -fPIC -fvisibility=hidden -g0 -Wall -Wextra "
-    "-ffp-contract=off -fno-trapping-math -fno-math-errno -fopenmp"
-).split()
-DEVICE_FLAGS = "-O3 -std=c++17 -fmad=false -Xcompiler=-fPIC,-fvisibility=hidden".split()
+HOST_FLAGS = [
+    "-O3",
+    "-std=c++17",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-g0",
+    "-Wall",
+    "-Wextra",
+    "-ffp-contract=off",
+    "-fno-trapping-math",
+    "-fno-math-errno",
+    "-fopenmp",
+]
+DEVICE_FLAGS = ["-O3", "-std=c++17", "-fmad=false", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 ISA_FLAGS = {
     "baseline": [],
-    "avx2": "-mavx2 -mf16c".split(),
-    "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mf16c".split(),
+    "avx2": ["-mavx2", "-mf16c"],
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mf16c"],
 }
 
 
@@ -55,7 +64,9 @@ def find_nvcc() -> str | None:
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
     nvcc = shutil.which(named or "nvcc") or shutil.which("nvcc", path=str(Path(home) / "bin"))
     if nvcc is None and setting("SNNKERNELS_CUDA") == "1":
-        raise SystemExit("SNNKERNELS_CUDA=1 but nvcc was not found: put it on PATH or set CUDA_HOME")
+        raise SystemExit(
+            "SNNKERNELS_CUDA=1 but nvcc was not found: put it on PATH or set CUDA_HOME"
+        )
     return nvcc
 
 
@@ -122,7 +133,9 @@ class NinjaFile:
         self.lines.append(f"  cmd = {quote(command)}")
 
     def compile(self, out: Path, source: Path, command: list[str]) -> Path:
-        self.edge("run", out, [source], [*command, "-MD", "-MF", f"{out}.d", "-c", source, "-o", out])
+        self.edge(
+            "run", out, [source], [*command, "-MD", "-MF", f"{out}.d", "-c", source, "-o", out]
+        )
         return out
 
 
@@ -172,7 +185,9 @@ class BuildExt(build_ext):
         file = NinjaFile()
         plan(file, folder, out)
         (folder / "build.ninja").write_text("\n".join(file.lines) + "\n")
-        subprocess.run([ninja(), "-C", str(folder), "-v" if self.verbose > 1 else "--quiet"], check=True)
+        subprocess.run(
+            [ninja(), "-C", str(folder), "-v" if self.verbose > 1 else "--quiet"], check=True
+        )
 
     @property
     def cxx(self) -> list[str]:
@@ -219,7 +234,12 @@ class BuildExt(build_ext):
             file.compile(
                 folder / "bind_cuda.o",
                 source / "bind_cuda.cpp",
-                [*self.cxx, *HOST_FLAGS, f'-DSNN_ARCHS="{" ".join(cuda.archs)}"', *self.python_headers],
+                [
+                    *self.cxx,
+                    *HOST_FLAGS,
+                    f'-DSNN_ARCHS="{" ".join(cuda.archs)}"',
+                    *self.python_headers,
+                ],
             ),
         ]
         file.edge(
@@ -244,7 +264,10 @@ setup(
         ),
     ],
     package_dir={"snnkernels._csrc": "csrc"},
-    package_data={"snnkernels": ["py.typed"], "snnkernels._csrc": ["*.h", "*.cuh", "*.cu", "*.cpp"]},
+    package_data={
+        "snnkernels": ["py.typed"],
+        "snnkernels._csrc": ["*.h", "*.cuh", "*.cu", "*.cpp"],
+    },
     ext_modules=extensions,
     cmdclass={"build_ext": BuildExt},
 )

@@ -90,11 +90,11 @@ void over_blocks(i64 T, i64 N, Run run) {
 void if_forward(const py::bytes& bytes) {
   const IFForward p = unpack<IFForward>(bytes);
   check(p.dtype, p.T, p.N);
-  const bool streaming = p.spikes && p.T * p.N * (element_size(p.dtype) + p.spike_bytes) > kStreamBytes &&
+  const bool streaming = p.spikes &&
+                         p.T * p.N * (element_size(p.dtype) + p.spike_bytes) > kStreamBytes &&
                          streamable(p.spikes, p.N * p.spike_bytes);
   py::gil_scoped_release nogil;
-  over_blocks(p.T, p.N,
-              [&](i64 first, i64 last) { g_isa->forward(p, first, last, streaming); });
+  over_blocks(p.T, p.N, [&](i64 first, i64 last) { g_isa->forward(p, first, last, streaming); });
 }
 
 void if_backward(const py::bytes& bytes) {

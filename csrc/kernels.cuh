@@ -16,9 +16,7 @@ enum { kThreads = 256, kLoadsInFlight = 4 };
 #define SNN_UNROLL
 #endif
 
-__device__ __forceinline__ i64 global_thread() {
-  return i64(blockIdx.x) * kThreads + threadIdx.x;
-}
+__device__ __forceinline__ i64 global_thread() { return i64(blockIdx.x) * kThreads + threadIdx.x; }
 
 // VEC elements that travel as one memory transaction.
 template <class T, int VEC>
@@ -38,7 +36,9 @@ __device__ __forceinline__ Pack<T, VEC> load_once(const T* p) {
                  : "=r"(r.words[0]), "=r"(r.words[1]), "=r"(r.words[2]), "=r"(r.words[3])
                  : "l"(p));
   } else if constexpr (sizeof(r) == 8 && VEC > 1) {
-    asm volatile("ld.global.cs.v2.u32 {%0,%1}, [%2];" : "=r"(r.words[0]), "=r"(r.words[1]) : "l"(p));
+    asm volatile("ld.global.cs.v2.u32 {%0,%1}, [%2];"
+                 : "=r"(r.words[0]), "=r"(r.words[1])
+                 : "l"(p));
   } else
 #endif
   {
@@ -52,8 +52,8 @@ template <class T, int VEC>
 __device__ __forceinline__ void store(T* p, const Pack<T, VEC>& r) {
 #if defined(__CUDA_ARCH__)
   if constexpr (sizeof(T) * VEC == 16 && VEC > 1) {
-    asm volatile("st.global.v4.u32 [%0], {%1,%2,%3,%4};" ::"l"(p), "r"(r.words[0]),
-                 "r"(r.words[1]), "r"(r.words[2]), "r"(r.words[3])
+    asm volatile("st.global.v4.u32 [%0], {%1,%2,%3,%4};" ::"l"(p), "r"(r.words[0]), "r"(r.words[1]),
+                 "r"(r.words[2]), "r"(r.words[3])
                  : "memory");
   } else if constexpr (sizeof(T) * VEC == 8 && VEC > 1) {
     asm volatile("st.global.v2.u32 [%0], {%1,%2};" ::"l"(p), "r"(r.words[0]), "r"(r.words[1])
@@ -253,8 +253,8 @@ __global__ void __launch_bounds__(kThreads) if_forward_general(IFForward p) {
     count += s != S(0);
     const i64 at = t * p.N + n;
     if (p.spikes) {
-      const u64 bits = SMOOTH ? bits_from_double(double_from_bits(amplitude) * s)
-                              : select(s != S(0), amplitude);
+      const u64 bits =
+          SMOOTH ? bits_from_double(double_from_bits(amplitude) * s) : select(s != S(0), amplitude);
       store_spike(p.spikes, at, p.spike_bytes, bits);
     }
     if (p.v_seq) static_cast<S*>(p.v_seq)[at] = v;
@@ -264,9 +264,10 @@ __global__ void __launch_bounds__(kThreads) if_forward_general(IFForward p) {
   if (p.v) static_cast<S*>(p.v)[n] = v;
 }
 
-// ---- backward -------------------------------------------------------------------------------------
-// Keeps nothing but x: a first walk leaves the membrane at every kChunk-th step in scratch, then
-// each chunk, last first, is recomputed into registers and walked back.
+// ---- backward
+// ------------------------------------------------------------------------------------- Keeps
+// nothing but x: a first walk leaves the membrane at every kChunk-th step in scratch, then each
+// chunk, last first, is recomputed into registers and walked back.
 
 // Plain: soft reset, fire at >=, x is [T, N], gradients for x and v_init.
 template <class X, int KIND, int VEC>
@@ -388,8 +389,7 @@ __global__ void __launch_bounds__(kThreads) if_backward_general(IFBackward p) {
           p.grad_spikes
               ? widen(static_cast<const X*>(p.grad_spikes)[t * p.grad_stride + n]) * S(p.grad_scale)
               : S(0);
-      const S grad_charge =
-          p.grad_charge_seq ? static_cast<const S*>(p.grad_charge_seq)[at] : S(0);
+      const S grad_charge = p.grad_charge_seq ? static_cast<const S*>(p.grad_charge_seq)[at] : S(0);
       if (p.grad_v_seq) adjoint.carry += static_cast<const S*>(p.grad_v_seq)[at];
       const S slope =
           surrogate_derivative(neuron.surrogate, charges[k] - neuron.threshold, neuron.alpha);

@@ -13,7 +13,8 @@
 namespace snn {
 namespace SNN_ISA {
 
-// Blocks ahead whose rows are prefetched into L2; into L1 is slower (measured, docs in CONTRIBUTING).
+// Blocks ahead whose rows are prefetched into L2; into L1 is slower (measured, docs in
+// CONTRIBUTING).
 constexpr i64 kPrefetchBlocks = 4;
 
 inline void prefetch(const void* row, i64 bytes) {
@@ -65,7 +66,8 @@ inline void gather(T* out, const Operand& o, T number, i64 lo, i64 n) {
   }
 }
 
-// ---- forward -------------------------------------------------------------------------------------
+// ---- forward
+// -------------------------------------------------------------------------------------
 
 // A full block of the plain neuron. SPIKE_BYTES 0: counts only. STREAM: spikes bypass the caches.
 template <class X, int SPIKE_BYTES, bool CONSTANT, bool UNIFORM, bool STREAM>
@@ -259,9 +261,10 @@ void forward_range(const IFForward& p, i64 first, i64 last, bool streaming) {
   if (streaming) stream_fence();
 }
 
-// ---- backward ------------------------------------------------------------------------------------
-// Keeps nothing but x: membranes at every kSteps-th step go to scratch, then each chunk of steps,
-// last first, is recomputed into scratch and walked back.
+// ---- backward
+// ------------------------------------------------------------------------------------ Keeps
+// nothing but x: membranes at every kSteps-th step go to scratch, then each chunk of steps, last
+// first, is recomputed into scratch and walked back.
 
 template <class X>
 struct BackwardBlock {

@@ -13,10 +13,10 @@ inline i64 backward_scratch_bytes(const IFBackward& p) {
   return rows * kBlock * (p.dtype == kFloat64 ? 8 : 4);
 }
 
-#define SNN_DECLARE(ISA)                                                                   \
-  namespace ISA {                                                                          \
-  void forward(const IFForward& p, i64 first, i64 last, bool streaming);                   \
-  void backward(const IFBackward& p, i64 first, i64 last, bool streaming, void* scratch);  \
+#define SNN_DECLARE(ISA)                                                                  \
+  namespace ISA {                                                                         \
+  void forward(const IFForward& p, i64 first, i64 last, bool streaming);                  \
+  void backward(const IFBackward& p, i64 first, i64 last, bool streaming, void* scratch); \
   }
 SNN_DECLARE(baseline)
 SNN_DECLARE(avx2)

@@ -116,7 +116,8 @@ struct Adjoint {
   S carry, grad_threshold, grad_amplitude;
 
   template <bool SMOOTH>
-  SNN_HD void step(const Neuron<S, SMOOTH>& n, S charge, S grad_out, S amplitude, S grad_charge, S slope) {
+  SNN_HD void step(const Neuron<S, SMOOTH>& n, S charge, S grad_out, S amplitude, S grad_charge,
+                   S slope) {
     const S s = n.spike(charge);
     const bool hard = (n.options & kHardReset) != 0;
     const S through_reset = n.options & kDetachReset ? S(0)

@@ -39,7 +39,7 @@ class _Config(NamedTuple):
     strict: bool
     spike_dtype: torch.dtype
     spikes: bool
-    count: bool
+    count: bool  # type: ignore[assignment]
     v_seq: bool
     charge_seq: bool
     rate: bool
@@ -212,7 +212,7 @@ def _run(
     charge_seq: bool,
     rate: bool,
     out: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> Any:
     """Checks the arguments, then takes the shortest way to a kernel that they allow."""
     if not isinstance(x, Tensor):
         raise TypeError(f"x_seq must be a torch.Tensor, got {type(x).__name__}")
@@ -271,9 +271,12 @@ def _run(
             state = reference.state_dtype(x.dtype)
             scale = torch.full((), scale_value, dtype=state, device=x.device)
 
-    tensors = (x, v_tensor, th, amp, scale)
-    needs_grad = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in tensors
+    needs_grad = torch.is_grad_enabled() and (
+        x.requires_grad
+        or (v_tensor is not None and v_tensor.requires_grad)
+        or (th is not None and th.requires_grad)
+        or (amp is not None and amp.requires_grad)
+        or (scale is not None and scale.requires_grad)
     )
     if out is not None:
         _check_out(out, x, shape, T, spike_dtype, needs_grad)
@@ -294,16 +297,14 @@ def _run(
             T, v_value, th_value, amp_value, v_reset, tie == ">", spike_dtype, spikes, count, v_seq,
             charge_seq, rate, _surrogate.resolve(surrogate_function), bool(detach_reset), False,
         )  # fmt: skip
-        result = _IntegrateAndFire.apply(*tensors, config)
+        result = _IntegrateAndFire.apply(x, v_tensor, th, amp, scale, config)
     if spikes and spike_dtype == torch.uint8 and amplitude is not None and not compiling:
         result[0].amplitude = amp_value if amp is None else amp
     return result
 
 
 def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(
-        value, (int, float, torch.SymFloat, torch.SymInt)
-    ):
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
         try:
             # NumPy scalars and the like; not strings, not bool.
             if isinstance(value, (bool, str, bytes)):
@@ -321,9 +322,7 @@ def _operand(
     name: str, value: Any, shape: Size, channel_dim: int | None, x: Tensor
 ) -> tuple[Tensor | None, float]:
     """``value`` as (tensor that broadcasts to shape, 0.0) or (None, number)."""
-    if type(value) is float:
-        if value != value:
-            raise ValueError(f"{name} is NaN")
+    if type(value) is float and value == value:
         return None, value
     if not isinstance(value, Tensor):
         value = _number(name, value)
@@ -362,7 +361,7 @@ def _check_out(
 
 
 class _IntegrateAndFire(torch.autograd.Function):
-    """Autograd around the two operators: keeps x and the operands, nothing of size [T, ...] else."""
+    """Autograd around the two operators; of size [T, ...] it keeps nothing but x."""
 
     @staticmethod
     def forward(
@@ -373,7 +372,8 @@ class _IntegrateAndFire(torch.autograd.Function):
         amplitude: Tensor | None,
         input_scale: Tensor | None,
         c: _Config,
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple[Tensor | None, ...]:
+        run: Any
         run = torch.ops.snnkernels.if_forward if _through_operator(x) else ops.if_forward
         smooth = c.surrogate.kind if c.smooth else -1
         spikes, count, v_last, v_seq, charge_seq = run(
@@ -388,13 +388,12 @@ class _IntegrateAndFire(torch.autograd.Function):
         ctx.save_for_backward(x, v, threshold, amplitude, input_scale)
         ctx.config = c
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(
-            count, *(t for t in (spikes,) if not t.dtype.is_floating_point)
-        )
+        whole = (t for t in (spikes, count) if t is not None and not t.dtype.is_floating_point)
+        ctx.mark_non_differentiable(*whole)
         return spikes, count, v_last, v_seq, charge_seq
 
     @staticmethod
-    def backward(  # type: ignore[override]
+    def backward(
         ctx: Any,
         grad_spikes: Tensor | None,
         grad_count: None,
@@ -405,6 +404,7 @@ class _IntegrateAndFire(torch.autograd.Function):
         c: _Config = ctx.config
         x, v, threshold, amplitude, input_scale = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:5])
+        run: Any
         if torch.compiler.is_compiling() or _through_operator(x):
             run = torch.ops.snnkernels.if_backward
         else:

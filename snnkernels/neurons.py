@@ -50,6 +50,14 @@ class IFNode(nn.Module):
     Thresholds and initial membranes keep their float32 through ``.half()`` and ``.bfloat16()``.
     """
 
+    # Numbers, or tensors where the constructor was given tensors.
+    v_threshold: Any
+    v_init: Any
+    amplitude: Any
+    input_scale: Any
+    _floor: Tensor
+    _v: Any
+
     def __init__(
         self,
         v_threshold: float | Tensor = 1.0,
@@ -92,7 +100,7 @@ class IFNode(nn.Module):
         self.spike_dtype = spike_dtype
         self.store_v_seq = store_v_seq
         self.v_seq: Tensor | None = None
-        self._v: Tensor | float | None = None
+        self._v = None
         self.learn_threshold = learn_threshold
 
         _check_built(v_threshold)
@@ -100,8 +108,7 @@ class IFNode(nn.Module):
         if learn_threshold:
             self.register_buffer("_floor", _FLOOR * self.v_threshold.detach().clone())
         if learn_v_init and isinstance(v_init, str):
-            half = 0.5 * (v_threshold if isinstance(v_threshold, (int, float)) else self.v_threshold)
-            v_init = half.detach() if isinstance(half, Tensor) else half
+            v_init = 0.5 * v_threshold
         self._hold("v_init", v_init, learn_v_init)
         self._hold("amplitude", amplitude, False)
         self._hold("input_scale", input_scale, False)
@@ -137,7 +144,7 @@ class IFNode(nn.Module):
     def threshold(self) -> float | Tensor:
         """The threshold in force: ``v_threshold``, kept above its floor while it is learned."""
         if self.learn_threshold:
-            return torch.maximum(self.v_threshold, self._floor)  # type: ignore[arg-type]
+            return torch.maximum(self.v_threshold, self._floor)
         return self.v_threshold
 
     @property
@@ -177,19 +184,20 @@ class IFNode(nn.Module):
                 raise ValueError("T is for step_mode='m'; step_mode='s' takes one step a call")
             T = 1
         v = self._v
-        if v is None:
+        if v is None or (
+            isinstance(v, Tensor) and v.dim() and v.shape != (x.shape[1:] if T is None else x.shape)
+        ):
             v = self.v_init
-        elif isinstance(v, Tensor) and v.dim():
-            if v.shape != (x.shape if T is not None else x.shape[1:]):
-                v = self.v_init
+        threshold = self.threshold if self.learn_threshold else self.v_threshold
         store = self.store_v_seq
         output = self.output
         result, count, last, v_seq, _ = functional._run(
-            x, v, self.threshold, self.v_reset, self.surrogate_function, self.detach_reset, T,
+            x, v, threshold, self.v_reset, self.surrogate_function, self.detach_reset, T,
             self.channel_dim, self.amplitude, self.input_scale, self.tie, self.spike_dtype,
             output == "spikes", output != "spikes", store, False, output == "rate", None,
         )  # fmt: skip
-        self._v = last
+        # Not through nn.Module.__setattr__, which costs as much as the kernel of a small layer.
+        object.__setattr__(self, "_v", last)
         if store:
             self.v_seq = v_seq
         if output == "count":

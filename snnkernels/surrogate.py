@@ -23,7 +23,7 @@ class Surrogate:
     :meth:`derivative`, differentiable as often as needed.
     """
 
-    alpha: float
+    alpha: float = 1.0
     kind: ClassVar[int] = -1
     name: ClassVar[str] = ""
 
@@ -83,7 +83,7 @@ class Sigmoid(Surrogate):
 
 @dataclass(frozen=True)
 class Triangle(Surrogate):
-    """``alpha max(0, 1 - alpha |u|)``: a triangle of base ``2/alpha`` (Bellec et al., NeurIPS 2018).
+    """``alpha max(0, 1 - alpha |u|)``, a triangle (Bellec et al., NeurIPS 2018).
 
     SpikingJelly calls it ``PiecewiseQuadratic``, after its primitive. alpha = 1.
     """
@@ -105,7 +105,10 @@ class Triangle(Surrogate):
 
 @dataclass(frozen=True)
 class Rectangle(Surrogate):
-    """``alpha`` where ``|u| < 1/(2 alpha)``, else 0 (Wu et al., Front. Neurosci. 2018); alpha = 1."""
+    """``alpha`` where ``|u| < 1/(2 alpha)``, else 0 (Wu et al., Front. Neurosci. 2018).
+
+    alpha = 1.
+    """
 
     alpha: float = 1.0
     kind: ClassVar[int] = 3
@@ -130,7 +133,7 @@ class _Spike(torch.autograd.Function):
         return fired.to(u.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (u,) = ctx.saved_tensors
         return grad * ctx.surrogate.derivative(u), None, None
 

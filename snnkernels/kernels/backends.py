@@ -21,7 +21,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -29,7 +29,9 @@ import torch
 
 NAMES = ("auto", "cpu", "cuda", "nvrtc", "reference")
 _VARIABLE = "SNNKERNELS_BACKEND"
-_REINSTALL = "reinstall snnkernels where a C++17 compiler is on PATH (SNNKERNELS_CPU=1 shows why not)"
+_REINSTALL = (
+    "reinstall snnkernels where a C++17 compiler is on PATH (SNNKERNELS_CPU=1 shows why not)"
+)
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,9 @@ class BackendInfo:
                 lines.append(("", "", "", "remedy: " + row.remedy))
         width = [max(len(line[i]) for line in lines) for i in range(3)]
         table = [
-            "  ".join([*(cell.ljust(w) for cell, w in zip(line, width, strict=False)), line[3]]).rstrip()
+            "  ".join(
+                [*(cell.ljust(w) for cell, w in zip(line, width, strict=False)), line[3]]
+            ).rstrip()
             for line in lines
         ]
         table.insert(1, "-" * max(map(len, table)))
@@ -90,7 +94,7 @@ class Missing(RuntimeError):
         self.reason, self.remedy = reason, remedy
 
 
-@lru_cache(maxsize=None)
+@cache
 def extension(name: str) -> ModuleType:
     """The compiled module ``_cpu`` or ``_cuda``; raises :class:`Missing`."""
     try:
@@ -100,7 +104,9 @@ def extension(name: str) -> ModuleType:
             raise
         raise Missing(f"the compiled extension snnkernels.{name} is not installed", "") from None
     except ImportError as error:
-        raise Missing(f"snnkernels.{name} does not load: {error}", "reinstall snnkernels") from error
+        raise Missing(
+            f"snnkernels.{name} does not load: {error}", "reinstall snnkernels"
+        ) from error
 
 
 def _need_device() -> None:
@@ -207,7 +213,7 @@ def _choose(device_type: str) -> Kernels | None:
     warnings.warn(
         f"snnkernels runs its slow PyTorch reference on {device_type} tensors. "
         + (" | ".join(missing) or f"There are no kernels for {device_type} devices.")
-        + " | `python -m snnkernels info` shows everything; set_backend('reference') silences this.",
+        + " | `python -m snnkernels info` shows all; set_backend('reference') silences this.",
         RuntimeWarning,
         stacklevel=2,
     )

@@ -19,6 +19,8 @@ def for_broadcast(name: str, value: Tensor, shape: Size, channel_dim: int | None
     Raises:
         ValueError: naming the argument, its shape and what is allowed.
     """
+    if value.shape == shape:
+        return value
     if channel_dim is not None and value.dim() == 1 and value.numel() != 1:
         dims = len(shape)
         if not -dims <= channel_dim < dims:
@@ -29,8 +31,8 @@ def for_broadcast(name: str, value: Tensor, shape: Size, channel_dim: int | None
         channel_dim %= dims
         if value.shape[0] != shape[channel_dim]:
             raise ValueError(
-                f"{name} has {value.shape[0]} elements but dimension {channel_dim} (channel_dim) of "
-                f"the neurons' shape {tuple(shape)} has {shape[channel_dim]}"
+                f"{name} has {value.shape[0]} elements but channel_dim={channel_dim} of the "
+                f"neurons' shape {tuple(shape)} has {shape[channel_dim]}"
             )
         return value.reshape(-1, *(1 for _ in shape[channel_dim + 1 :]))
     if value.dim() > len(shape) or any(
@@ -47,16 +49,19 @@ def for_broadcast(name: str, value: Tensor, shape: Size, channel_dim: int | None
 
 
 class Shared(NamedTuple):
-    """A tensor's elements as kernels read them: neuron n takes ``(n // inner) % count``."""
+    """A tensor's elements as kernels read them: neuron n takes ``(n // inner) % elements``."""
 
     tensor: Tensor
     inner: int
-    count: int
+    elements: int
 
 
 def share(value: Tensor, shape: Size, dtype: torch.dtype) -> Shared:
     """Describes ``value`` (broadcasts to ``shape``) without expanding it where that is possible."""
-    value = value.detach().to(dtype)
+    if value.dtype != dtype:
+        value = value.detach().to(dtype)
+    if value.shape == shape:
+        return Shared(value if value.is_contiguous() else value.contiguous(), 1, value.numel())
     if value.numel() == 1:
         return Shared(value.contiguous(), 1, 1)
     sizes = [1] * (len(shape) - value.dim()) + list(value.shape)

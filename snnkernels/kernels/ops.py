@@ -16,6 +16,8 @@ from .. import surrogate as _surrogate
 from . import backends, operands, params, reference
 from .params import DTYPE_CODES
 
+# spikes, count, v, v_seq, charge_seq; the operators return empty tensors for None.
+Results = tuple[Tensor | None, Tensor | None, Tensor, Tensor | None, Tensor | None]
 _Five = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 _INPUTS = (
@@ -55,19 +57,16 @@ def _vec(element: int, N: int, *pointers: int) -> int:
     return vec if N % vec == 0 and not any(p % 16 for p in pointers) else 1
 
 
-def _address(tensor: Tensor) -> int:
-    return tensor.data_ptr()
-
-
 def _pack(shared: operands.Shared | None, number: float) -> tuple[int, int, int, float]:
     if shared is None:
         return (0, 1, 1, number)
-    return (shared.tensor.data_ptr(), shared.inner, shared.count, 0.0)
+    return (shared.tensor.data_ptr(), shared.inner, shared.elements, 0.0)
 
 
 def _dense(x: Tensor) -> Tensor:
     """``x`` contiguous and aligned to its element size."""
-    x = x.contiguous()
+    if not x.is_contiguous():
+        x = x.contiguous()
     return x if x.data_ptr() % x.element_size() == 0 else x.clone()
 
 
@@ -91,7 +90,7 @@ def if_forward(
     smooth: int = -1,
     alpha: float = 1.0,
     out: Tensor | None = None,
-) -> _Five:
+) -> Results:
     """Runs the neurons; see :func:`snnkernels.functional.if_multi_step` for the arguments.
 
     ``smooth``: the surrogate whose primitive replaces the spike (float64, tests), or -1.
@@ -106,18 +105,22 @@ def if_forward(
             v_reset, strict, spike_dtype, spikes, count, v_seq, charge_seq, smooth, alpha, out,
         )  # fmt: skip
     x = _dense(x)
-    state = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dtype = x.dtype
+    state = torch.float64 if dtype == torch.float64 else torch.float32
     N = shape.numel()
-    none = x.new_empty(0, dtype=state) if not (v_seq and charge_seq) else x
-    v_out = x.new_empty(shape, dtype=state)
-    full = (steps, *shape)
-    s_out = none
-    if spikes:
-        s_out = x.new_empty(full, dtype=spike_dtype) if out is None else out
-    count_out = x.new_empty(shape if count else 0, dtype=torch.int32)
-    v_seq_out = x.new_empty(full, dtype=state) if v_seq else none
-    charge_out = x.new_empty(full, dtype=state) if charge_seq else none
+    if v is not None and v.shape == shape and v.dtype == state and v.is_contiguous():
+        v_out = torch.empty_like(v)
+    else:
+        v_out = x.new_empty(shape) if dtype == state else x.new_empty(shape, dtype=state)
+    s_out = out
+    if spikes and out is None:
+        same = T is None and dtype == spike_dtype
+        s_out = torch.empty_like(x) if same else x.new_empty((steps, *shape), dtype=spike_dtype)
+    count_out = x.new_empty(shape, dtype=torch.int32) if count else None
+    v_seq_out = x.new_empty((steps, *shape), dtype=state) if v_seq else None
+    charge_out = x.new_empty((steps, *shape), dtype=state) if charge_seq else None
 
+    # Locals, so that converted operands live until the kernel has been launched.
     v_shared = None if v is None else operands.share(v, shape, state)
     th_shared = None if threshold is None else operands.share(threshold, shape, state)
     scale_shared = None if input_scale is None else operands.share(input_scale, shape, state)
@@ -126,7 +129,7 @@ def if_forward(
         amp_shared = operands.share(amplitude, shape, spike_dtype)
     if N:
         options = _options(v_reset, strict, input_scale, smooth >= 0, False)
-        x_address, s_address = x.data_ptr(), s_out.data_ptr() if spikes else 0
+        x_address, s_address = x.data_ptr(), 0 if s_out is None else s_out.data_ptr()
         vec = 1
         if kernels.gpu and not (options or v_seq or charge_seq):
             vec = _vec(x.element_size(), N, x_address, s_address)
@@ -134,10 +137,10 @@ def if_forward(
             params.pack_forward(
                 x_address,
                 s_address,
-                count_out.data_ptr() if count else 0,
+                0 if count_out is None else count_out.data_ptr(),
                 v_out.data_ptr(),
-                v_seq_out.data_ptr() if v_seq else 0,
-                charge_out.data_ptr() if charge_seq else 0,
+                0 if v_seq_out is None else v_seq_out.data_ptr(),
+                0 if charge_out is None else charge_out.data_ptr(),
                 *_pack(v_shared, v_value),
                 *_pack(th_shared, threshold_value),
                 *_pack(amp_shared, 0.0),
@@ -148,7 +151,7 @@ def if_forward(
                 v_reset or 0.0,
                 alpha,
                 operands.bits(amplitude_value, spike_dtype),
-                DTYPE_CODES[x.dtype],
+                DTYPE_CODES[dtype],
                 spike_dtype.itemsize,
                 options,
                 max(smooth, 0),
@@ -186,7 +189,7 @@ def _reference_forward(
     smooth: int,
     alpha: float,
     out: Tensor | None,
-) -> _Five:
+) -> Results:
     with torch.no_grad():
         result = reference.if_forward(
             x,
@@ -201,16 +204,15 @@ def _reference_forward(
             surrogate=_surrogate.BY_KIND[max(smooth, 0)](alpha),
             smooth=smooth >= 0,
         )
-    none = x.new_empty(0, dtype=result.v.dtype)
-    s_out = none
+    s_out = None
     if spikes:
         s_out = result.spikes if out is None else out.copy_(result.spikes)
     return (
         s_out,
-        result.count if count else x.new_empty(0, dtype=torch.int32),
+        result.count if count else None,
         result.v.clone(memory_format=torch.contiguous_format),
-        result.v_seq if v_seq else none,
-        result.charge_seq if charge_seq else none.clone(),
+        result.v_seq if v_seq else None,
+        result.charge_seq if charge_seq else None,
     )
 
 
@@ -312,8 +314,8 @@ def if_backward(
                 or grad_charge_seq is not None
             )
             if plain:
-                addresses = (t.data_ptr() for t in (x, grad_spikes, grad_x) if t is not None)
-                vec = _vec(state.itemsize, N, *addresses)
+                aligned = [t.data_ptr() for t in (x, grad_spikes, grad_x) if t is not None]
+                vec = _vec(state.itemsize, N, *aligned)
             scratch = x.new_empty((max((steps - 1) // params.CHUNK, 0), *shape), dtype=state)
         addresses = [
             0 if t is None else t.data_ptr()
@@ -418,7 +420,9 @@ def _reference_backward(
             )
             if g is not None and o.requires_grad
         ]
-        wanted = [leaf for leaf, need in zip(leaves, needs, strict=True) if leaf is not None and need]
+        wanted = [
+            leaf for leaf, need in zip(leaves, needs, strict=True) if leaf is not None and need
+        ]
         found = iter(
             torch.autograd.grad(
                 [o for o, _ in pairs],
@@ -445,8 +449,15 @@ def differentiable_backward(*args: object) -> _Five:
     return _reference_backward(*args)  # type: ignore[arg-type]
 
 
-def _if_forward_op(*args: object) -> _Five:
-    return if_forward(*args)  # type: ignore[arg-type]
+def _if_forward_op(x: Tensor, *args: object) -> _Five:
+    spikes, count, v, v_seq, charge_seq = if_forward(x, *args)  # type: ignore[arg-type]
+    return (
+        v.new_empty(0) if spikes is None else spikes,
+        v.new_empty(0, dtype=torch.int32) if count is None else count,
+        v,
+        v.new_empty(0) if v_seq is None else v_seq,
+        v.new_empty(0) if charge_seq is None else charge_seq,
+    )
 
 
 def _if_backward_op(*args: object) -> _Five:

@@ -44,7 +44,10 @@ _NUMPY = {"Q": "u8", "q": "i8", "d": "f8", "i": "i4"}
 
 def _numpy(fields: tuple) -> np.dtype:
     return np.dtype(
-        [(name, _numpy(kind) if isinstance(kind, tuple) else _NUMPY[kind]) for name, kind in fields],
+        [
+            (name, _numpy(kind) if isinstance(kind, tuple) else _NUMPY[kind])
+            for name, kind in fields
+        ],
         align=True,
     )
 

@@ -17,14 +17,14 @@ class Result(NamedTuple):
     """What a run of the neuron leaves behind; traces are ``[T, *shape]``, the rest ``[*shape]``."""
 
     spikes: Tensor
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]
     v: Tensor
     v_seq: Tensor
     charge_seq: Tensor
 
 
 class _Choose(torch.autograd.Function):
-    """``a`` where ``s`` is 1, ``b`` where it is 0: ``s a + (1 - s) b`` without rounding, inf or NaN."""
+    """``s a + (1 - s) b`` for s in {0, 1}, selected: no rounding, no inf * 0."""
 
     @staticmethod
     def forward(ctx: Any, s: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -32,7 +32,7 @@ class _Choose(torch.autograd.Function):
         return torch.where(s != 0, a, b)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         s, a, b = ctx.saved_tensors
         grad_s = (grad * (a - b)).expand_as(grad)
         grad_a = (grad * s).sum_to_size(a.shape)
@@ -112,5 +112,9 @@ def if_forward(
         return torch.stack(rows) if rows else x.new_empty((0, *shape), dtype=state)
 
     return Result(
-        stacked(spikes).to(spike_dtype), count.to(torch.int32), v, stacked(v_seq), stacked(charge_seq)
+        stacked(spikes).to(spike_dtype),
+        count.to(torch.int32),
+        v,
+        stacked(v_seq),
+        stacked(charge_seq),
     )
