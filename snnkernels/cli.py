@@ -245,21 +245,27 @@ def _train(train: ImageSet, epochs: int, seed: int, batch_size: int = 64) -> nn.
 
     from snnkernels import models
 
+    # Layers this small gain nothing from a second thread and, on a busy machine, wait for it.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     torch.manual_seed(seed)
     model = models.small_cnn().train()
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=1e-2)
     batches = epochs * -(-len(train) // batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=batches + 1)
-    with progress_bar("training", batches) as bar:
-        for _ in range(epochs):
-            for index in torch.randperm(len(train)).split(batch_size):
-                x, y = train[index]
-                loss = cross_entropy(model(x), y, label_smoothing=0.05)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                schedule.step()
-                bar.update(1)
+    try:
+        with progress_bar("training", batches) as bar:
+            for _ in range(epochs):
+                for index in torch.randperm(len(train)).split(batch_size):
+                    x, y = train[index]
+                    loss = cross_entropy(model(x), y, label_smoothing=0.05)
+                    optimizer.zero_grad()
+                    loss.backward()
+                    optimizer.step()
+                    schedule.step()
+                    bar.update(1)
+    finally:
+        torch.set_num_threads(threads)
     return model.eval()
 
 
