@@ -156,11 +156,16 @@ class BuildExt(build_ext):
     """Hands all translation units to ninja at once: parallel, and only what changed."""
 
     def run(self) -> None:
+        # What an earlier build left here would be packed into this wheel.
+        for name in ("snnkernels._cpu", "snnkernels._cuda"):
+            if name not in {ext.name for ext in self.extensions}:
+                Path(self.build_lib, self.get_ext_filename(name)).unlink(missing_ok=True)
         for ext in self.extensions:
             name = ext.name.rsplit("_", 1)[1]
             try:
                 self.build(ext, getattr(self, f"plan_{name}"))
             except Exception as error:
+                Path(self.build_lib, self.get_ext_filename(ext.name)).unlink(missing_ok=True)
                 if setting(f"SNNKERNELS_{name.upper()}") == "1":
                     raise
                 print(

@@ -18,14 +18,20 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def interleaved(
-    runs: dict[str, Callable[[], object]], *, rounds: int = 9, inner_seconds: float = 0.02
+    runs: dict[str, Callable[[], object]],
+    *,
+    rounds: int = 9,
+    inner_seconds: float = 0.02,
+    wait: Callable[[], object] = lambda: None,
 ) -> dict[str, float]:
     """Median seconds per call of each run, measured in turns so that drift hits all alike."""
     loops = {}
     for name, run in runs.items():
         run()
+        wait()
         start = time.perf_counter()
         run()
+        wait()
         once = time.perf_counter() - start
         loops[name] = max(1, int(inner_seconds / max(once, 1e-7)))
     times: dict[str, list[float]] = {name: [] for name in runs}
@@ -34,6 +40,7 @@ def interleaved(
             start = time.perf_counter()
             for _ in range(loops[name]):
                 run()
+            wait()
             times[name].append((time.perf_counter() - start) / loops[name])
     return {name: statistics.median(values) for name, values in times.items()}
 

@@ -1,11 +1,11 @@
-"""The fused neuron against SpikingJelly and torch.compile on this machine's CPU.
+"""The fused neuron against SpikingJelly and torch.compile, in one process.
 
-    python benchmarks/neuron.py [--quick] [--peer spikingjelly]
+    python benchmarks/neuron.py [--device cpu|cuda] [--peer spikingjelly|none] [--threads N]
 
-Prediction: a float32 forward pass moves 8 bytes per neuron-step (read x, write spikes). SpikingJelly
-also stores the charged membrane and runs some five eager kernels a step (about 40 bytes), so 5x out of
-cache and more inside; an in-place torch.compile loop moves the same 8 bytes. Fresh outputs, allocator
-tuned for all, spikes compared bit for bit before anything is timed.
+Prediction: a float32 forward pass moves 8 bytes per neuron-step (read x, write spikes).
+SpikingJelly also stores the charged membrane and runs some five eager kernels a step on CPUs
+(about 40 bytes), so 5x out of cache and more inside; an in-place torch.compile loop moves the same
+8 bytes. Fresh outputs, allocator tuned for all, spikes compared bit for bit before any timing.
 """
 
 from __future__ import annotations
@@ -26,10 +26,9 @@ def inplace_loop(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     v = torch.full_like(x[0], 0.5)
     out = torch.empty_like(x)
     for t in range(x.shape[0]):
-        v = v + x[t]
-        s = (v >= 1.0).to(x.dtype)
-        out[t] = s
-        v = v - s
+        v += x[t]
+        torch.ge(v, 1.0, out=out[t])
+        v -= out[t]
     return out, v
 
 
@@ -99,35 +98,42 @@ def rows(what: str, T: int, N: int, bytes_: int, times: dict[str, float]) -> lis
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--peer", choices=["spikingjelly", "none"], default="spikingjelly")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--threads", type=int, help="CPU threads of everybody")
     parser.add_argument("--rounds", type=int, default=15)
     args = parser.parse_args()
     peer = args.peer == "spikingjelly"
     logging.disable(logging.WARNING)
     tune_malloc()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    wait = torch.cuda.synchronize if args.device == "cuda" else lambda: None
+    timing = {"rounds": args.rounds, "wait": wait}
     table = []
     with torch.no_grad():
         for T, N in SHAPES:
-            x = torch.rand(T, N) * 1.2 - 0.2
+            x = torch.rand(T, N, device=args.device) * 1.2 - 0.2
             runs = forward_runs(x, peer)
             first = runs["snnkernels"]()
             for name, run in runs.items():
                 spikes, v = run()
-                assert torch.equal(spikes, first[0]) and torch.equal(v, first[1]), name
-            table += rows("forward", T, N, 8, interleaved(runs, rounds=args.rounds))
+                assert torch.equal(spikes, first[0]), name
+                assert torch.equal(v, first[1]), name
+            table += rows("forward", T, N, 8, interleaved(runs, **timing))
     for T, N in SHAPES[1:]:
-        x = torch.rand(T, N) * 1.2 - 0.2
+        x = torch.rand(T, N, device=args.device) * 1.2 - 0.2
         runs = training_runs(x, peer)
         reference = runs["snnkernels"]()
         for name, run in runs.items():
             torch.testing.assert_close(run(), reference, msg=name)
-        table += rows("forward+backward", T, N, 24, interleaved(runs, rounds=args.rounds))
+        table += rows("forward+backward", T, N, 24, interleaved(runs, **timing))
     if peer:
         with torch.no_grad():
-            runs = call_runs(torch.rand(4, 1_000))
-            table += rows("IFNode call", 4, 1_000, 8, interleaved(runs, rounds=args.rounds))
+            runs = call_runs(torch.rand(4, 1_000, device=args.device))
+            table += rows("IFNode call", 4, 1_000, 8, interleaved(runs, **timing))
     for row in table:
         print(*(f"{row[k]!s:>20}" for k in list(row)[:5]))
-    print("rows:", save("neuron_cpu", table))
+    print("rows:", save(f"neuron_{args.device}", table))
 
 
 if __name__ == "__main__":

@@ -246,8 +246,11 @@ def _run(
 
     compiling = torch.compiler.is_compiling()
     th, th_value = _operand("v_threshold", v_threshold, shape, channel_dim, x)
-    if not compiling:
-        operands.check_threshold(th_value if th is None else th)
+    if th is not None:
+        if not compiling:
+            operands.check_threshold(th)
+    elif not 0.0 < th_value < math.inf:
+        raise ValueError(f"v_threshold={th_value!r} must be positive and finite")
     if isinstance(v, str):
         if v != "half":
             raise ValueError(f"v={v!r} is unknown; the only string allowed is 'half'")

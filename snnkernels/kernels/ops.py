@@ -60,7 +60,8 @@ def _vec(element: int, N: int, *pointers: int) -> int:
 def _pack(shared: operands.Shared | None, number: float) -> tuple[int, int, int, float]:
     if shared is None:
         return (0, 1, 1, number)
-    return (shared.tensor.data_ptr(), shared.inner, shared.elements, 0.0)
+    tensor, inner, elements = shared
+    return (tensor.data_ptr(), inner, elements, 0.0)
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -128,7 +129,9 @@ def if_forward(
     if amplitude is not None and spike_dtype.is_floating_point:
         amp_shared = operands.share(amplitude, shape, spike_dtype)
     if N:
-        options = _options(v_reset, strict, input_scale, smooth >= 0, False)
+        options = 0
+        if v_reset is not None or strict or input_scale is not None or smooth >= 0:
+            options = _options(v_reset, strict, input_scale, smooth >= 0, False)
         x_address, s_address = x.data_ptr(), 0 if s_out is None else s_out.data_ptr()
         vec = 1
         if kernels.gpu and not (options or v_seq or charge_seq):
@@ -141,10 +144,10 @@ def if_forward(
                 v_out.data_ptr(),
                 0 if v_seq_out is None else v_seq_out.data_ptr(),
                 0 if charge_out is None else charge_out.data_ptr(),
-                *_pack(v_shared, v_value),
-                *_pack(th_shared, threshold_value),
-                *_pack(amp_shared, 0.0),
-                *_pack(scale_shared, 1.0),
+                *(_pack(v_shared, v_value) if v_shared else (0, 1, 1, v_value)),
+                *(_pack(th_shared, 0.0) if th_shared else (0, 1, 1, threshold_value)),
+                *(_pack(amp_shared, 0.0) if amp_shared else (0, 1, 1, 0.0)),
+                *(_pack(scale_shared, 0.0) if scale_shared else (0, 1, 1, 1.0)),
                 steps,
                 N,
                 N if T is None else 0,
@@ -154,7 +157,7 @@ def if_forward(
                 DTYPE_CODES[dtype],
                 spike_dtype.itemsize,
                 options,
-                max(smooth, 0),
+                smooth if smooth > 0 else 0,
                 vec,
                 0,
             ),

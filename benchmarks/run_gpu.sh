@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in one call: build, the gpu tests, compute-sanitizer, the benchmark.
+#
+#   OUT=<folder for logs and rows> bash benchmarks/run_gpu.sh
+#
+# Downloads nothing: torch, CuPy, pybind11, ninja, setuptools, pytest and hypothesis must be there.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+OUT=${OUT:-benchmarks/results/gpu}
+mkdir -p "$OUT"
+status=0
+step() {
+  echo "=== $1"
+  shift
+  "$@" 2>&1 | tee -a "$OUT/log.txt" || { echo "FAILED: $*" | tee -a "$OUT/log.txt"; status=1; }
+}
+arch=$(python -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())')
+step "device" nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv
+step "build" env SNNKERNELS_CPU=1 SNNKERNELS_CUDA=1 SNNKERNELS_ARCHS="$arch" \
+  python -m pip install -q --no-build-isolation --no-deps --force-reinstall .
+step "info" python -m snnkernels info
+step "gpu tests" python -m pytest -m gpu -q
+# The caching allocator hides overruns; one launch at a time makes errors point at their kernel.
+if command -v compute-sanitizer >/dev/null; then
+  for tool in memcheck initcheck racecheck synccheck; do
+    step "compute-sanitizer $tool" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 CUDA_LAUNCH_BLOCKING=1 \
+      compute-sanitizer --tool "$tool" --error-exitcode 9 python -m pytest -m gpu -q -k sanitizer
+  done
+else
+  echo "compute-sanitizer is not installed" | tee -a "$OUT/log.txt"
+fi
+step "benchmark" python benchmarks/neuron.py --device cuda --peer none
+cp -f benchmarks/results/neuron_cuda.csv "$OUT/" 2>/dev/null
+exit $status
