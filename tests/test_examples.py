@@ -65,7 +65,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_table_json_and_markdown(example, bundle: Path, weights: Path, tmp_path, capsys) -> None:
     argv = ["--weights", str(weights), "--data", str(bundle), "--T", "4", "--ts", "1,2,4"]
-    argv += ["--threshold", "mmse", "--calibration", "16", "--batch-size", "4"]
+    argv += ["--threshold", "max", "--calibration", "16", "--batch-size", "4"]
     argv += ["--json", str(tmp_path / "out.json"), "--markdown", str(tmp_path / "out.md")]
     assert example.main(argv) == 0
     checkpoint = models.load_checkpoint(weights)
@@ -88,8 +88,8 @@ def test_table_json_and_markdown(example, bundle: Path, weights: Path, tmp_path,
         assert row[4:] == [f"{100 * a:.1f}" for a in (result["ann"], *curve["accuracy"])]
 
     markdown = (tmp_path / "out.md").read_text(encoding="utf-8")
-    assert f"| net | {checkpoint.hash} | mmse | θ/2 |" in markdown
-    assert "--threshold mmse" in markdown
+    assert f"| net | {checkpoint.hash} | max | θ/2 |" in markdown
+    assert "--threshold max" in markdown
 
 
 def test_accuracies_are_those_of_separate_calls(example, bundle: Path, weights: Path) -> None:
@@ -98,7 +98,7 @@ def test_accuracies_are_those_of_separate_calls(example, bundle: Path, weights: 
     ann = models.load_checkpoint(weights).model
     test = data.cifar10_jpeg(bundle, train=False)
     x, y = test[:]
-    snn = snnkernels.convert(ann, [x], T=4, progress=False)
+    snn = snnkernels.convert(ann, [x], T=4, threshold="max", progress=False)
     _, (found,) = example.evaluate(ann, [snn], test, [4, 1], 3, "test")
     with torch.no_grad():
         wanted = [float((snn(x, T=t).argmax(1) == y).double().mean()) for t in (4, 1)]
