@@ -23,6 +23,15 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 TRAIN, TEST = 24, 10
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Layers this small only wait for a second thread, for long on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def example() -> ModuleType:
     spec = importlib.util.spec_from_file_location(
