@@ -180,7 +180,10 @@ class BuildExt(build_ext):
         for ext in self.extensions:
             built = Path(self.build_lib, self.get_ext_filename(ext.name))
             if built.exists():
-                shutil.copy2(built, ROOT / "snnkernels" / built.name)
+                # Renamed into place: a process that has the old one loaded keeps it.
+                fresh = ROOT / "snnkernels" / f".{built.name}.new"
+                shutil.copy2(built, fresh)
+                fresh.replace(ROOT / "snnkernels" / built.name)
 
     def build(self, ext: Extension, plan) -> None:
         folder = Path(self.build_temp).resolve() / ext.name

@@ -47,17 +47,18 @@ inline void stream_fence() {
 #endif
 }
 
-// Copies what neurons lo .. lo + n - 1 read of an operand.
+// What the block of neurons that starts at lo reads of an operand. Past the last neuron the walk
+// wraps around, which stays inside the array.
 template <class T>
-inline void gather(T* out, const Operand& o, T number, i64 lo, i64 n) {
+inline void gather(T* out, const Operand& o, T number, i64 lo) {
   const T* data = static_cast<const T*>(o.data);
   if (!data || o.count == 1) {
     const T value = data ? data[0] : number;
-    for (i64 i = 0; i < n; ++i) out[i] = value;
+    for (i64 i = 0; i < kBlock; ++i) out[i] = value;
     return;
   }
   i64 element = lo / o.inner % o.count, within = lo % o.inner;
-  for (i64 i = 0; i < n; ++i) {
+  for (i64 i = 0; i < kBlock; ++i) {
     out[i] = data[element];
     if (++within == o.inner) {
       within = 0;
@@ -66,37 +67,59 @@ inline void gather(T* out, const Operand& o, T number, i64 lo, i64 n) {
   }
 }
 
+// Loops run over whole blocks, whose length the compiler knows: the rows of the last, partial block
+// are read through a padded copy and written back from one.
+template <class T>
+struct Row {
+  alignas(64) T at[kBlock] = {};
+
+  const T* read(const T* row, i64 n) {
+    if (n == kBlock) return row;
+    __builtin_memcpy(at, row, n * sizeof(T));
+    return at;
+  }
+};
+
+template <class T>
+inline void write(void* to, const T* from, i64 lo, i64 n) {
+  if (to) __builtin_memcpy(static_cast<T*>(to) + lo, from, n * sizeof(T));
+}
+
 // ---- forward
 // -------------------------------------------------------------------------------------
 
-// A full block of the plain neuron. SPIKE_BYTES 0: counts only. STREAM: spikes bypass the caches.
+// The plain neuron. SPIKE_BYTES 0: counts only. STREAM: spikes of full blocks bypass the caches.
 template <class X, int SPIKE_BYTES, bool CONSTANT, bool UNIFORM, bool STREAM>
-void forward_plain(const IFForward& p, i64 lo, bool fetch) {
+void forward_plain(const IFForward& p, i64 lo, i64 n, bool fetch) {
   typedef State<X> S;
   typedef Bits<SPIKE_BYTES ? SPIKE_BYTES : 1> B;
-  alignas(64) S v[kBlock], constant[CONSTANT ? kBlock : 1];
-  alignas(64) S threshold[UNIFORM ? 1 : kBlock];
-  alignas(64) B amplitude[UNIFORM ? 1 : kBlock], row[STREAM ? kBlock : 1];
-  alignas(64) i32 count[SPIKE_BYTES ? 1 : kBlock];
-  gather(v, p.v_init, S(p.v_init.value), lo, kBlock);
-  gather(threshold, p.threshold, S(p.threshold.value), lo, UNIFORM ? 1 : kBlock);
-  gather(amplitude, p.amplitude, B(p.amplitude_bits), lo, UNIFORM ? 1 : kBlock);
+  alignas(64) S v[kBlock], threshold[kBlock], constant[kBlock];
+  alignas(64) B amplitude[kBlock], buffer[kBlock];
+  alignas(64) i32 count[kBlock];
+  Row<X> padded;
+  gather(v, p.v_init, S(p.v_init.value), lo);
+  gather(threshold, p.threshold, S(p.threshold.value), lo);
+  gather(amplitude, p.amplitude, B(p.amplitude_bits), lo);
   if (!SPIKE_BYTES)
-    for (int i = 0; i < kBlock; ++i) count[i] = 0;
+    for (i64 i = 0; i < kBlock; ++i) count[i] = 0;
   const X* x = static_cast<const X*>(p.x) + lo;
-  if (CONSTANT)
-    for (int i = 0; i < kBlock; ++i) constant[i] = widen(x[i]);
+  if (CONSTANT) {
+    const X* row = padded.read(x, n);
+    for (i64 i = 0; i < kBlock; ++i) constant[i] = widen(row[i]);
+  }
   const S th = threshold[0];
   const B amp = amplitude[0];
+  const bool full = n == kBlock;
 
   for (i64 t = 0; t < p.T; ++t) {
     if (!CONSTANT && fetch) prefetch(x + kPrefetchBlocks * kBlock, kBlock * sizeof(X));
+    const X* row = CONSTANT ? x : padded.read(x, n);
     B* spikes = SPIKE_BYTES ? static_cast<B*>(p.spikes) + t * p.N + lo : nullptr;
-    B* out = STREAM ? row : spikes;
+    B* out = STREAM || !full ? buffer : spikes;
 #pragma omp simd
-    for (int i = 0; i < kBlock; ++i) {
+    for (i64 i = 0; i < kBlock; ++i) {
       const S theta = UNIFORM ? th : threshold[i];
-      const S m = v[i] + (CONSTANT ? constant[i] : widen(x[i]));
+      const S m = v[i] + (CONSTANT ? constant[i] : widen(row[i]));
       const bool s = fires(m, theta, false);
       v[i] = reset_by_subtraction(m, theta, s);
       if (SPIKE_BYTES)
@@ -104,34 +127,33 @@ void forward_plain(const IFForward& p, i64 lo, bool fetch) {
       else
         count[i] += s;
     }
-    if (STREAM) stream(spikes, row, kBlock * sizeof(B));
+    if (SPIKE_BYTES && STREAM && full)
+      stream(spikes, buffer, kBlock * sizeof(B));
+    else if (SPIKE_BYTES && !full)
+      __builtin_memcpy(spikes, buffer, n * sizeof(B));
     if (!CONSTANT) x += p.x_stride;
   }
-  if (!SPIKE_BYTES)
-    for (int i = 0; i < kBlock; ++i) p.count[lo + i] = count[i];
-  if (p.v) {
-    S* last = static_cast<S*>(p.v) + lo;
-    for (int i = 0; i < kBlock; ++i) last[i] = v[i];
-  }
+  if (!SPIKE_BYTES) write(p.count, count, lo, n);
+  write(p.v, v, lo, n);
 }
 
-// One row of the general neuron: charges and spikes (0, 1; the primitive when SMOOTH) of n neurons.
+// One row of the general neuron: charges and spikes (0, 1; the primitive when SMOOTH) of a block.
 template <class X, bool SMOOTH>
 inline void step_row(const X* x, const State<X>* scale, const State<X>* threshold, i32 options,
-                     State<X> v_reset, i32 surrogate, State<X> alpha, i64 n, State<X>* v,
-                     State<X>* charge, State<X>* spike) {
+                     State<X> v_reset, i32 surrogate, State<X> alpha, State<X>* v, State<X>* charge,
+                     State<X>* spike) {
   typedef State<X> S;
   if (options & kInputScale) {
 #pragma omp simd
-    for (i64 i = 0; i < n; ++i) charge[i] = widen(x[i]) * scale[i];
+    for (i64 i = 0; i < kBlock; ++i) charge[i] = widen(x[i]) * scale[i];
 #pragma omp simd
-    for (i64 i = 0; i < n; ++i) charge[i] = v[i] + charge[i];
+    for (i64 i = 0; i < kBlock; ++i) charge[i] = v[i] + charge[i];
   } else {
 #pragma omp simd
-    for (i64 i = 0; i < n; ++i) charge[i] = v[i] + widen(x[i]);
+    for (i64 i = 0; i < kBlock; ++i) charge[i] = v[i] + widen(x[i]);
   }
   if constexpr (SMOOTH) {
-    for (i64 i = 0; i < n; ++i) {
+    for (i64 i = 0; i < kBlock; ++i) {
       const Neuron<S, true> neuron = {threshold[i], v_reset, alpha, options, surrogate};
       spike[i] = neuron.spike(charge[i]);
       v[i] = options & kHardReset ? charge[i] * (S(1) - spike[i]) + v_reset * spike[i]
@@ -139,26 +161,25 @@ inline void step_row(const X* x, const State<X>* scale, const State<X>* threshol
     }
     return;
   }
-  const bool strict = (options & kStrict) != 0, hard = (options & kHardReset) != 0;
-  if (strict) {
+  if (options & kStrict) {
 #pragma omp simd
-    for (i64 i = 0; i < n; ++i) spike[i] = select(charge[i] > threshold[i], S(1));
+    for (i64 i = 0; i < kBlock; ++i) spike[i] = select(charge[i] > threshold[i], S(1));
   } else {
 #pragma omp simd
-    for (i64 i = 0; i < n; ++i) spike[i] = select(charge[i] >= threshold[i], S(1));
+    for (i64 i = 0; i < kBlock; ++i) spike[i] = select(charge[i] >= threshold[i], S(1));
   }
-  if (hard) {
+  if (options & kHardReset) {
 #pragma omp simd
-    for (i64 i = 0; i < n; ++i) v[i] = spike[i] != S(0) ? v_reset : charge[i];
+    for (i64 i = 0; i < kBlock; ++i) v[i] = spike[i] != S(0) ? v_reset : charge[i];
   } else {
 #pragma omp simd
-    for (i64 i = 0; i < n; ++i)
+    for (i64 i = 0; i < kBlock; ++i)
       v[i] = reset_by_subtraction(charge[i], threshold[i], spike[i] != S(0));
   }
 }
 
-// Amplitudes of a block, in whatever width the spikes have.
-union Amplitudes {
+// A row of spikes, or the amplitudes of a block, in whatever width the spikes have.
+union Elements {
   u8 b1[kBlock];
   u16 b2[kBlock];
   u32 b4[kBlock];
@@ -167,65 +188,63 @@ union Amplitudes {
 };
 
 template <class B, class S>
-inline void write_spikes(const IFForward& p, const B* amp, const S* spike, i64 at, i64 n) {
-  B* out = static_cast<B*>(p.spikes) + at;
+inline void spike_row(B* out, const B* amplitude, const S* spike) {
 #pragma omp simd
-  for (i64 i = 0; i < n; ++i) out[i] = select(spike[i] != S(0), amp[i]);
+  for (i64 i = 0; i < kBlock; ++i) out[i] = select(spike[i] != S(0), amplitude[i]);
 }
 
-// n <= kBlock neurons of the general neuron: every option, every output.
+// The general neuron: every option, every output.
 template <class X, bool SMOOTH>
 void forward_general(const IFForward& p, i64 lo, i64 n) {
   typedef State<X> S;
   alignas(64) S v[kBlock], threshold[kBlock], scale[kBlock], charge[kBlock], spike[kBlock];
-  alignas(64) Amplitudes amplitude;
-  alignas(64) i32 count[kBlock];
-  gather(v, p.v_init, S(p.v_init.value), lo, n);
-  gather(threshold, p.threshold, S(p.threshold.value), lo, n);
-  gather(scale, p.input_scale, S(p.input_scale.value), lo, n);
+  alignas(64) Elements amplitude, out;
+  alignas(64) i32 count[kBlock] = {};
+  Row<X> padded;
+  gather(v, p.v_init, S(p.v_init.value), lo);
+  gather(threshold, p.threshold, S(p.threshold.value), lo);
+  gather(scale, p.input_scale, S(p.input_scale.value), lo);
   switch (p.spike_bytes) {
     case 1:
-      gather(amplitude.b1, p.amplitude, u8(p.amplitude_bits), lo, n);
+      gather(amplitude.b1, p.amplitude, u8(p.amplitude_bits), lo);
       break;
     case 2:
-      gather(amplitude.b2, p.amplitude, u16(p.amplitude_bits), lo, n);
+      gather(amplitude.b2, p.amplitude, u16(p.amplitude_bits), lo);
       break;
     case 4:
-      gather(amplitude.b4, p.amplitude, u32(p.amplitude_bits), lo, n);
+      gather(amplitude.b4, p.amplitude, u32(p.amplitude_bits), lo);
       break;
     default:
-      gather(amplitude.b8, p.amplitude, p.amplitude_bits, lo, n);
+      gather(amplitude.b8, p.amplitude, p.amplitude_bits, lo);
   }
-  for (i64 i = 0; i < n; ++i) count[i] = 0;
 
   for (i64 t = 0; t < p.T; ++t) {
-    const X* x = static_cast<const X*>(p.x) + t * p.x_stride + lo;
-    step_row<X, SMOOTH>(x, scale, threshold, p.options, S(p.v_reset), p.surrogate, S(p.alpha), n, v,
+    const X* x = padded.read(static_cast<const X*>(p.x) + t * p.x_stride + lo, n);
+    step_row<X, SMOOTH>(x, scale, threshold, p.options, S(p.v_reset), p.surrogate, S(p.alpha), v,
                         charge, spike);
     const i64 at = t * p.N + lo;
     if (p.spikes) {
-      if constexpr (SMOOTH) {
-        double* out = static_cast<double*>(p.spikes) + at;
-        for (i64 i = 0; i < n; ++i) out[i] = amplitude.real[i] * spike[i];
-      } else if (p.spike_bytes == 1) {
-        write_spikes(p, amplitude.b1, spike, at, n);
-      } else if (p.spike_bytes == 2) {
-        write_spikes(p, amplitude.b2, spike, at, n);
-      } else if (p.spike_bytes == 4) {
-        write_spikes(p, amplitude.b4, spike, at, n);
-      } else {
-        write_spikes(p, amplitude.b8, spike, at, n);
-      }
+      if constexpr (SMOOTH)
+        for (i64 i = 0; i < kBlock; ++i) out.real[i] = amplitude.real[i] * spike[i];
+      else if (p.spike_bytes == 1)
+        spike_row(out.b1, amplitude.b1, spike);
+      else if (p.spike_bytes == 2)
+        spike_row(out.b2, amplitude.b2, spike);
+      else if (p.spike_bytes == 4)
+        spike_row(out.b4, amplitude.b4, spike);
+      else
+        spike_row(out.b8, amplitude.b8, spike);
+      write(p.spikes, out.b1, at * p.spike_bytes, n * p.spike_bytes);
     }
-    for (i64 i = 0; i < n; ++i) count[i] += spike[i] != S(0);
-    if (p.v_seq) __builtin_memcpy(static_cast<S*>(p.v_seq) + at, v, n * sizeof(S));
-    if (p.charge_seq) __builtin_memcpy(static_cast<S*>(p.charge_seq) + at, charge, n * sizeof(S));
+    for (i64 i = 0; i < kBlock; ++i) count[i] += spike[i] != S(0);
+    write(p.v_seq, v, at, n);
+    write(p.charge_seq, charge, at, n);
   }
-  if (p.count) __builtin_memcpy(p.count + lo, count, n * sizeof(i32));
-  if (p.v) __builtin_memcpy(static_cast<S*>(p.v) + lo, v, n * sizeof(S));
+  write(p.count, count, lo, n);
+  write(p.v, v, lo, n);
 }
 
-typedef void (*ForwardBlock)(const IFForward&, i64 lo, bool fetch);
+typedef void (*ForwardBlock)(const IFForward&, i64 lo, i64 n, bool fetch);
 
 template <class X, int SPIKE_BYTES, bool STREAM>
 ForwardBlock pick_plain(const IFForward& p) {
@@ -251,8 +270,8 @@ void forward_range(const IFForward& p, i64 first, i64 last, bool streaming) {
 
   for (i64 b = first; b < last; ++b) {
     const i64 lo = b * kBlock, n = p.N - lo < kBlock ? p.N - lo : kBlock;
-    if (block && n == kBlock)
-      block(p, lo, streaming && b + kPrefetchBlocks < last);
+    if (block)
+      block(p, lo, n, streaming && b + kPrefetchBlocks < last);
     else if (sizeof(X) == 8 && p.options & kSmooth)
       forward_general<double, true>(p, lo, n);
     else
@@ -274,29 +293,50 @@ struct BackwardBlock {
   alignas(64) S threshold[kBlock];
   alignas(64) S scale[kBlock];
   alignas(64) S amplitude[kBlock];
-  alignas(64) S carry[kBlock];
-  alignas(64) S grad_threshold[kBlock];
-  alignas(64) S grad_amplitude[kBlock];
-  alignas(64) S grad_scale[kBlock];
-  alignas(64) S grad_constant[kBlock];
   alignas(64) S spike[kBlock];
-  alignas(64) X row[kBlock];
+  alignas(64) S carry[kBlock] = {};
+  alignas(64) S grad_threshold[kBlock] = {};
+  alignas(64) S grad_amplitude[kBlock] = {};
+  alignas(64) S grad_scale[kBlock] = {};
+  alignas(64) S grad_constant[kBlock] = {};
+  alignas(64) X out[kBlock];
+  Row<X> x, grad;
+  Row<S> trace;
+
+  BackwardBlock(const IFBackward& p, i64 lo, i64 n) {
+    gather(v_init, p.v_init, S(p.v_init.value), lo);
+    gather(threshold, p.threshold, S(p.threshold.value), lo);
+    gather(scale, p.input_scale, S(p.input_scale.value), lo);
+    gather(amplitude, p.amplitude, S(p.amplitude.value), lo);
+    __builtin_memcpy(v, v_init, sizeof v);
+    if (p.grad_v) __builtin_memcpy(carry, static_cast<const S*>(p.grad_v) + lo, n * sizeof(S));
+  }
 };
 
-// One row back, plain: soft reset, gradients for x and v_init. Returns through out.
-template <class X, int KIND>
-inline void plain_row(const IFBackward& p, i64 t, i64 lo, i64 n, const State<X>* charge,
-                      BackwardBlock<X>& b, X* out) {
+// One row forward again, plain.
+template <class X>
+inline void plain_charge(const X* x, const State<X>* threshold, State<X>* v, State<X>* charge) {
   typedef State<X> S;
-  const S alpha = S(p.alpha);
-  const X* grad = static_cast<const X*>(p.grad_spikes) + t * p.grad_stride + lo;
-  const S attached = p.options & kDetachReset ? S(0) : S(1);
 #pragma omp simd
-  for (i64 i = 0; i < n; ++i) {
-    const S slope = surrogate_derivative<KIND>(charge[i] - b.threshold[i], alpha);
-    const S through_reset = attached * (b.carry[i] * b.threshold[i]);
-    const S carry = (b.amplitude[i] * widen(grad[i]) - through_reset) * slope + b.carry[i];
-    b.carry[i] = carry;
+  for (i64 i = 0; i < kBlock; ++i) {
+    const S m = v[i] + widen(x[i]);
+    charge[i] = m;
+    v[i] = reset_by_subtraction(m, threshold[i], fires(m, threshold[i], false));
+  }
+}
+
+// One row back, plain: soft reset, gradients for x and v_init. `attached` is 0 to detach the reset.
+template <class X, int KIND>
+inline void plain_row(const X* grad, const State<X>* charge, const State<X>* threshold,
+                      const State<X>* amplitude, State<X> alpha, State<X> attached,
+                      State<X>* carries, X* out) {
+  typedef State<X> S;
+#pragma omp simd
+  for (i64 i = 0; i < kBlock; ++i) {
+    const S slope = surrogate_derivative<KIND>(charge[i] - threshold[i], alpha);
+    const S through_reset = attached * (carries[i] * threshold[i]);
+    const S carry = (amplitude[i] * widen(grad[i]) - through_reset) * slope + carries[i];
+    carries[i] = carry;
     out[i] = Narrow<X>::from(carry);
   }
 }
@@ -307,110 +347,109 @@ inline void general_row(const IFBackward& p, i64 t, i64 lo, i64 n, const State<X
                         BackwardBlock<X>& b) {
   typedef State<X> S;
   const i64 at = t * p.N + lo;
-  const X* grad = static_cast<const X*>(p.grad_spikes) + t * p.grad_stride + lo;
-  const S* grad_charge = static_cast<const S*>(p.grad_charge_seq) + at;
-  const S rate = S(p.grad_scale);
+  alignas(64) S grad_out[kBlock], grad_charge[kBlock];
   if (p.grad_v_seq) {
-    const S* g = static_cast<const S*>(p.grad_v_seq) + at;
-    for (i64 i = 0; i < n; ++i) b.carry[i] += g[i];
+    const S* g = b.trace.read(static_cast<const S*>(p.grad_v_seq) + at, n);
+    for (i64 i = 0; i < kBlock; ++i) b.carry[i] += g[i];
   }
+  if (p.grad_spikes) {
+    const X* g = b.grad.read(static_cast<const X*>(p.grad_spikes) + t * p.grad_stride + lo, n);
+    for (i64 i = 0; i < kBlock; ++i) grad_out[i] = widen(g[i]) * S(p.grad_scale);
+  } else {
+    for (i64 i = 0; i < kBlock; ++i) grad_out[i] = S(0);
+  }
+  if (p.grad_charge_seq) {
+    const S* g = b.trace.read(static_cast<const S*>(p.grad_charge_seq) + at, n);
+    for (i64 i = 0; i < kBlock; ++i) grad_charge[i] = g[i];
+  } else {
+    for (i64 i = 0; i < kBlock; ++i) grad_charge[i] = S(0);
+  }
+  const S v_reset = S(p.v_reset), alpha = S(p.alpha);
+  const i32 options = p.options;
 #pragma omp simd
-  for (i64 i = 0; i < n; ++i) {
-    const Neuron<S, SMOOTH> neuron = {b.threshold[i], S(p.v_reset), S(p.alpha), p.options, KIND};
+  for (i64 i = 0; i < kBlock; ++i) {
+    const Neuron<S, SMOOTH> neuron = {b.threshold[i], v_reset, alpha, options, KIND};
     Adjoint<S> adjoint = {b.carry[i], b.grad_threshold[i], b.grad_amplitude[i]};
-    const S slope = surrogate_derivative<KIND>(charge[i] - b.threshold[i], S(p.alpha));
-    adjoint.step(neuron, charge[i], p.grad_spikes ? widen(grad[i]) * rate : S(0), b.amplitude[i],
-                 p.grad_charge_seq ? grad_charge[i] : S(0), slope);
+    const S slope = surrogate_derivative<KIND>(charge[i] - b.threshold[i], alpha);
+    adjoint.step(neuron, charge[i], grad_out[i], b.amplitude[i], grad_charge[i], slope);
     b.carry[i] = adjoint.carry;
     b.grad_threshold[i] = adjoint.grad_threshold;
     b.grad_amplitude[i] = adjoint.grad_amplitude;
   }
-  const X* x = static_cast<const X*>(p.x) + t * p.x_stride + lo;
-  const bool scaled = (p.options & kInputScale) != 0;
-  if (scaled)
-    for (i64 i = 0; i < n; ++i) b.grad_scale[i] += b.carry[i] * widen(x[i]);
-  if (p.x_stride == 0) {
-    for (i64 i = 0; i < n; ++i) b.grad_constant[i] += scaled ? b.carry[i] * b.scale[i] : b.carry[i];
-  } else if (p.grad_x) {
-    X* out = static_cast<X*>(p.grad_x) + at;
-    for (i64 i = 0; i < n; ++i)
-      out[i] = Narrow<X>::from(scaled ? b.carry[i] * b.scale[i] : b.carry[i]);
+  const S* grad_x = b.carry;
+  if (options & kInputScale) {
+    const X* x = b.x.read(static_cast<const X*>(p.x) + t * p.x_stride + lo, n);
+    for (i64 i = 0; i < kBlock; ++i) {
+      b.grad_scale[i] += b.carry[i] * widen(x[i]);
+      grad_out[i] = b.carry[i] * b.scale[i];
+    }
+    grad_x = grad_out;
   }
-}
-
-template <class S>
-inline void copy_out(void* to, const S* from, i64 lo, i64 n) {
-  if (to) __builtin_memcpy(static_cast<S*>(to) + lo, from, n * sizeof(S));
+  if (p.x_stride == 0) {
+    for (i64 i = 0; i < kBlock; ++i) b.grad_constant[i] += grad_x[i];
+  } else {
+    for (i64 i = 0; i < kBlock; ++i) b.out[i] = Narrow<X>::from(grad_x[i]);
+    write(p.grad_x, b.out, at, n);
+  }
 }
 
 template <class X, int KIND, bool SMOOTH>
 void backward_block(const IFBackward& p, i64 lo, i64 n, bool plain, bool streaming, bool fetch,
                     void* scratch) {
   typedef State<X> S;
-  BackwardBlock<X> b;
-  gather(b.v_init, p.v_init, S(p.v_init.value), lo, n);
-  gather(b.threshold, p.threshold, S(p.threshold.value), lo, n);
-  gather(b.scale, p.input_scale, S(p.input_scale.value), lo, n);
-  gather(b.amplitude, p.amplitude, S(p.amplitude.value), lo, n);
+  BackwardBlock<X> b(p, lo, n);
   if (plain)
-    for (i64 i = 0; i < n; ++i) b.amplitude[i] *= S(p.grad_scale);
-  for (i64 i = 0; i < n; ++i) {
-    b.v[i] = b.v_init[i];
-    b.carry[i] = p.grad_v ? static_cast<const S*>(p.grad_v)[lo + i] : S(0);
-    b.grad_threshold[i] = b.grad_amplitude[i] = b.grad_scale[i] = b.grad_constant[i] = S(0);
-  }
-
+    for (i64 i = 0; i < kBlock; ++i) b.amplitude[i] *= S(p.grad_scale);
+  const S alpha = S(p.alpha), attached = S(p.options & kDetachReset ? 0 : 1);
   S* charge = static_cast<S*>(scratch);  // [kSteps, kBlock], then membranes [chunks, kBlock]
   S* saved = charge + kSteps * kBlock;
-  const i64 chunks = (p.T + kSteps - 1) / kSteps;
+  const i64 chunks = (p.T + kSteps - 1) / kSteps, ahead = kPrefetchBlocks * kBlock;
+  const bool full = n == kBlock;
   const X* x = static_cast<const X*>(p.x) + lo;
-  const i64 ahead = kPrefetchBlocks * kBlock;
+  const auto forward = [&](i64 t, S* charges) {
+    const X* row = x + t * p.x_stride;
+    if (fetch) prefetch(row + ahead, kBlock * sizeof(X));
+    row = b.x.read(row, n);
+    if (plain)
+      plain_charge<X>(row, b.threshold, b.v, charges);
+    else
+      step_row<X, SMOOTH>(row, b.scale, b.threshold, p.options, S(p.v_reset), KIND, alpha, b.v,
+                          charges, b.spike);
+  };
+
   for (i64 c = 0; c + 1 < chunks; ++c) {
-    for (i64 t = c * kSteps; t < (c + 1) * kSteps; ++t)
-      step_row<X, SMOOTH>(x + t * p.x_stride, b.scale, b.threshold, p.options, S(p.v_reset), KIND,
-                          S(p.alpha), n, b.v, charge, b.spike);
-    __builtin_memcpy(saved + c * kBlock, b.v, n * sizeof(S));
+    for (i64 t = c * kSteps; t < (c + 1) * kSteps; ++t) forward(t, charge);
+    __builtin_memcpy(saved + c * kBlock, b.v, sizeof b.v);
   }
   for (i64 c = chunks - 1; c >= 0; --c) {
     const i64 t0 = c * kSteps, steps = p.T - t0 < kSteps ? p.T - t0 : kSteps;
-    __builtin_memcpy(b.v, c ? saved + (c - 1) * kBlock : b.v_init, n * sizeof(S));
-    for (i64 k = 0; k < steps; ++k) {
-      const X* row = x + (t0 + k) * p.x_stride;
-      if (fetch) prefetch(row + ahead, kBlock * sizeof(X));
-      if (plain) {
-        S* h = charge + k * kBlock;
-#pragma omp simd
-        for (i64 i = 0; i < n; ++i) {
-          const S m = b.v[i] + widen(row[i]);
-          h[i] = m;
-          b.v[i] = reset_by_subtraction(m, b.threshold[i], fires(m, b.threshold[i], false));
-        }
-      } else {
-        step_row<X, SMOOTH>(row, b.scale, b.threshold, p.options, S(p.v_reset), KIND, S(p.alpha), n,
-                            b.v, charge + k * kBlock, b.spike);
-      }
-    }
+    __builtin_memcpy(b.v, c ? saved + (c - 1) * kBlock : b.v_init, sizeof b.v);
+    for (i64 k = 0; k < steps; ++k) forward(t0 + k, charge + k * kBlock);
     for (i64 k = steps - 1; k >= 0; --k) {
       const i64 t = t0 + k;
       if (!plain) {
         general_row<X, KIND, SMOOTH>(p, t, lo, n, charge + k * kBlock, b);
         continue;
       }
-      X* out = static_cast<X*>(p.grad_x) + t * p.N + lo;
-      if (fetch)
-        prefetch(static_cast<const X*>(p.grad_spikes) + t * p.grad_stride + lo + ahead,
-                 kBlock * sizeof(X));
-      plain_row<X, KIND>(p, t, lo, n, charge + k * kBlock, b, streaming ? b.row : out);
-      if (streaming) stream(out, b.row, kBlock * sizeof(X));
+      const X* grad = static_cast<const X*>(p.grad_spikes) + t * p.grad_stride + lo;
+      X* grad_x = static_cast<X*>(p.grad_x) + t * p.N + lo;
+      if (fetch) prefetch(grad + ahead, kBlock * sizeof(X));
+      plain_row<X, KIND>(b.grad.read(grad, n), charge + k * kBlock, b.threshold, b.amplitude, alpha,
+                         attached, b.carry, streaming || !full ? b.out : grad_x);
+      if (streaming && full)
+        stream(grad_x, b.out, kBlock * sizeof(X));
+      else if (!full)
+        __builtin_memcpy(grad_x, b.out, n * sizeof(X));
     }
   }
-  if (p.grad_x && p.x_stride == 0)
-    for (i64 i = 0; i < n; ++i)
-      static_cast<X*>(p.grad_x)[lo + i] = Narrow<X>::from(b.grad_constant[i]);
-  copy_out(p.grad_v_init, b.carry, lo, n);
-  copy_out(p.grad_threshold, b.grad_threshold, lo, n);
-  copy_out(p.grad_amplitude, b.grad_amplitude, lo, n);
-  copy_out(p.grad_input_scale, b.grad_scale, lo, n);
+  if (p.x_stride == 0) {
+    for (i64 i = 0; i < kBlock; ++i) b.out[i] = Narrow<X>::from(b.grad_constant[i]);
+    write(p.grad_x, b.out, lo, n);
+  }
+  write(p.grad_v_init, b.carry, lo, n);
+  write(p.grad_threshold, b.grad_threshold, lo, n);
+  write(p.grad_amplitude, b.grad_amplitude, lo, n);
+  write(p.grad_input_scale, b.grad_scale, lo, n);
 }
 
 template <class X, int KIND>
@@ -420,11 +459,11 @@ void backward_range(const IFBackward& p, i64 first, i64 last, bool streaming, vo
                      !p.grad_amplitude;
   for (i64 b = first; b < last; ++b) {
     const i64 lo = b * kBlock, n = p.N - lo < kBlock ? p.N - lo : kBlock;
-    const bool full = n == kBlock, fetch = streaming && b + kPrefetchBlocks < last;
+    const bool fetch = streaming && b + kPrefetchBlocks < last;
     if (sizeof(X) == 8 && p.options & kSmooth)
       backward_block<double, KIND, true>(p, lo, n, false, false, false, scratch);
     else
-      backward_block<X, KIND, false>(p, lo, n, plain, plain && full && streaming, fetch, scratch);
+      backward_block<X, KIND, false>(p, lo, n, plain, streaming, fetch, scratch);
   }
   if (streaming) stream_fence();
 }

@@ -386,8 +386,11 @@ class _IntegrateAndFire(torch.autograd.Function):
         )  # fmt: skip
         if c.rate:
             steps = x.shape[0] if c.T is None else c.T
-            weight = c.amplitude_value if amplitude is None else amplitude.to(v_last.dtype)
-            spikes = (weight * count / steps).to(x.dtype)
+            if amplitude is None:
+                weight: Any = operands.rounded(c.amplitude_value, x.dtype)
+            else:
+                weight = amplitude.to(x.dtype).to(v_last.dtype)
+            spikes = (weight * count.to(v_last.dtype) / steps).to(x.dtype)
         ctx.save_for_backward(x, v, threshold, amplitude, input_scale)
         ctx.config = c
         ctx.set_materialize_grads(False)

@@ -98,9 +98,8 @@ class Triangle(Surrogate):
 
     def primitive(self, u: Tensor) -> Tensor:
         """See :class:`Surrogate`."""
-        z = self.alpha * u
-        side = 0.5 * (1 - z.abs().clamp(max=1)).square()
-        return torch.where(z >= 0, 1 - side, side)
+        z = (self.alpha * u).clamp(-1, 1)
+        return z - 0.5 * z * z.abs() + 0.5
 
 
 @dataclass(frozen=True)
