@@ -1,0 +1,141 @@
+"""What is tested (report header), back ends as parameters, poisoned memory, hypothesis profiles."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import hypothesis
+import pytest
+import torch
+from support import PACKAGE, PURE, Backend, HostShim, build_host_shim, compiler, extension
+
+import snnkernels
+from snnkernels.kernels import backends
+
+hypothesis.settings.register_profile(
+    "default",
+    deadline=None,
+    max_examples=50,
+    derandomize=os.environ.get("CI") == "true",
+    # The `backend` fixture is one thing for all examples of a test.
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
+)
+hypothesis.settings.register_profile(
+    "thorough", hypothesis.settings.get_profile("default"), max_examples=500
+)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if extension("_cpu") is None and not PURE:
+        raise pytest.UsageError(
+            "the CPU extension snnkernels._cpu is missing from "
+            f"{PACKAGE}: build it (pip install .), or set SNNKERNELS_TEST_PURE=1 to test the pure "
+            "PyTorch package on purpose"
+        )
+    # Fresh tensors are full of NaN: an output that is not written shows.
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    lines = [f"snnkernels {snnkernels.__version__} from {PACKAGE}"]
+    lines += str(snnkernels.backend_info()).splitlines()
+    lines.append(
+        "host shim: "
+        + ("the GPU kernels run on the CPU too" if not PURE and compiler() else "not built")
+    )
+    if PURE:
+        lines.append("SNNKERNELS_TEST_PURE=1: only the reference is tested")
+    return lines
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+
+
+@pytest.fixture(scope="session")
+def host_shim(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> HostShim:
+    """The GPU kernels as a CPU module; built once and kept between sessions."""
+    if compiler() is None:
+        pytest.skip("the host shim needs a C++ compiler (CXX or c++)")
+    pytest.importorskip("pybind11")
+    cache = getattr(request.config, "cache", None)
+    folder = cache.mkdir("host_shim") if cache else tmp_path_factory.mktemp("host_shim")
+    return build_host_shim(folder)
+
+
+@pytest.fixture(autouse=True)
+def _clean_backend() -> Iterator[None]:
+    yield
+    if backends.get_backend() != "auto":
+        backends.set_backend("auto")
+
+
+def _ready(given: Backend, request: pytest.FixtureRequest) -> Iterator[Backend]:
+    before = None
+    if given.name == "host_shim":
+        shim = request.getfixturevalue("host_shim")
+        backends._MAKERS["host_shim"] = shim.kernels
+        backends._made.pop("host_shim", None)
+    elif given.isa is not None:
+        before = extension("_cpu").isa()
+        extension("_cpu").set_isa(given.isa)
+    try:
+        backends.set_backend(given.name)
+    except RuntimeError as error:
+        if given.name in ("cuda", "nvrtc"):
+            pytest.skip(str(error))
+        raise
+    yield given
+    backends.set_backend("auto")
+    if given.name == "host_shim":
+        backends._MAKERS.pop("host_shim")
+        backends._made.pop("host_shim")
+    if before is not None:
+        extension("_cpu").set_isa(before)
+
+
+def _gpu(name: str) -> object:
+    return pytest.param(Backend(name, "cuda"), marks=pytest.mark.gpu, id=name)
+
+
+_COMPILED = [] if PURE else [Backend("cpu"), Backend("host_shim")]
+_ISAS = [] if PURE or extension("_cpu") is None else extension("_cpu").isas()
+_GPU = [] if PURE else [_gpu("cuda"), _gpu("nvrtc")]
+
+
+@pytest.fixture(params=[Backend("reference"), *_COMPILED, *_GPU], ids=str)
+def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    """Forces one implementation after the other."""
+    yield from _ready(request.param, request)
+
+
+@pytest.fixture(params=[*_COMPILED, *_GPU] or [Backend("reference")], ids=str)
+def kernel(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    """As ``backend``, without the reference where anything else is there."""
+    yield from _ready(request.param, request)
+
+
+@pytest.fixture(
+    params=[
+        Backend("reference"),
+        *(Backend("cpu", isa=isa) for isa in _ISAS),
+        *_COMPILED[1:],
+        *_GPU,
+    ],
+    ids=str,
+)
+def level(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    """As ``backend``, and every SIMD level of the CPU extension."""
+    yield from _ready(request.param, request)
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Lets a test call torch.set_num_threads."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
