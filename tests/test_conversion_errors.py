@@ -34,7 +34,10 @@ class Between(nn.Module):
 @pytest.mark.parametrize(
     ("middle", "words"),
     [
-        (lambda n, h: torch.sigmoid(n.fc2(h)), "sigmoid cannot be converted: sigmoid is not affine"),
+        (
+            lambda n, h: torch.sigmoid(n.fc2(h)),
+            "sigmoid cannot be converted: sigmoid is not affine",
+        ),
         (lambda n, h: F.gelu(h), "gelu is not affine"),
         (lambda n, h: h.tanh(), "tanh is not affine"),
         (lambda n, h: h.softmax(1), "softmax is not affine"),
@@ -62,7 +65,7 @@ def test_what_is_not_affine_between_neurons(middle: Callable, words: str) -> Non
 
 def test_no_activation() -> None:
     net = nn.Sequential(nn.Linear(6, 3), nn.GELU())
-    with pytest.raises(ConversionError, match="no activation found.*GELU, Linear"):
+    with pytest.raises(ConversionError, match=r"no activation found.*GELU, Linear"):
         convert(net, X)
 
 
@@ -86,8 +89,8 @@ def test_two_inputs() -> None:
 
 
 def test_scripted_network() -> None:
-    with pytest.raises(ConversionError, match="cannot be copied|scripted|cannot trace"):
-        convert(torch.jit.trace(nn.ReLU(), X) if False else _scripted(), X)
+    with pytest.raises(ConversionError, match=r"cannot be copied|scripted|cannot trace"):
+        convert(_scripted(), X)
 
 
 def _scripted() -> nn.Module:
@@ -138,13 +141,13 @@ def test_learned_thresholds_that_are_not_positive(make: Callable, lam: float) ->
     net = nn.Sequential(nn.Linear(6, 3), make())
     with torch.no_grad():
         net[1].lam.fill_(lam)
-    with pytest.raises(ConversionError, match="^1: the learned threshold must be positive"):
+    with pytest.raises(ConversionError, match=r"^1: the learned threshold must be positive"):
         convert(net)
 
 
 def test_qcfs_needs_its_activations() -> None:
     net = nn.Sequential(nn.Linear(6, 3), QCFS(), nn.Linear(3, 3), nn.ReLU())
-    with pytest.raises(ConversionError, match="3: method='qcfs' needs QCFS.*this is ReLU"):
+    with pytest.raises(ConversionError, match=r"3: method='qcfs' needs QCFS.*this is ReLU"):
         convert(net, X, method="qcfs")
 
 

@@ -75,7 +75,10 @@ def test_any_batch_size_gives_the_same_answers(
 
 
 def test_calibration_does_not_depend_on_the_batch_size(ann: nn.Module, x: torch.Tensor) -> None:
-    a, b = convert(ann, x, threshold="max"), convert(ann, x.split(1), threshold="max", progress=False)
+    a, b = (
+        convert(ann, x, threshold="max"),
+        convert(ann, x.split(1), threshold="max", progress=False),
+    )
     for row in a.report.rows:
         if row.threshold is not None:
             torch.testing.assert_close(b.report[row.name].threshold, row.threshold)
@@ -130,6 +133,51 @@ def test_gradients_reach_the_weights(snn: ConvertedNetwork, x: torch.Tensor) -> 
     assert all(g is not None and bool(torch.isfinite(g).all()) for g in grads)
 
 
+class Reused(nn.Module):
+    """The spikes of one layer go on to other neurons and to the output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc1, self.fc2, self.fc3 = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = torch.relu(self.fc1(x))
+        return self.fc3(torch.relu(self.fc2(h)) + h)
+
+
+@pytest.mark.parametrize("kind", ["threshold", "weights"])
+def test_spikes_read_twice_count_the_same(kind: str) -> None:
+    net, x = Reused(), torch.randn(5, 6, generator=torch.Generator().manual_seed(1))
+    snn = convert(net, x, threshold="max", T=512, normalize=kind)
+    torch.testing.assert_close(snn(x), net(x), atol=5e-3, rtol=0)
+    with torch.no_grad():
+        without = snn(x, T=7)
+    assert torch.equal(snn(x, T=7), without)  # gradients do not change the answer
+    twin = copy.deepcopy(snn)
+    assert torch.equal(twin(x, T=7), without)
+
+
+def test_gradient_of_a_rate_is_that_of_the_mean_spike() -> None:
+    snn = convert(nn.ReLU(), threshold=2.0, v_init=0.0, T=4)
+    x = torch.tensor([[2.0, 0.5]], requires_grad=True)
+    snn(x).sum().backward()
+    plain = x.detach().clone().requires_grad_()
+    node = next(snn.neurons())[1].node
+    node.output = "rate"
+    node(plain, T=4).sum().backward()
+    assert x.grad is not None
+    assert bool((x.grad > 0).all())
+    torch.testing.assert_close(x.grad, plain.grad)
+
+
+def test_compiles(x: torch.Tensor, snn: ConvertedNetwork) -> None:
+    twin = copy.deepcopy(snn)
+    compiled = torch.compile(twin, backend="eager")
+    with torch.no_grad():
+        assert torch.equal(compiled(x, T=3), snn(x, T=3))
+
+
 def test_nothing_is_kept_between_calls(snn: ConvertedNetwork, x: torch.Tensor) -> None:
     snn(x)
     assert all(not isinstance(layer.node._v, torch.Tensor) for _, layer in snn.neurons())
@@ -164,7 +212,9 @@ def test_report_measures_what_hooks_see(ann: nn.Module, x: torch.Tensor) -> None
 
 def test_qcfs_network_needs_no_data_and_is_reported_without_rates() -> None:
     net = randomize(
-        nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), QCFS(8), nn.Flatten(), nn.Linear(144, 3))
+        nn.Sequential(
+            nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), QCFS(8), nn.Flatten(), nn.Linear(144, 3)
+        )
     )
     snn = convert(net, method="qcfs", T=8)
     assert snn.report["2"].rate is None

@@ -145,7 +145,11 @@ def test_neurons_are_doubled_where_unpooled_spikes_are_used_too() -> None:
 
 def test_a_pool_of_averages_needs_no_neuron_behind_it() -> None:
     net = nn.Sequential(
-        nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.AvgPool2d(2), nn.MaxPool2d(2), nn.Conv2d(4, 3, 1)
+        nn.Conv2d(3, 4, 3, padding=1),
+        nn.ReLU(),
+        nn.AvgPool2d(2),
+        nn.MaxPool2d(2),
+        nn.Conv2d(4, 3, 1),
     )
     x = images(3)
     snn = convert(net, x, threshold="max", T=512)

@@ -66,7 +66,7 @@ def test_equal_spikes_on_dyadic_data(v_init: float | str, per_channel: bool) -> 
     }
     a, b = (counts(form[kind], x) for kind in ("threshold", "weights"))
     assert all(torch.equal(a[name], b[name]) for name in sizes)
-    assert all(0 < a[name].double().mean() for name in sizes)
+    assert all(a[name].double().mean() > 0 for name in sizes)
     assert torch.equal(form["threshold"](x), form["weights"](x))
     for _, layer in form["weights"].neurons():
         assert layer.node.v_threshold == 1

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from .activations import QCFS, ClipReLU
-from .pipeline import convert, methods
 from .errors import ConversionError
 from .network import ConvertedNetwork
+from .pipeline import convert, methods
 from .report import NodeReport, Report
 
 __all__ = [

@@ -20,7 +20,7 @@ class _FloorSTE(torch.autograd.Function):
         pass
 
     @staticmethod
-    def backward(ctx: object, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: object, grad: Tensor) -> Tensor:
         return grad
 
 

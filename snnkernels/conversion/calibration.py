@@ -12,7 +12,15 @@ from .errors import ConversionError
 from .histogram import Histogram
 from .ops import Activation
 
-__all__ = ["SAMPLE", "Statistics", "batches", "collect", "mmse_threshold", "parse_rule", "rule_threshold"]
+__all__ = [
+    "SAMPLE",
+    "Statistics",
+    "batches",
+    "collect",
+    "mmse_threshold",
+    "parse_rule",
+    "rule_threshold",
+]
 
 SAMPLE = 32  # inputs kept for the report's rates and errors
 GRID = 95  # candidates max * (1 - 0.01 i), i = 0..94, as in SNN Calibration (ICML 2021)

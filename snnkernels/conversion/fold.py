@@ -36,7 +36,8 @@ class ChannelAffine(nn.Module):
 
 def _scale_and_shift(bn: _BatchNorm) -> tuple[Tensor, Tensor]:
     """``bn`` in eval mode as float64 ``(scale, shift)``, each ``[C]``, with its own eps."""
-    assert bn.running_mean is not None and bn.running_var is not None
+    assert bn.running_mean is not None
+    assert bn.running_var is not None
     with torch.no_grad():
         scale = torch.rsqrt(bn.running_var.double() + bn.eps)
         if bn.weight is not None:
@@ -91,7 +92,7 @@ def scale_outputs(layer: nn.Module, weight: Tensor, scale: Tensor) -> Tensor:
     return weight * scale.view(-1, *(1,) * (weight.dim() - 1))
 
 
-def _folded(layer: nn.Module, bn: _BatchNorm) -> nn.Module:
+def _folded(layer: nn.Linear | _ConvNd, bn: _BatchNorm) -> nn.Module:
     scale, shift = _scale_and_shift(bn)
     with torch.no_grad():
         old = layer.weight.detach()
@@ -118,9 +119,9 @@ def fold_batch_norm(net: nn.Module, graph: fx.Graph) -> dict[str, str]:
         if not isinstance(before, fx.Node):
             raise ConversionError(f"{node.target}: batch normalisation of something not a tensor")
         layer = net.get_submodule(str(before.target)) if before.op == "call_module" else None
-        linear = isinstance(layer, nn.Linear) and layer.out_features == bn.num_features
-        if (isinstance(layer, _ConvNd) or linear) and len(before.users) == 1:
-            assert layer is not None
+        if isinstance(layer, nn.Linear) and layer.out_features != bn.num_features:
+            layer = None  # normalises another dimension than the features
+        if isinstance(layer, (nn.Linear, _ConvNd)) and len(before.users) == 1:
             path = place_module(net, graph, before, _folded(layer, bn))
             before.target = path
             done[str(node.target)] = f"folded into {path}"

@@ -8,7 +8,7 @@ __all__ = ["add_module", "copy_graph", "place_module"]
 
 
 def add_module(net: nn.Module, wanted: str, module: nn.Module) -> str:
-    """Put ``module`` into ``net`` at ``wanted``, or at ``wanted_2``, ... if taken; returns where."""
+    """Put ``module`` into ``net`` at ``wanted`` (``wanted_2``, ... if taken); returns where."""
     path, count = wanted, 1
     while _taken(net, path):
         count += 1

@@ -7,8 +7,8 @@ from enum import Enum
 from torch import fx, nn
 
 from .errors import ConversionError
+from .inplace import is_meta
 from .ops import MAX_POOL_MODULES, Activation, returns_list, why_not_affine
-from .trace import is_meta
 
 __all__ = ["Kind", "before_neurons", "check_supported", "is_activation", "kinds_of"]
 

@@ -7,8 +7,8 @@ from torch import fx, nn
 from .activations import QCFS, ClipReLU
 from .errors import ConversionError
 from .graphs import add_module
+from .inplace import is_meta
 from .ops import Activation, activation_of, max_pool_of
-from .trace import is_meta
 
 __all__ = ["depends_on_input", "mark"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -17,9 +18,13 @@ __all__ = ["ConvertedNetwork"]
 
 
 def _steps(T: Any) -> int:
-    if isinstance(T, bool) or not isinstance(T, int) or T < 1:
+    try:
+        steps = 0 if isinstance(T, bool) else operator.index(T)
+    except TypeError:
+        steps = 0
+    if steps < 1:
         raise ValueError(f"T must be a whole number of at least 1, got {T!r}")
-    return T
+    return steps
 
 
 class ConvertedNetwork(nn.Module):
@@ -84,7 +89,9 @@ class ConvertedNetwork(nn.Module):
             done = 0
             for end in ends:
                 new = self.body(*inputs, end - done)
-                counts = new if counts is None else [a + b for a, b in zip(counts, new, strict=True)]
+                counts = (
+                    new if counts is None else [a + b for a, b in zip(counts, new, strict=True)]
+                )
                 done = end
                 yield self._read(statics, counts, done, dtype)
         finally:
@@ -104,7 +111,9 @@ class ConvertedNetwork(nn.Module):
         (out,) = self._segments(x, [T])
         return out
 
-    def predict_curve(self, x: Tensor, steps: Iterable[int] = (1, 2, 4, 8, 16, 32)) -> dict[int, Any]:
+    def predict_curve(
+        self, x: Tensor, steps: Iterable[int] = (1, 2, 4, 8, 16, 32)
+    ) -> dict[int, Any]:
         """The outputs after several numbers of steps, from one run: ``{T: output}``.
 
         Bit for bit what separate calls return, at the price of the longest.

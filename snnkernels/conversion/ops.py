@@ -234,5 +234,3 @@ def returns_list(node: fx.Node) -> bool:
     """Whether ``node`` returns several tensors (chunk, split, unbind)."""
     name = str(getattr(node.target, "__name__", node.target))
     return node.op in ("call_function", "call_method") and name in ("chunk", "split", "unbind")
-
-

@@ -47,7 +47,9 @@ class _Cutter:
 
     def _demands(self) -> None:
         """What each part must compute, going backwards from the output."""
-        self.in_suffix, suffix_edge = self._closure(self.output.all_input_nodes, stop_at_neurons=True)
+        self.in_suffix, suffix_edge = self._closure(
+            self.output.all_input_nodes, stop_at_neurons=True
+        )
         neurons = [n for n in suffix_edge if self.kinds[n] is Kind.TIME]
         self.counted = [n for n in self.nodes if n in set(neurons)]
         self.in_body, body_edge = self._closure(self.counted, stop_at_neurons=False)

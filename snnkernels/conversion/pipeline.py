@@ -226,5 +226,3 @@ def _describe(
 
 def _operation(node: fx.Node) -> str:
     return str(getattr(node.target, "__name__", node.target))
-
-

@@ -69,8 +69,8 @@ class Report:
         for layer, channels in self.silent_channels.items():
             shown = ", ".join(map(str, channels[:16])) + (", ..." if len(channels) > 16 else "")
             notes.append(
-                f"{layer}: {len(channels)} channel{'s' if len(channels) > 1 else ''} never fired on "
-                f"the calibration data and took the layer's threshold: {shown}"
+                f"{layer}: {len(channels)} channel{'s' if len(channels) > 1 else ''} never fired "
+                f"on the calibration data and took the layer's threshold: {shown}"
             )
         return notes
 

@@ -132,7 +132,8 @@ class _Folder:
             sizes = [_channels(n) for n in tensors]
             if None in sizes:
                 raise self.fail(
-                    node, "the channels of its parts are not known; pass loader= (one batch will do)"
+                    node,
+                    "the channels of its parts are not known; pass loader= (one batch will do)",
                 )
             whole = torch.cat([s.expand(c) for s, c in zip(scales, sizes, strict=True)])  # type: ignore
             return self.copy(node, replaced), whole
@@ -162,10 +163,9 @@ class _Folder:
             same = own.numel() == scale.numel() == 1 or own.shape == scale.shape
             if same and torch.equal(own, scale):
                 return node
+            where = reader.target if reader.op == "call_module" else reader.name
             raise self.fail(
-                node,
-                f"it reaches {reader.target if reader.op == 'call_module' else reader.name} without "
-                "weights in between, and their thresholds differ",
+                node, f"it reaches {where} without weights in between, and their thresholds differ"
             )
         name = str(getattr(node.target, "__name__", node.target))
         if name in SUMS:

@@ -7,7 +7,14 @@ from torch import Tensor, nn
 
 from ..neurons import IFNode
 
-__all__ = ["CountSpikes", "Repeat", "SpikingActivation", "TimeShape", "per_channel_view", "split_time"]
+__all__ = [
+    "CountSpikes",
+    "Repeat",
+    "SpikingActivation",
+    "TimeShape",
+    "per_channel_view",
+    "split_time",
+]
 
 
 def per_channel_view(value: Tensor, channel_dim: int, dim: int) -> Tensor:
@@ -101,7 +108,7 @@ class SpikingActivation(nn.Module):
 
 
 class Repeat(nn.Module):
-    """A value that is constant in time where one per step is needed: ``[B, *]`` to ``[T * B, *]``."""
+    """A constant value where one per step is needed: ``[B, *]`` to ``[T * B, *]``."""
 
     def forward(self, x: Tensor, T: int) -> Tensor:
         """Repeat ``x`` T times, time slowest."""

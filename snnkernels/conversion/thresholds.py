@@ -47,7 +47,7 @@ class Site:
         if self.rule == "learned":
             return f"{type(self.activation.inner).__name__} -> IF, θ learned"
         kind = type(self.activation.inner).__name__
-        kind = f"ReLU{self.activation.inner.max_val:g}" if kind == "Hardtanh" else kind  # type: ignore
+        kind = f"ReLU{self.activation.inner.max_val:g}" if kind == "Hardtanh" else kind
         if isinstance(self.rule, str):
             return f"{kind} -> IF, θ {self.rule} per {'channel' if self.per_channel else 'layer'}"
         return f"{kind} -> IF, θ given"
@@ -150,7 +150,8 @@ def settle(site: Site, seen: Statistics | None, T: int, dtype: torch.dtype) -> N
                 )
     state = torch.float64 if dtype == torch.float64 else torch.float32
     if site.needs_data:
-        assert seen is not None and seen.histogram is not None
+        assert seen is not None
+        assert seen.histogram is not None
         start = site.v_init
         start = start if isinstance(start, str) else torch.as_tensor(start, dtype=torch.float64)
         if isinstance(start, Tensor) and start.numel() > 1 and not site.per_channel:
