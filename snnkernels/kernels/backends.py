@@ -169,7 +169,8 @@ def _nvrtc() -> Kernels:
 _MAKERS: dict[str, Callable[[], Kernels]] = {"cpu": _cpu, "cuda": _cuda, "nvrtc": _nvrtc}
 _made: dict[str, Kernels | Missing] = {}
 _chosen: dict[str, Kernels | None] = {}
-_forced = "auto"
+# Checked when first used: an import must not fail, and must touch no device.
+_forced = os.environ.get(_VARIABLE, "auto")
 
 
 def kernels(name: str) -> Kernels:
@@ -194,6 +195,7 @@ def choose(device: torch.device) -> Kernels | None:
 
 
 def _choose(device_type: str) -> Kernels | None:
+    _check_name()
     if _forced == "reference":
         return None
     if _forced != "auto":
@@ -218,6 +220,11 @@ def _choose(device_type: str) -> Kernels | None:
         stacklevel=2,
     )
     return None
+
+
+def _check_name() -> None:
+    if _forced not in NAMES and _forced not in _MAKERS:
+        raise ValueError(f"{_VARIABLE}={_forced!r} is unknown; allowed are {', '.join(NAMES)}")
 
 
 def set_backend(name: str) -> None:
@@ -262,6 +269,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 def backend_info() -> BackendInfo:
     """What each back end needs and whether it is there, as ``python -m snnkernels info`` prints."""
+    _check_name()
     rows = []
     for name in _MAKERS:
         version = _version(name)
@@ -291,13 +299,3 @@ def _version(name: str) -> str:
     return "-"
 
 
-def _from_environment() -> None:
-    name = os.environ.get(_VARIABLE, "auto")
-    if name not in NAMES:
-        raise ValueError(f"{_VARIABLE}={name!r} is unknown; allowed are {', '.join(NAMES)}")
-    global _forced
-    # Checked when first used: importing touches no device.
-    _forced = name
-
-
-_from_environment()
