@@ -179,8 +179,8 @@ def why_not_affine(node: fx.Node, net: nn.Module, varying: set[fx.Node]) -> str 
             return f"{kind} without running statistics uses those of the batch"
         return None if isinstance(module, AFFINE_MODULES) else f"{kind} is not affine"
     name = str(getattr(node.target, "__name__", node.target))
-    for resolved, function in (("max_pool", F.max_pool2d), ("max_pool", F.adaptive_max_pool2d)):
-        name = resolved if node.target is function else name
+    if node.target in MAX_POOLS:
+        return "a max-pool whose window is computed cannot be placed; give it numbers"
     changing = [n for n in node.all_input_nodes if n in varying]
     if name in SUMS:
         return None
