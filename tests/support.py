@@ -40,7 +40,7 @@ def dtype_id(value: Any) -> str | None:
     return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else None
 
 
-# ---- comparing -----------------------------------------------------------------------------------
+# ---- comparing ---------------------------------------------------------------------------------
 
 
 def bits(tensor: Tensor) -> Tensor:
@@ -77,7 +77,7 @@ def assert_close(
     assert error <= rtol * scale, f"{what}: error {error:.3e} at magnitude {scale:.3e}"
 
 
-# ---- what is tested ------------------------------------------------------------------------------
+# ---- what is tested ----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def check_call(command: Iterable[str | Path], **options: Any) -> str:
     return done.stdout + done.stderr
 
 
-# ---- the GPU kernels on the CPU --------------------------------------------------------------------
+# ---- the GPU kernels on the CPU ----------------------------------------------------------------
 
 
 class HostShim:
@@ -208,7 +208,7 @@ def build_host_shim(cache: Path) -> HostShim:
     return HostShim(built, folder)
 
 
-# ---- cases -----------------------------------------------------------------------------------------
+# ---- cases -------------------------------------------------------------------------------------
 
 
 def from_values(values: Any, dtype: torch.dtype = torch.float32) -> Tensor:

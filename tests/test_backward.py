@@ -268,7 +268,7 @@ def plain(**fixed: Any) -> list[Case]:
     ]
 
 
-# ---- against float64 autograd ----------------------------------------------------------------------
+# ---- against float64 autograd ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -288,7 +288,7 @@ def test_sampled(backend: Backend, dtype: torch.dtype, rtol: float) -> None:
         check(backend, case, rtol)
 
 
-# Half precision: gradients of x are rounded to 11 and 8 bits at the end, everything else is float32.
+# Gradients of x are rounded to 11 and 8 bits at the end, everything else is float32.
 @pytest.mark.parametrize(
     ("dtype", "eps"), [(torch.float16, 2**-10), (torch.bfloat16, 2**-7)], ids=dtype_id
 )
@@ -349,7 +349,7 @@ def test_misaligned_and_strided_gradients(kernel: Backend, size: int) -> None:
         assert bool(same.isfinite().all())
 
 
-# ---- a derivation by hand, in plain Python ----------------------------------------------------------
+# ---- a derivation by hand, in plain Python -----------------------------------------------------
 
 
 def by_hand(
@@ -451,7 +451,7 @@ def test_by_hand(
             )
 
 
-# ---- gradcheck of the smooth twin ------------------------------------------------------------------
+# ---- gradcheck of the smooth twin --------------------------------------------------------------
 
 
 class _Smooth(torch.autograd.Function):
@@ -459,7 +459,7 @@ class _Smooth(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, v: Tensor, th: Tensor, amp: Tensor, scale: Any, c: Any) -> Any:
-        steps, v_reset, kind, alpha, detach = c
+        steps, v_reset, kind, alpha, _ = c
         spikes, _, last, v_seq, charge_seq = ops.if_forward(
             x, steps, v, 0.0, th, 0.0, amp, 0.0, scale, v_reset, False, torch.float64, True, False,
             True, True, kind, alpha,
@@ -528,7 +528,7 @@ def test_smooth_twin_is_the_references(
         assert_close(a, b, 1e-12)
 
 
-# ---- double backward -------------------------------------------------------------------------------
+# ---- double backward ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("case", sampled(12, seed=31, dtype=torch.float64, steps=5), ids=str)
@@ -565,7 +565,7 @@ def test_gradgradcheck(backend: Backend, name: str) -> None:
     assert_close(second, d2, 1e-12)
 
 
-# ---- presence and absence ---------------------------------------------------------------------------
+# ---- presence and absence ----------------------------------------------------------------------
 
 
 def test_no_gradient_is_silently_zero(backend: Backend) -> None:
@@ -674,7 +674,7 @@ def test_a_second_backward_needs_no_saved_spikes(backend: Backend) -> None:
     assert [t.data_ptr() for t in kept if t.numel() >= 800] == [x.data_ptr()]
 
 
-# ---- surrogates ------------------------------------------------------------------------------------
+# ---- surrogates --------------------------------------------------------------------------------
 
 
 @given(
@@ -712,7 +712,7 @@ def test_surrogates_have_area_one_and_known_values(name: str) -> None:
 
 @pytest.mark.parametrize("alpha", [0.0, -1.0, math.inf, math.nan, "2", None])
 def test_bad_alpha(alpha: Any) -> None:
-    with pytest.raises(ValueError, match="ATan: alpha=.* must be a positive finite number"):
+    with pytest.raises(ValueError, match=r"ATan: alpha=.* must be a positive finite number"):
         surrogate.ATan(alpha)
 
 
@@ -744,7 +744,7 @@ def test_spikingjellys_objects(backend: Backend, spikingjelly: ModuleType) -> No
         (got,) = torch.autograd.grad(if_multi_step(x, surrogate_function=theirs)[0].sum(), x)
         (want,) = torch.autograd.grad(if_multi_step(x, surrogate_function=cls(1.5))[0].sum(), x)
         assert_same_bits(got, want)
-    with pytest.raises(TypeError, match="Erf.*allowed are None, a name"):
+    with pytest.raises(TypeError, match=r"Erf.*allowed are None, a name"):
         surrogate.resolve(spikingjelly.Erf())
     with pytest.raises(ValueError, match="spiking=False"):
         surrogate.resolve(spikingjelly.ATan(spiking=False))

@@ -1,16 +1,19 @@
-"""Forward: hand-computed tables, the reference against a scalar loop, every back end bit for bit."""
+"""Forward: tables computed by hand, the reference against a scalar loop, every back end by bits."""
 
 from __future__ import annotations
 
+import ctypes
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support import (
     DTYPES,
+    PURE,
     STEPS,
     Backend,
     Built,
@@ -31,15 +34,17 @@ from support import (
 from torch import Tensor
 
 from snnkernels.functional import if_count, if_multi_step, if_rate, if_step
-from snnkernels.kernels import backends, reference
+from snnkernels.kernels import backends, params, reference
 
-# ---- tables computed by hand -----------------------------------------------------------------------
+# ---- tables computed by hand -------------------------------------------------------------------
 # (current, T, v_init, threshold, tie) -> spikes, membranes after each step
 
 TABLES = [
     # T = 8 of 0.3125: the ideal count is 2.5; half a threshold to start with turns 2 into 3.
-    (0.3125, 8, 0.0, 1.0, ">=", [0, 0, 0, 1, 0, 0, 1, 0], [0.3125, 0.625, 0.9375, 0.25, 0.5625, 0.875, 0.1875, 0.5]),
-    (0.3125, 8, 0.5, 1.0, ">=", [0, 1, 0, 0, 1, 0, 0, 1], [0.8125, 0.125, 0.4375, 0.75, 0.0625, 0.375, 0.6875, 0.0]),
+    (0.3125, 8, 0.0, 1.0, ">=", [0, 0, 0, 1, 0, 0, 1, 0],
+     [0.3125, 0.625, 0.9375, 0.25, 0.5625, 0.875, 0.1875, 0.5]),
+    (0.3125, 8, 0.5, 1.0, ">=", [0, 1, 0, 0, 1, 0, 0, 1],
+     [0.8125, 0.125, 0.4375, 0.75, 0.0625, 0.375, 0.6875, 0.0]),
     # More than a threshold a step piles up; negative currents are never cut off.
     (1.25, 4, 0.5, 1.0, ">=", [1, 1, 1, 1], [0.75, 1.0, 1.25, 1.5]),
     (-0.25, 4, 0.5, 1.0, ">=", [0, 0, 0, 0], [0.25, 0.0, -0.25, -0.5]),
@@ -106,7 +111,7 @@ def test_currents_are_not_divided_by_the_threshold(backend: Backend) -> None:
         assert (got.item(), last.item()) == (count, v)
 
 
-# ---- the reference against Python's own floats -----------------------------------------------------
+# ---- the reference against Python's own floats -------------------------------------------------
 
 
 def scalar_loop(built: Built, neuron: int) -> tuple[list[float], list[float], list[float]]:
@@ -144,7 +149,7 @@ def test_reference_is_the_scalar_loop(case: Case) -> None:
         assert want.count.reshape(-1)[neuron].item() == sum(s != 0 for s in out)
 
 
-# ---- every back end against the reference ----------------------------------------------------------
+# ---- every back end against the reference ------------------------------------------------------
 
 
 def check(backend: Backend, case: Case, seed: int = 0) -> None:
@@ -327,32 +332,28 @@ def test_the_comparison_sees_one_flipped_bit() -> None:
         assert_same_bits(nans, zeros)
 
 
-def test_a_broken_kernel_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The grid fails for a back end that leaves out its last neuron or fires one step late."""
+@pytest.mark.skipif(PURE, reason="SNNKERNELS_TEST_PURE=1: nothing but the reference")
+@pytest.mark.parametrize("output", ["spikes", "v", "count"])
+def test_a_broken_kernel_is_caught(monkeypatch: pytest.MonkeyPatch, output: str) -> None:
+    """The grid fails for a kernel that gets one bit wrong, and for one that writes nothing."""
+    good = backends.kernels("cpu")
 
-    def wrong(what: str):
-        def forward(params: bytes, device: torch.device) -> None:
-            made, want = built(case)
-            spikes = want.spikes.clone()
-            if what == "late":
-                spikes = spikes.roll(1, 0)
-            good[0](spikes)
-
-        return forward
+    def one_bit(packed: bytes, device: torch.device) -> None:
+        good.forward(packed, device)
+        if address := int(np.frombuffer(packed, params.IF_FORWARD)[output][0]):
+            ctypes.c_uint32.from_address(address + 4 * 17).value ^= 1
 
     case = Case(shape=(129,), steps=8)
-    made, want = built(case)
-    good = [lambda spikes: None]
-    for what in ("late", "nothing written"):
-        fake = backends.Kernels("broken", "cpu", False, wrong(what), wrong(what))
-        monkeypatch.setitem(backends._MAKERS, "broken", lambda fake=fake: fake)
-        backends._made.pop("broken", None)
+    for forward in (one_bit, lambda packed, device: None):
+        broken = backends.Kernels("broken", "cpu", False, forward, good.backward)
+        monkeypatch.setitem(backends._MAKERS, "broken", lambda broken=broken: broken)
+        monkeypatch.delitem(backends._made, "broken", raising=False)
         with backends.use_backend("broken"), pytest.raises(AssertionError, match="differ"):
-            run(Backend("broken"), made, want)
-        backends._made.pop("broken", None)
+            check(Backend("broken"), case)
+    monkeypatch.delitem(backends._made, "broken")
 
 
-# ---- large: threads and stores past the caches ------------------------------------------------------
+# ---- large: threads and stores past the caches -------------------------------------------------
 
 # Above 256 K neuron-steps threads share the blocks; above 20 MB of rows stores bypass the caches.
 LARGE = [
@@ -400,7 +401,7 @@ def test_threads_share_the_general_neuron_too(kernel: Backend, threads: None) ->
             assert_same_bits(a, b)
 
 
-# ---- identities on dyadic data ---------------------------------------------------------------------
+# ---- identities on dyadic data -----------------------------------------------------------------
 
 
 @given(
@@ -418,7 +419,7 @@ def test_conservation(kernel: Backend, steps: int, threshold: float, v: float, s
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 def test_closed_form(backend: Backend, dtype: torch.dtype) -> None:
-    """Constant z, 0 <= v_init < threshold: count = clip(floor((T z + v_init) / threshold), 0, T)."""
+    """Constant z, 0 <= v_init < threshold: count = clip(floor((T z + v_init)/threshold), 0, T)."""
     z = (torch.arange(-24, 49).double() / 16).to(dtype)
     for threshold in (1.0, 1.5, 0.75):
         for v in (0.0, threshold / 2, threshold - 1 / 64):
@@ -462,7 +463,7 @@ def test_powers_of_two_scale_everything(kernel: Backend) -> None:
         assert_same_bits(v_scaled, v * factor)
 
 
-# ---- the other functions ---------------------------------------------------------------------------
+# ---- the other functions -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
@@ -566,7 +567,7 @@ def test_thresholds_are_subtracted_exactly_as_stored(backend: Backend) -> None:
         assert_same_bits(if_multi_step(x, 0.0, moved(threshold, backend.device))[1], want)
 
 
-def test_every_isa_has_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_isa_has_a_name() -> None:
     module = extension("_cpu")
     if module is None:
         pytest.skip("no CPU extension")
