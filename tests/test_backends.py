@@ -1,0 +1,379 @@
+"""Which implementation runs, forcing one, what is said when one is missing."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from support import PACKAGE, PURE, assert_same_bits, currents
+
+import snnkernels
+from snnkernels import IFNode
+from snnkernels.functional import if_count, if_multi_step, if_rate, if_step
+from snnkernels.kernels import backends, params
+
+needs_cpu = pytest.mark.skipif(PURE, reason="SNNKERNELS_TEST_PURE=1: no CPU extension")
+
+
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """Nothing found out yet about any back end, and nothing remembered afterwards."""
+    monkeypatch.setattr(backends, "_made", {})
+    monkeypatch.setattr(backends, "_chosen", {})
+    monkeypatch.setattr(backends, "_forced", "auto")
+    backends.extension.cache_clear()
+    yield monkeypatch
+    backends.extension.cache_clear()
+
+
+def hide(monkeypatch: pytest.MonkeyPatch, *modules: str) -> None:
+    """Lets the import of these modules fail as if they were not installed."""
+    real = importlib.import_module
+
+    def without(name: str, package: str | None = None) -> Any:
+        if name in modules:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        return real(name, package)
+
+    monkeypatch.setattr(importlib, "import_module", without)
+
+
+def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Python code in a process of its own, with the copy under test."""
+    path = os.pathsep.join(filter(None, (str(PACKAGE.parent), os.environ.get("PYTHONPATH"))))
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": path, **environment},
+    )
+
+
+# ---- forcing -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["cpus", "", "AUTO", "triton", None])
+def test_unknown_back_ends(name: Any) -> None:
+    before = snnkernels.get_backend()
+    with pytest.raises(ValueError, match=r"back end .* is unknown; allowed are 'auto', 'cpu'"):
+        snnkernels.set_backend(name)
+    assert snnkernels.get_backend() == before
+
+
+@needs_cpu
+def test_set_get_and_use() -> None:
+    assert snnkernels.get_backend() == "auto"
+    snnkernels.set_backend("cpu")
+    with snnkernels.use_backend("reference"):
+        assert snnkernels.get_backend() == "reference"
+        assert backends.choose(torch.device("cpu")) is None
+    assert snnkernels.get_backend() == "cpu"
+    with pytest.raises(KeyError), snnkernels.use_backend("reference"):
+        raise KeyError
+    assert snnkernels.get_backend() == "cpu"
+    assert backends.choose(torch.device("cpu")).name == "cpu"
+
+
+def test_a_forced_back_end_that_cannot_run_raises(fresh: pytest.MonkeyPatch) -> None:
+    hide(fresh, "snnkernels._cpu", "snnkernels._cuda", "cupy")
+    for name, remedy in (
+        ("cpu", r"_cpu is not installed; reinstall snnkernels where a C\+\+17 compiler"),
+        ("cuda", "_cuda is not installed; reinstall snnkernels where nvcc is on PATH"),
+        ("nvrtc", r"CuPy does not import: .*; pip install 'snnkernels\[cuda1\d\]'"),
+    ):
+        with pytest.raises(RuntimeError, match=f"back end '{name}' cannot run here: .*{remedy}"):
+            snnkernels.set_backend(name)
+        assert snnkernels.get_backend() == "auto"
+
+
+@needs_cpu
+def test_a_forced_back_end_serves_its_device_only() -> None:
+    snnkernels.set_backend("cpu")
+    with pytest.raises(RuntimeError, match=r"'cpu' was forced but the input is on a meta device"):
+        backends.choose(torch.device("meta"))
+
+
+def test_a_forced_back_end_never_falls_back(fresh: pytest.MonkeyPatch) -> None:
+    """Not even when it breaks at the first call: as from the environment, unchecked at import."""
+    hide(fresh, "snnkernels._cpu")
+    fresh.setattr(backends, "_forced", "cpu")
+    with pytest.raises(RuntimeError, match="_cpu is not installed"):
+        if_multi_step(torch.zeros(2, 3))
+
+
+# ---- the environment variable --------------------------------------------------------------------
+
+SHOW = (
+    "import torch, snnkernels\n"
+    "from snnkernels.kernels import backends\n"
+    "kernels = backends.choose(torch.device('cpu'))\n"
+    "print(snnkernels.get_backend(), kernels and kernels.name)"
+)
+
+
+def test_environment_chooses() -> None:
+    assert run(SHOW, SNNKERNELS_BACKEND="reference").stdout == "reference None\n"
+
+
+@needs_cpu
+def test_environment_chooses_cpu_and_auto() -> None:
+    assert run(SHOW, SNNKERNELS_BACKEND="cpu").stdout == "cpu cpu\n"
+    assert run(SHOW, SNNKERNELS_BACKEND="auto").stdout == "auto cpu\n"
+
+
+def test_environment_with_a_wrong_name() -> None:
+    # Importing raises nothing, so that `python -m snnkernels info` can still be asked.
+    code = "import torch, snnkernels.functional as f\nprint('imported')\nf.if_count(torch.ones(1, 1))"
+    done = run(code, SNNKERNELS_BACKEND="gpu")
+    assert done.stdout == "imported\n"
+    assert done.returncode != 0
+    assert "SNNKERNELS_BACKEND='gpu' is unknown; allowed are auto, cpu, cuda" in done.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_environment_with_a_back_end_that_cannot_run() -> None:
+    # Importing touches no device, so this shows at the first call.
+    code = "import torch, snnkernels.functional as f\nprint('imported')\nf.if_count(torch.ones(1, 1))"
+    done = run(code, SNNKERNELS_BACKEND="cuda")
+    assert done.stdout == "imported\n"
+    assert done.returncode != 0
+    assert "Missing" in done.stderr or "RuntimeError" in done.stderr
+
+
+# ---- falling back --------------------------------------------------------------------------------
+
+
+def test_one_warning_that_names_the_remedy(fresh: pytest.MonkeyPatch) -> None:
+    hide(fresh, "snnkernels._cpu")
+    x = currents(4, 7)
+    with pytest.warns(RuntimeWarning) as caught:
+        got = if_multi_step(x, "half")
+        for _ in range(3):
+            if_count(x)
+            IFNode()(x)
+    assert len(caught) == 1
+    said = str(caught[0].message)
+    for part in (
+        "slow PyTorch reference on cpu tensors",
+        "_cpu is not installed",
+        "reinstall snnkernels",
+        "python -m snnkernels info",
+    ):
+        assert part in said
+    with backends.use_backend("reference"):
+        want = if_multi_step(x, "half")
+    assert_same_bits(got[0], want[0])
+
+
+def test_no_warning_when_the_reference_is_asked_for(fresh: pytest.MonkeyPatch) -> None:
+    hide(fresh, "snnkernels._cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with backends.use_backend("reference"):
+            if_multi_step(torch.zeros(2, 3))
+
+
+def test_a_broken_extension_is_no_missing_one(fresh: pytest.MonkeyPatch) -> None:
+    real = importlib.import_module
+
+    def broken(name: str, package: str | None = None) -> Any:
+        if name == "snnkernels._cpu":
+            raise ImportError("libgomp.so.1: cannot open shared object file")
+        return real(name, package)
+
+    fresh.setattr(importlib, "import_module", broken)
+    with pytest.raises(RuntimeError, match=r"_cpu does not load: libgomp.so.1"):
+        snnkernels.set_backend("cpu")
+
+
+# ---- backend_info --------------------------------------------------------------------------------
+
+
+def rows() -> dict[str, backends.Row]:
+    return {row.name: row for row in snnkernels.backend_info().rows}
+
+
+def test_info_lists_every_back_end() -> None:
+    info = snnkernels.backend_info()
+    assert [row.name for row in info.rows] == ["cpu", "cuda", "nvrtc", "reference"]
+    for row in info.rows:
+        assert row.reason
+        assert row.available or row.remedy
+    assert info.torch == torch.__version__
+    assert info.forced == "auto"
+    assert info.to_dict()["rows"][-1]["name"] == "reference"
+    for row in info.rows:
+        assert row.name in str(info)
+        assert row.remedy in str(info)
+
+
+@needs_cpu
+def test_info_on_this_machine_is_true() -> None:
+    found = rows()
+    assert found["cpu"].available
+    assert backends.extension("_cpu").isa() in found["cpu"].version
+    assert found["cuda"].available <= torch.cuda.is_available()
+    assert found["nvrtc"].available <= torch.cuda.is_available()
+
+
+def test_info_without_anything(fresh: pytest.MonkeyPatch) -> None:
+    hide(fresh, "snnkernels._cpu", "snnkernels._cuda", "cupy")
+    found = rows()
+    assert [row.available for row in found.values()] == [False, False, False, True]
+    assert "C++17 compiler" in found["cpu"].remedy
+    assert "nvcc" in found["cuda"].remedy
+    assert "pip install 'snnkernels[cuda" in found["nvrtc"].remedy
+    assert found["cpu"].version == found["cuda"].version == found["nvrtc"].version == "-"
+
+
+class _FakeModule:
+    ARCHS = "75 90"
+
+    def if_forward(self, *args: Any) -> None: ...
+
+    def if_backward(self, *args: Any) -> None: ...
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, *, cuda: str | None, device: bool) -> None:
+    """A torch with or without CUDA and a device, with _cuda and CuPy installed."""
+    real = importlib.import_module
+    fakes = {"snnkernels._cuda": _FakeModule(), "cupy": type("C", (), {"__version__": "14.0"})()}
+    monkeypatch.setattr(
+        importlib, "import_module", lambda name, package=None: fakes.get(name) or real(name, package)
+    )
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: device)
+
+
+@pytest.mark.parametrize(
+    ("cuda", "device", "reason", "remedy"),
+    [
+        (None, False, "was built without CUDA", "install a CUDA build of torch"),
+        ("13.0", False, "no CUDA device is visible", "check nvidia-smi and CUDA_VISIBLE_DEVICES"),
+    ],
+)
+def test_info_without_a_gpu(
+    fresh: pytest.MonkeyPatch, cuda: str | None, device: bool, reason: str, remedy: str
+) -> None:
+    pretend(fresh, cuda=cuda, device=device)
+    found = rows()
+    for name in ("cuda", "nvrtc"):
+        assert not found[name].available
+        assert reason in found[name].reason
+        assert found[name].remedy == remedy
+    assert found["cuda"].version == "sm 75 90"
+    assert found["nvrtc"].version == "cupy 14.0"
+
+
+def test_info_and_choice_with_a_gpu(fresh: pytest.MonkeyPatch) -> None:
+    pretend(fresh, cuda="13.0", device=True)
+    found = rows()
+    assert found["cuda"].available
+    assert found["nvrtc"].available
+    # The compiled extension comes before NVRTC.
+    assert backends.choose(torch.device("cuda:0")).name == "cuda"
+    with backends.use_backend("nvrtc"):
+        assert backends.choose(torch.device("cuda:0")).name == "nvrtc"
+
+
+def test_nvrtc_serves_where_the_extension_is_missing(fresh: pytest.MonkeyPatch) -> None:
+    pretend(fresh, cuda="13.0", device=True)
+    inner = importlib.import_module
+
+    def no_cuda(name: str, package: str | None = None) -> Any:
+        if name == "snnkernels._cuda":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        return inner(name, package)
+
+    fresh.setattr(importlib, "import_module", no_cuda)
+    assert backends.choose(torch.device("cuda:0")).name == "nvrtc"
+
+
+# ---- one call is one launch ----------------------------------------------------------------------
+
+
+class Counting:
+    """A back end that writes nothing and keeps what it was handed."""
+
+    def __init__(self, gpu: bool) -> None:
+        self.launches: list[tuple[str, bytes, torch.device]] = []
+        self.kernels = backends.Kernels(
+            "counting",
+            "cpu",
+            gpu,
+            lambda p, device: self.launches.append(("forward", p, device)),
+            lambda p, device: self.launches.append(("backward", p, device)),
+        )
+
+    def take(self) -> list[str]:
+        names = [name for name, _, _ in self.launches]
+        self.launches.clear()
+        return names
+
+
+@pytest.fixture(params=[False, True], ids=["cpu", "gpu"])
+def counting(fresh: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Counting:
+    counter = Counting(request.param)
+    fresh.setitem(backends._MAKERS, "counting", lambda: counter.kernels)
+    backends.set_backend("counting")
+    return counter
+
+
+def test_a_call_is_one_launch(counting: Counting) -> None:
+    x = torch.zeros(17, 2, 3, 4)
+    th = torch.ones(3)
+    for call in (
+        lambda: if_multi_step(x),
+        lambda: if_multi_step(x, "half", th, channel_dim=1, amplitude="threshold"),
+        lambda: if_multi_step(x, 0.5, v_reset=0.0, store_v_seq=True, tie=">", input_scale=2.0),
+        lambda: if_multi_step(x[0], T=1000),
+        lambda: if_multi_step(x.transpose(1, 2), spike_dtype=torch.uint8),
+        lambda: if_count(x),
+        lambda: if_rate(x),
+        lambda: if_step(x[0]),
+        lambda: IFNode()(x),
+        lambda: IFNode(output="count")(x),
+    ):
+        call()
+        assert counting.take() == ["forward"]
+
+
+def test_a_backward_is_one_launch(counting: Counting) -> None:
+    x = torch.zeros(200, 2, 3, requires_grad=True)
+    th = torch.ones(3, requires_grad=True)
+    for call in (
+        lambda: if_multi_step(x)[0],
+        lambda: if_multi_step(x, "half", th, channel_dim=1, v_reset=0.0)[0],
+        lambda: if_rate(x)[0],
+        lambda: IFNode(learn_threshold=True)(x),
+    ):
+        call().sum().backward()
+        assert counting.take() == ["forward", "backward"]
+
+
+def test_nothing_is_launched_for_nothing(counting: Counting) -> None:
+    if_multi_step(torch.zeros(3, 0, 2))
+    if_count(torch.zeros(0), T=3)
+    assert counting.take() == []
+
+
+def test_the_device_is_handed_over(counting: Counting) -> None:
+    if_multi_step(torch.zeros(3, 2))
+    assert counting.launches[0][2] == torch.device("cpu")
+
+
+def test_the_packed_bytes_are_the_struct(counting: Counting) -> None:
+    x = torch.zeros(5, 4, requires_grad=True)
+    if_multi_step(x)[0].sum().backward()
+    assert [len(p) for _, p, _ in counting.launches] == [
+        params.IF_FORWARD.itemsize,
+        params.IF_BACKWARD.itemsize,
+    ]

@@ -1,0 +1,311 @@
+"""The torch operators: schemas and fakes hold, compile and export go through without a break."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from support import Backend, assert_close, assert_same_bits, currents, dtype_id, dyadic, moved
+from torch import Tensor, nn
+
+from snnkernels import IFNode
+from snnkernels.functional import if_count, if_multi_step, if_rate, if_step
+from snnkernels.kernels import ops
+
+pytestmark = pytest.mark.filterwarnings(
+    # torch's own, from tracing; nothing of ours.
+    "ignore:.*should not be instantiated:DeprecationWarning",
+    "ignore:.*isinstance.treespec, LeafSpec.*:FutureWarning",
+    "ignore:.*torch.jit.script.*:DeprecationWarning",
+)
+
+FORWARD = torch.ops.snnkernels.if_forward.default
+BACKWARD = torch.ops.snnkernels.if_backward.default
+
+
+def forward_sample(x: Tensor, **given: Any) -> tuple[Any, ...]:
+    """The operator's arguments in order."""
+    values: dict[str, Any] = {
+        "x": x, "T": None, "v": None, "v_value": 0.25, "threshold": None, "threshold_value": 1.0,
+        "amplitude": None, "amplitude_value": 1.0, "input_scale": None, "v_reset": None,
+        "strict": False, "spike_dtype": x.dtype, "spikes": True, "count": False, "v_seq": False,
+        "charge_seq": False, "smooth": -1, "alpha": 2.0,
+    }  # fmt: skip
+    assert given.keys() <= values.keys()
+    return tuple({**values, **given}.values())
+
+
+def forward_samples() -> dict[str, tuple[Any, ...]]:
+    x = currents(5, 2, 3, 4)
+    full = torch.full((2, 3, 4), 0.5)
+    channel = torch.tensor([0.5, 1.0, 1.5]).view(3, 1)
+    samples = {
+        "plain": forward_sample(x),
+        "count": forward_sample(x, spikes=False, count=True),
+        "everything": forward_sample(x, count=True, v_seq=True, charge_seq=True),
+        "nothing but v": forward_sample(x, spikes=False),
+        "uint8": forward_sample(x, spike_dtype=torch.uint8),
+        "constant": forward_sample(x[0], T=6),
+        "operands": forward_sample(x, v=full, threshold=channel, amplitude=channel),
+        "options": forward_sample(x, v_reset=0.0, strict=True, input_scale=channel, v_seq=True),
+        "strided v": forward_sample(x, v=torch.zeros(4, 3, 2).permute(2, 1, 0)),
+        "expanded": forward_sample(x[:, :1].expand(5, 2, 3, 4)),
+        "transposed": forward_sample(x.transpose(1, 3)),
+        "step 2": forward_sample(x[..., ::2]),
+        "no steps": forward_sample(x[:0], v=full),
+        "no neurons": forward_sample(x[:, :0]),
+        "one neuron": forward_sample(x[:, 0, 0, 0]),
+        "double": forward_sample(x.double(), v=full.double(), v_seq=True),
+        "smooth": forward_sample(x.double(), smooth=0, v_seq=True, charge_seq=True),
+    }
+    for dtype in (torch.float16, torch.bfloat16):
+        samples[str(dtype)] = forward_sample(x.to(dtype), v=full, v_seq=True)
+    return samples
+
+
+def backward_sample(x: Tensor, **given: Any) -> tuple[Any, ...]:
+    values: dict[str, Any] = {
+        "x": x, "T": None, "v": None, "v_value": 0.25, "threshold": None, "threshold_value": 1.0,
+        "amplitude": None, "amplitude_value": 1.0, "input_scale": None, "v_reset": None,
+        "strict": False, "spike_dtype": x.dtype, "grad_spikes": None, "rate": False,
+        "grad_v": None, "grad_v_seq": None, "grad_charge_seq": None, "surrogate": 0, "alpha": 2.0,
+        "detach_reset": False, "smooth": False, "needs": [True, False, False, False, False],
+    }  # fmt: skip
+    assert given.keys() <= values.keys()
+    return tuple({**values, **given}.values())
+
+
+def backward_samples() -> dict[str, tuple[Any, ...]]:
+    x, g = currents(9, 2, 3, 4), currents(9, 2, 3, 4, seed=1)
+    full = torch.full((2, 3, 4), 0.5)
+    channel = torch.tensor([0.5, 1.0, 1.5]).view(3, 1)
+    all_of = {"v": full, "threshold": channel, "amplitude": channel, "input_scale": channel}
+    samples = {
+        "plain": backward_sample(x, grad_spikes=g),
+        "strided grad": backward_sample(x, grad_spikes=g.transpose(1, 3).contiguous().transpose(1, 3)),
+        "expanded grad": backward_sample(x, grad_spikes=torch.ones(()).expand(9, 2, 3, 4)),
+        "strided x": backward_sample(x.transpose(1, 3), grad_spikes=g.transpose(1, 3)),
+        "everything": backward_sample(
+            x, grad_spikes=g, grad_v=full, grad_v_seq=g, needs=[True] * 5, **all_of
+        ),
+        "hard": backward_sample(
+            x, grad_spikes=g, grad_charge_seq=g, v_reset=0.0, needs=[True] * 5, **all_of
+        ),
+        "rate": backward_sample(x, grad_spikes=g[0], rate=True),
+        "constant": backward_sample(x[0], T=9, grad_spikes=g),
+        "v only": backward_sample(x, grad_v=full, v=full, needs=[False, True, False, False, False]),
+        "no steps": backward_sample(x[:0], grad_spikes=g[:0], grad_v=full, v=full, needs=[True] * 2 + [False] * 3),
+        "no neurons": backward_sample(x[:, :0], grad_spikes=g[:, :0]),
+        "double": backward_sample(x.double(), grad_spikes=g.double(), surrogate=2),
+    }  # fmt: skip
+    for dtype in (torch.float16, torch.bfloat16):
+        samples[str(dtype)] = backward_sample(x.to(dtype), grad_spikes=g.to(dtype))
+    return samples
+
+
+# Autograd comes from the Function around the operators, so there is no registration to check.
+CHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+
+
+@pytest.mark.parametrize("name", forward_samples())
+def test_opcheck_forward(backend: Backend, name: str) -> None:
+    sample = tuple(moved(a, backend.device) for a in forward_samples()[name])
+    torch.library.opcheck(FORWARD, sample, test_utils=CHECKS)
+
+
+@pytest.mark.parametrize("name", backward_samples())
+def test_opcheck_backward(backend: Backend, name: str) -> None:
+    sample = tuple(moved(a, backend.device) for a in backward_samples()[name])
+    torch.library.opcheck(BACKWARD, sample, test_utils=CHECKS)
+
+
+@pytest.mark.parametrize("name", forward_samples())
+def test_operator_is_the_plain_function(backend: Backend, name: str) -> None:
+    sample = tuple(moved(a, backend.device) for a in forward_samples()[name])
+    for got, want in zip(FORWARD(*sample), ops.if_forward(*sample), strict=True):
+        if want is None:
+            assert got.numel() == 0
+        else:
+            assert_same_bits(got, want)
+
+
+def test_fake_shapes() -> None:
+    """On the meta device: shapes and dtypes without data."""
+    for samples, op in ((forward_samples(), FORWARD), (backward_samples(), BACKWARD)):
+        for name, sample in samples.items():
+            real = op(*sample)
+            fake = op(*(a.to("meta") if isinstance(a, Tensor) else a for a in sample))
+            for r, f in zip(real, fake, strict=True):
+                assert (r.shape, r.dtype) == (f.shape, f.dtype), name
+
+
+def test_a_bare_operator_does_not_pretend_to_have_gradients(backend: Backend) -> None:
+    x = moved(currents(4, 3), backend.device).requires_grad_()
+    spikes = FORWARD(*forward_sample(x))[0]
+    # Either nothing hangs on it, or using it raises: never a silent zero.
+    with pytest.raises(RuntimeError, match=r"does not require grad|not implemented|autograd"):
+        spikes.sum().backward()
+    assert x.grad is None
+
+
+# ---- torch.compile -------------------------------------------------------------------------------
+
+
+def compiled(function: Any) -> Any:
+    torch._dynamo.reset()
+    return torch.compile(function, fullgraph=True, backend="aot_eager")
+
+
+def everything(x: Tensor, v: Tensor, th: Tensor, amplitude: Tensor) -> tuple[Tensor, ...]:
+    """Each public function once."""
+    spikes, last, v_seq = if_multi_step(
+        x, v, th, channel_dim=1, amplitude=amplitude, store_v_seq=True
+    )
+    rate, _ = if_rate(x, "half", th, channel_dim=1)
+    count, counted = if_count(x, v, 0.9)
+    step, _ = if_step(x[0], 0.25, surrogate_function="sigmoid")
+    return spikes, last, v_seq, rate, count, counted, step
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=dtype_id)
+def test_compiled_functions_equal_eager_ones(backend: Backend, dtype: torch.dtype) -> None:
+    state = torch.float64 if dtype == torch.float64 else torch.float32
+    weights = [dyadic(5, 2, 3, 4, seed=i).to(backend.device) for i in range(7)]
+
+    def results(function: Any) -> tuple[list[Tensor], list[Tensor]]:
+        leaves = [
+            dyadic(5, 2, 3, 4, seed=1).to(dtype),
+            (dyadic(2, 3, 4, seed=2) / 8).to(state),
+            (1 + dyadic(3, seed=3) / 8).to(state),
+            (1 + dyadic(1, seed=4) / 8).to(state),
+        ]
+        leaves = [t.to(backend.device).requires_grad_() for t in leaves]
+        outputs = function(*leaves)
+        loss = sum(
+            (o.double() * (w if o.dim() == 4 else w[0])).sum()
+            for o, w in zip(outputs, weights, strict=True)
+            if o.requires_grad
+        )
+        return list(outputs), list(torch.autograd.grad(loss, leaves))
+
+    want, want_grads = results(everything)
+    got, got_grads = results(compiled(everything))
+    for a, b in zip(got, want, strict=True):
+        assert_same_bits(a, b)
+    for a, b in zip(got_grads, want_grads, strict=True):
+        assert_close(a, b, 1e-12 if dtype == torch.float64 else 1e-6 if dtype == state else 1e-2)
+
+
+class Net(nn.Module):
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 3)
+        self.neuron = IFNode(0.5, v_init="half", **arguments)
+        self.out = IFNode(0.5, output="rate")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.second(self.neuron(self.first(x))))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{}, {"learn_threshold": True}, {"amplitude": "threshold"}, {"v_reset": 0.0, "tie": ">"}],
+    ids=str,
+)
+def test_compiled_module(backend: Backend, arguments: dict[str, Any]) -> None:
+    x = moved(currents(4, 5, 6), backend.device)
+    eager, other = (Net(**arguments).to(backend.device) for _ in range(2))
+    fast = compiled(other)
+    # The first call starts at v_init, the second at the membranes of the first.
+    for _ in range(2):
+        want, got = eager(x), fast(x)
+        assert_close(got, want, 1e-6)
+        want.sum().backward()
+        got.sum().backward()
+        for a, b in zip(other.parameters(), eager.parameters(), strict=True):
+            assert_close(a.grad, b.grad, 1e-5)
+        for net in (eager, other):
+            for node in (net.neuron, net.out):
+                node.detach()
+    assert_close(other.neuron.v, eager.neuron.v, 1e-6)
+
+
+def test_no_graph_breaks(backend: Backend) -> None:
+    torch._dynamo.reset()
+    x = moved(currents(4, 5, 6), backend.device)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = torch._dynamo.explain(Net().to(backend.device))(x)
+    assert found.graph_break_count == 0
+    assert found.graph_count == 1
+
+
+def test_compiled_for_any_batch(backend: Backend) -> None:
+    torch._dynamo.reset()
+    net = Net().to(backend.device)
+    fast = torch.compile(net, fullgraph=True, backend="aot_eager", dynamic=True)
+    with torch.no_grad():
+        for batch in (3, 4, 7):
+            x = moved(currents(4, batch, 6), backend.device)
+            got = fast(x)
+            for node in (net.neuron, net.out):
+                node.reset()
+            assert_close(got, net(x), 1e-6)
+            for node in (net.neuron, net.out):
+                node.reset()
+
+
+# ---- torch.export --------------------------------------------------------------------------------
+
+
+class Stateless(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("threshold", torch.tensor([0.5, 1.0, 1.5]))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        spikes, v, _ = if_multi_step(x, "half", self.threshold, channel_dim=1)
+        return spikes, v
+
+
+def test_export(backend: Backend) -> None:
+    module = Stateless().to(backend.device)
+    x = moved(currents(4, 2, 3), backend.device)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.export.export(module, (x,), dynamic_shapes=({1: torch.export.Dim("batch")},))
+    targets = [node.target for node in program.graph.nodes if node.op == "call_function"]
+    assert FORWARD in targets
+    for batch in (2, 5):
+        x = moved(currents(4, batch, 3), backend.device)
+        for got, want in zip(program.module()(x), module(x), strict=True):
+            assert_same_bits(got, want)
+
+
+def test_tensor_subclasses_and_modes_see_the_operator(backend: Backend) -> None:
+    """Where something listens, the call goes through the operator instead of past it."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Listener(TorchDispatchMode):
+        heard: list[Any]
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.heard.append(func)
+            return func(*args, **(kwargs or {}))
+
+    x = moved(currents(4, 3), backend.device)
+    Listener.heard = []
+    with Listener():
+        if_multi_step(x)
+        if_multi_step(x.clone().requires_grad_())[0].sum().backward()
+    assert Listener.heard.count(FORWARD) == 2
+    assert Listener.heard.count(BACKWARD) == 1
+
+
+def test_half_and_vmap_like_wrappers_do_not_break(backend: Backend) -> None:
+    x = moved(currents(4, 3), backend.device)
+    kind = type("Kind", (torch.Tensor,), {})
+    assert_same_bits(if_multi_step(x.as_subclass(kind))[0].as_subclass(Tensor), if_multi_step(x)[0])
