@@ -242,7 +242,9 @@ def _run(
             "and torch.uint8"
         )
     if v_reset is not None:
-        v_reset = _number("v_reset", v_reset)
+        v_reset = operands.number("v_reset", v_reset)
+    if channel_dim is not None and type(channel_dim) is not int:
+        raise TypeError(f"channel_dim={channel_dim!r} must be an int or None")
 
     compiling = torch.compiler.is_compiling()
     th, th_value = _operand("v_threshold", v_threshold, shape, channel_dim, x)
@@ -283,6 +285,8 @@ def _run(
     )
     if out is not None:
         _check_out(out, x, shape, T, spike_dtype, needs_grad)
+        read = {"x_seq": x, "v": v_tensor, "v_threshold": th, "amplitude": amp}
+        _check_no_overlap(out, {**read, "input_scale": scale})
     if not needs_grad and not rate:
         arguments = (
             x, T, v_tensor, v_value, th, th_value, amp, amp_value, scale, v_reset, tie == ">",
@@ -306,21 +310,6 @@ def _run(
     return result
 
 
-def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
-        try:
-            # NumPy scalars and the like; not strings, not bool.
-            if isinstance(value, (bool, str, bytes)):
-                raise TypeError
-            return float(value)
-        except (TypeError, ValueError):
-            raise TypeError(
-                f"{name}={value!r} is of type {type(value).__name__}; allowed are a number"
-                + ("" if name == "v_reset" else " and a tensor")
-            ) from None
-    return value if type(value) is float else float(value)
-
-
 def _operand(
     name: str, value: Any, shape: Size, channel_dim: int | None, x: Tensor
 ) -> tuple[Tensor | None, float]:
@@ -328,13 +317,9 @@ def _operand(
     if type(value) is float and value == value:
         return None, value
     if not isinstance(value, Tensor):
-        value = _number(name, value)
-        if math.isnan(value):
-            raise ValueError(f"{name} is NaN")
-        return None, value
+        return None, operands.number(name, value)
     if not value.dtype.is_floating_point:
-        if value.dtype.is_complex or value.dtype == torch.bool:
-            raise TypeError(f"{name} has dtype {value.dtype}; allowed are real numbers")
+        operands.check_real(name, value)
         value = value.to(reference.state_dtype(x.dtype))
     if value.device != x.device:
         if value.dim() == 0 and value.device.type == "cpu" and not value.requires_grad:
@@ -358,9 +343,18 @@ def _check_out(
         )
     if not out.is_contiguous():
         raise ValueError("out must be contiguous")
-    # Reading x after spikes were written over it would be silent garbage.
-    if out.numel() and out.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
-        raise ValueError("out shares memory with x_seq")
+
+
+def _check_no_overlap(out: Tensor, read: dict[str, Tensor | None]) -> None:
+    # Threads would read what others have overwritten with spikes.
+    start, end = out.data_ptr(), out.data_ptr() + out.numel() * out.element_size()
+    for name, tensor in read.items():
+        if tensor is None or not tensor.numel() or tensor.device != out.device:
+            continue
+        first = tensor.data_ptr()
+        elements = 1 + sum(s * (n - 1) for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+        if first < end and start < first + elements * tensor.element_size():
+            raise ValueError(f"out shares memory with {name}")
 
 
 class _IntegrateAndFire(torch.autograd.Function):

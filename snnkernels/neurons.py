@@ -86,12 +86,19 @@ class IFNode(nn.Module):
             raise ValueError(f"v_init={v_init!r} is unknown; the only string allowed is 'half'")
         if isinstance(amplitude, str) and amplitude != "threshold":
             raise ValueError(f"amplitude={amplitude!r} is unknown; only 'threshold' is allowed")
-        if v_reset is not None and not math.isfinite(v_reset):
+        if v_reset is not None and not _finite(v_reset):
             raise ValueError(f"v_reset={v_reset!r} must be finite or None")
+        if channel_dim is not None and type(channel_dim) is not int:
+            raise TypeError(f"channel_dim={channel_dim!r} must be an int or None")
+        if spike_dtype not in (None, torch.uint8, *functional._FLOATS):
+            raise ValueError(
+                f"spike_dtype={spike_dtype!r} is not offered; allowed are None (the input's) and "
+                "torch.uint8"
+            )
         if output != "spikes" and store_v_seq:
             raise ValueError(f"store_v_seq=True needs output='spikes', not {output!r}")
         self.step_mode = step_mode
-        self.v_reset = v_reset
+        self.v_reset = None if v_reset is None else float(v_reset)
         self.surrogate_function = _surrogate.resolve(surrogate_function)
         self.detach_reset = detach_reset
         self.channel_dim = channel_dim
@@ -116,14 +123,18 @@ class IFNode(nn.Module):
     def _hold(self, name: str, value: Any, learn: bool) -> None:
         """Keeps numbers as attributes, tensors as buffers, learned ones as parameters."""
         if learn:
-            tensor = value.detach().clone() if isinstance(value, Tensor) else torch.tensor(value)
+            tensor = (
+                value.detach().clone() if isinstance(value, Tensor) else torch.tensor(float(value))
+            )
             self.register_parameter(name, nn.Parameter(_at_least_float32(tensor)))
         elif isinstance(value, nn.Parameter):
             self.register_parameter(name, value)
         elif isinstance(value, Tensor):
             self.register_buffer(name, _at_least_float32(value.detach().clone()))
+        elif isinstance(value, str) or (value is None and name != "v_init"):
+            setattr(self, name, value)
         else:
-            setattr(self, name, value if isinstance(value, str) or value is None else float(value))
+            setattr(self, name, operands.number(name, value))
 
     @property
     def step_mode(self) -> str:
@@ -260,12 +271,19 @@ def _at_least_float32(tensor: Tensor) -> Tensor:
 
 def _check_built(threshold: Any) -> None:
     """Checks a threshold on any device: building and loading may wait for it, calls may not."""
-    if isinstance(threshold, Tensor):
-        operands.check_threshold(threshold.detach().cpu())
-    elif isinstance(threshold, bool) or not isinstance(threshold, (int, float)):
-        raise TypeError(f"v_threshold={threshold!r} must be a number or a tensor")
-    else:
+    if isinstance(threshold, float) and math.isnan(threshold):
         operands.check_threshold(threshold)
+    elif isinstance(threshold, Tensor):
+        operands.check_real("v_threshold", threshold)
+        operands.check_threshold(threshold.detach().cpu())
+    else:
+        operands.check_threshold(operands.number("v_threshold", threshold))
+
+
+def _finite(value: Any) -> bool:
+    # NaN is not a number for operands.number, but here the message is about finiteness.
+    nan = isinstance(value, float) and math.isnan(value)
+    return not nan and math.isfinite(operands.number("v_reset", value))
 
 
 def reset_net(net: nn.Module) -> None:

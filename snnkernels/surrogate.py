@@ -115,7 +115,7 @@ class Rectangle(Surrogate):
 
     def derivative(self, u: Tensor) -> Tensor:
         """See :class:`Surrogate`."""
-        return torch.where(u.abs() * self.alpha < 0.5, self.alpha, 0.0).to(u.dtype)
+        return (u.abs() * self.alpha < 0.5).to(u.dtype) * self.alpha
 
     def primitive(self, u: Tensor) -> Tensor:
         """See :class:`Surrogate`."""

@@ -297,5 +297,3 @@ def _version(name: str) -> str:
     except (Missing, ImportError, AttributeError):
         pass
     return "-"
-
-

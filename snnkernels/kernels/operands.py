@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-import struct
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Size, Tensor
 
@@ -19,7 +19,8 @@ def for_broadcast(name: str, value: Tensor, shape: Size, channel_dim: int | None
     Raises:
         ValueError: naming the argument, its shape and what is allowed.
     """
-    if value.shape == shape:
+    # The number of dimensions first: comparing sizes would tie a dynamic batch to a channel count.
+    if value.dim() == len(shape) and value.shape == shape:
         return value
     if channel_dim is not None and value.dim() == 1 and value.numel() != 1:
         dims = len(shape)
@@ -73,31 +74,63 @@ def share(value: Tensor, shape: Size, dtype: torch.dtype) -> Shared:
     return Shared(value.expand(shape).contiguous(), 1, math.prod(shape))
 
 
-@lru_cache(maxsize=256)
 def bits(number: float, dtype: torch.dtype) -> int:
     """The bit pattern of ``number`` rounded once to ``dtype``; integer spikes are 0 and 1."""
+    # 0.0 and -0.0 are the same key.
+    return _bits(number, dtype) if number else _bits.__wrapped__(number, dtype)
+
+
+@lru_cache(maxsize=256)
+def _bits(number: float, dtype: torch.dtype) -> int:
     if not dtype.is_floating_point:
         return 1
-    if dtype == torch.float32:
-        return struct.unpack("<I", struct.pack("<f", number))[0]
-    if dtype == torch.float64:
-        return struct.unpack("<Q", struct.pack("<d", number))[0]
     with torch.device("cpu"):
-        rounded = torch.tensor(number, dtype=torch.float64).to(dtype)
-        return int(rounded.view(torch.int16)) & 0xFFFF
+        value = torch.tensor(rounded(number, dtype), dtype=torch.float64).to(dtype)
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+    return int(value.view(integer)) & ((1 << 8 * dtype.itemsize) - 1)
 
 
 def rounded(number: float, dtype: torch.dtype) -> float:
     """``number`` rounded once to ``dtype``; integer spikes weigh 1 inside the kernels."""
     if not dtype.is_floating_point:
         return 1.0
-    return number if dtype == torch.float64 else _rounded(number, dtype)
+    if dtype == torch.float64:
+        return number
+    # Without tensors: torch.compile follows this.
+    digits, smallest = {
+        torch.float32: (24, -149),
+        torch.float16: (11, -24),
+        torch.bfloat16: (8, -133),
+    }[dtype]
+    if number == 0 or not math.isfinite(number):
+        return number
+    exponent = max(math.frexp(number)[1] - digits, smallest)
+    value = math.ldexp(round(math.ldexp(number, -exponent)), exponent)
+    return value if abs(value) <= torch.finfo(dtype).max else math.copysign(math.inf, number)
 
 
-@lru_cache(maxsize=256)
-def _rounded(number: float, dtype: torch.dtype) -> float:
-    with torch.device("cpu"):
-        return float(torch.tensor(number, dtype=torch.float64).to(dtype))
+def number(name: str, value: Any) -> float:
+    """``value`` as a float.
+
+    Raises:
+        TypeError: unless it is a number (Python's or NumPy's; not bool, not a string).
+        ValueError: if it is NaN.
+    """
+    if isinstance(value, (bool, str, bytes, np.bool_)) or not hasattr(value, "__float__"):
+        allowed = "a number" if name == "v_reset" else "a number and a tensor"
+        raise TypeError(
+            f"{name}={value!r} is of type {type(value).__name__}; allowed are {allowed}"
+        )
+    value = float(value)
+    if math.isnan(value):
+        raise ValueError(f"{name} is NaN")
+    return value
+
+
+def check_real(name: str, value: Tensor) -> None:
+    """Raises TypeError for complex and bool tensors."""
+    if value.dtype.is_complex or value.dtype == torch.bool:
+        raise TypeError(f"{name} has dtype {value.dtype}; allowed are real numbers")
 
 
 def check_threshold(value: Any, name: str = "v_threshold") -> None:

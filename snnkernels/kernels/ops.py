@@ -8,6 +8,8 @@ means the number beside it. Outputs not asked for are empty tensors: the arity i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -198,7 +200,7 @@ def _reference_forward(
             x,
             _operand(v, v_value, x),
             _operand(threshold, threshold_value, x),
-            _amplitude(amplitude, amplitude_value, x),
+            _amplitude(amplitude, amplitude_value, x, spike_dtype),
             T=T,
             input_scale=input_scale,
             v_reset=v_reset,
@@ -219,9 +221,12 @@ def _reference_forward(
     )
 
 
-def _amplitude(tensor: Tensor | None, number: float, x: Tensor) -> Tensor:
-    # float64: the number is rounded once, to the type of the spikes.
-    return torch.tensor(number, dtype=torch.float64, device=x.device) if tensor is None else tensor
+def _amplitude(tensor: Tensor | None, number: float, x: Tensor, spike_dtype: torch.dtype) -> Tensor:
+    if tensor is not None:
+        return tensor
+    # float64 holds what was rounded once to the type of the spikes.
+    number = operands.rounded(number, spike_dtype)
+    return torch.tensor(number, dtype=torch.float64, device=x.device)
 
 
 def _reduced(per_neuron: Tensor, like: Tensor) -> Tensor:
@@ -280,11 +285,32 @@ def if_backward(
     shape = x.shape[1:] if T is None else x.shape
     steps = x.shape[0] if T is None else T
     if kernels is None or steps == 0:
-        return _reference_backward(
-            x, T, v, v_value, threshold, threshold_value, amplitude, amplitude_value, input_scale,
-            v_reset, strict, spike_dtype, grad_spikes, rate, grad_v, grad_v_seq, grad_charge_seq,
-            surrogate, alpha, detach_reset, smooth, needs,
-        )  # fmt: skip
+        if grad_spikes is not None and rate:
+            grad_spikes = (grad_spikes.to(reference.state_dtype(x.dtype)) / steps).expand(
+                steps, *shape
+            )
+        with torch.no_grad():
+            found = reference.if_backward(
+                x,
+                _operand(v, v_value, x),
+                _operand(threshold, threshold_value, x),
+                _amplitude(amplitude, amplitude_value, x, spike_dtype),
+                grad_spikes=grad_spikes,
+                grad_v=grad_v,
+                grad_v_seq=grad_v_seq,
+                grad_charge_seq=grad_charge_seq,
+                T=T,
+                input_scale=input_scale,
+                v_reset=v_reset,
+                strict=strict,
+                spike_dtype=spike_dtype,
+                surrogate=_surrogate.BY_KIND[surrogate](alpha),
+                detach_reset=detach_reset,
+                smooth=smooth,
+            )
+        return _sums(
+            x, found[0].to(x.dtype), found[1:], (v, threshold, amplitude, input_scale), needs
+        )
     x = _dense(x)
     state = torch.float64 if x.dtype == torch.float64 else torch.float32
     N = shape.numel()
@@ -346,18 +372,25 @@ def if_backward(
             ),
             x.device,
         )
-    likes = (v, threshold, amplitude, input_scale)
-    none = x.new_empty(0)
-    return (
-        none if grad_x is None else grad_x,
-        *(
-            none.clone() if grad is None or like is None else _reduced(grad, like)
-            for grad, like in zip(per_neuron, likes, strict=True)
-        ),
-    )  # type: ignore[return-value]
+    return _sums(x, grad_x, per_neuron, (v, threshold, amplitude, input_scale), needs)
 
 
-def _reference_backward(
+def _sums(
+    x: Tensor,
+    grad_x: Tensor | None,
+    per_neuron: Sequence[Tensor | None],
+    likes: Sequence[Tensor | None],
+    needs: list[bool],
+) -> _Five:
+    """Gradients in the shapes of what they are for; empty where not needed."""
+    grads = [grad_x if grad_x is not None and needs[0] else x.new_empty(0)]
+    for grad, like, need in zip(per_neuron, likes, needs[1:], strict=True):
+        present = need and grad is not None and like is not None
+        grads.append(_reduced(grad, like) if present else x.new_empty(0))  # type: ignore[arg-type]
+    return tuple(grads)  # type: ignore[return-value]
+
+
+def differentiable_backward(
     x: Tensor,
     T: int | None,
     v: Tensor | None,
@@ -381,16 +414,12 @@ def _reference_backward(
     smooth: bool,
     needs: list[bool],
 ) -> _Five:
-    """Autograd through the reference; differentiable itself when the inputs ask for it."""
+    """:func:`if_backward` by autograd through the reference: can be differentiated again."""
     given = (x, v, threshold, amplitude, input_scale)
-    create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
-        # view_as: a leaf of this small graph that is still connected to the outer one.
+        # view_as: inputs of this small graph that are still connected to the outer one.
         leaves = [
-            None
-            if t is None
-            else (t.view_as(t) if create_graph and t.requires_grad else t.detach())
-            for t in given
+            None if t is None else (t.view_as(t) if t.requires_grad else t.detach()) for t in given
         ]
         for leaf, need in zip(leaves, needs, strict=True):
             if leaf is not None and need and not leaf.requires_grad:
@@ -401,7 +430,7 @@ def _reference_backward(
             x_leaf,
             _operand(leaves[1], v_value, x),
             _operand(leaves[2], threshold_value, x),
-            _amplitude(leaves[3], amplitude_value, x),
+            _amplitude(leaves[3], amplitude_value, x, spike_dtype),
             T=T,
             input_scale=leaves[4],
             v_reset=v_reset,
@@ -431,7 +460,7 @@ def _reference_backward(
                 [o for o, _ in pairs],
                 wanted,
                 [g.to(o.dtype) for o, g in pairs],
-                create_graph=create_graph,
+                create_graph=True,
                 allow_unused=True,
             )
             if pairs
@@ -444,12 +473,7 @@ def _reference_backward(
             continue
         grad = next(found)
         grads.append(torch.zeros_like(leaf) if grad is None else grad)
-    return tuple(g if create_graph else g.detach() for g in grads)  # type: ignore[return-value]
-
-
-def differentiable_backward(*args: object) -> _Five:
-    """:func:`if_backward` through the reference, so that its result can be differentiated again."""
-    return _reference_backward(*args)  # type: ignore[arg-type]
+    return tuple(grads)  # type: ignore[return-value]
 
 
 def _if_forward_op(x: Tensor, *args: object) -> _Five:

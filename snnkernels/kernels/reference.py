@@ -1,6 +1,8 @@
 """The neuron in plain PyTorch: the truth every kernel is tested against, and the fallback.
 
-Short and obvious before fast. Autograd through it gives the gradients (surrogates at the spikes).
+Short and obvious before fast. Autograd through :func:`if_forward` gives the gradients (surrogates
+at the spikes), twice if asked; :func:`if_backward` is the same by hand, for where autograd cannot
+run: inside an operator.
 """
 
 from __future__ import annotations
@@ -117,4 +119,74 @@ def if_forward(
         v,
         stacked(v_seq),
         stacked(charge_seq),
+    )
+
+
+def if_backward(
+    x: Tensor,
+    v: Tensor,
+    threshold: Tensor,
+    amplitude: Tensor,
+    *,
+    grad_spikes: Tensor | None = None,
+    grad_v: Tensor | None = None,
+    grad_v_seq: Tensor | None = None,
+    grad_charge_seq: Tensor | None = None,
+    T: int | None = None,
+    input_scale: Tensor | None = None,
+    v_reset: float | None = None,
+    strict: bool = False,
+    spike_dtype: torch.dtype | None = None,
+    surrogate: _surrogate.Surrogate = _surrogate.DEFAULT,
+    detach_reset: bool = False,
+    smooth: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The adjoint of :func:`if_forward`, step by step from the last.
+
+    Arguments as there; each ``grad_*`` has the shape of its output (spikes' and traces' with T).
+
+    Returns:
+        Gradients for x (its shape) and, each ``[*shape]``, for v, threshold, amplitude and
+        input_scale before summing over neurons that share them; all in the state dtype.
+    """
+    run = if_forward(
+        x, v, threshold, amplitude, T=T, input_scale=input_scale, v_reset=v_reset, strict=strict,
+        spike_dtype=spike_dtype, surrogate=surrogate, smooth=smooth,
+    )  # fmt: skip
+    state = state_dtype(x.dtype)
+    threshold = threshold.to(state)
+    weight = amplitude if (spike_dtype or x.dtype).is_floating_point else torch.ones_like(amplitude)
+    weight = weight.to(spike_dtype or x.dtype).to(state)
+    scale = None if input_scale is None else input_scale.to(state)
+
+    carry = torch.zeros_like(run.v) if grad_v is None else grad_v.to(state)
+    grad_threshold, grad_amplitude = torch.zeros_like(run.v), torch.zeros_like(run.v)
+    grad_scale, grad_x = torch.zeros_like(run.v), []
+    for t in reversed(range(run.charge_seq.shape[0])):
+        m = run.charge_seq[t]
+        u = m - threshold
+        s = surrogate.primitive(u) if smooth else (m > threshold if strict else m >= threshold)
+        s = s.to(state)
+        grad_out = torch.zeros_like(m) if grad_spikes is None else grad_spikes[t].to(state)
+        if grad_v_seq is not None:
+            carry = carry + grad_v_seq[t]
+        through_reset = -carry * threshold if v_reset is None else carry * (v_reset - m)
+        if detach_reset:
+            through_reset = torch.zeros_like(carry)
+        grad_u = (weight * grad_out + through_reset) * surrogate.derivative(u)
+        grad_amplitude = grad_amplitude + s * grad_out
+        grad_threshold = grad_threshold - grad_u - (carry * s if v_reset is None else 0)
+        carry = grad_u + (carry if v_reset is None else carry * (1 - s))
+        if grad_charge_seq is not None:
+            carry = carry + grad_charge_seq[t]
+        if scale is not None:
+            grad_scale = grad_scale + carry * (x if T is not None else x[t]).to(state)
+        grad_x.append(carry if scale is None else carry * scale)
+    grads = torch.stack(grad_x[::-1]) if grad_x else x.new_zeros((0, *run.v.shape), dtype=state)
+    return (
+        grads if T is None else grads.sum(0),
+        carry,
+        grad_threshold,
+        grad_amplitude,
+        grad_scale,
     )
