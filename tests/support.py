@@ -7,6 +7,7 @@ import hashlib
 import importlib.util
 import os
 import random
+import re
 import shlex
 import shutil
 import subprocess
@@ -127,13 +128,13 @@ def check_call(command: Iterable[str | Path], **options: Any) -> str:
 class HostShim:
     """csrc/launch.cu and bind_cuda.cpp built for the CPU over tests/host_shim, and its log."""
 
-    def __init__(self, path: Path, objects: Path) -> None:
+    def __init__(self, path: Path) -> None:
         spec = importlib.util.spec_from_file_location("_cuda", path)
         assert spec is not None
         assert spec.loader is not None
+        self.path = path
         self.module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(self.module)
-        self.objects = objects
         self._runtime = ctypes.CDLL(str(path))
         self._runtime.shim_take_log.restype = ctypes.c_char_p
 
@@ -149,6 +150,16 @@ class HostShim:
     def device(self) -> int:
         """The current device."""
         return self._runtime.shim_device()
+
+    def kernel_names(self) -> dict[int, str]:
+        """Every kernel in the module: offset -> name as NVRTC spells it."""
+        names = {}
+        for line in check_call(["nm", "-C", self.path]).splitlines():
+            address, _, name = line.partition(" ")
+            found = re.search(r"\bsnn::if_\w+<[^()]*>(?=\(snn::IF)", name)
+            if found and address.strip():
+                names[int(address, 16)] = found[0]
+        return names
 
     def kernels(self) -> backends.Kernels:
         """The back end "host_shim": GPU launch plans, CPU tensors."""
@@ -205,7 +216,7 @@ def build_host_shim(cache: Path) -> HostShim:
         part = folder / "part.so"
         check_call([*command, "-shared", *(folder / name for name in jobs), "-o", part])
         part.rename(built)
-    return HostShim(built, folder)
+    return HostShim(built)
 
 
 # ---- cases -------------------------------------------------------------------------------------

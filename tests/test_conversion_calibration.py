@@ -23,7 +23,7 @@ def filled(*batches: Tensor, bins: int = 1024) -> Histogram:
 
 
 def test_mmse_worked_example() -> None:
-    # methods.md 11.2: best V = 0.99 (i = 10), mse 0.0146896 against 0.0194792 at V = max
+    # Worked by hand: best V = 0.99 (i = 10), mse 0.0146896 against 0.0194792 at V = max
     a = torch.tensor([[0.1, 0.2, 0.3, 0.4, 0.5, 1.1]], dtype=torch.float64)
     V = mmse_threshold(filled(a), 4, torch.zeros(()))
     assert V.item() == pytest.approx(0.99)

@@ -160,7 +160,7 @@ def test_learned_ceiling_loads_from_a_plain_state_dict() -> None:
 
 
 def test_half_a_threshold_cuts_the_squared_error_four_times() -> None:
-    # methods.md 1.1: theta^2 / 12 T^2 against theta^2 / 3 T^2, mean error 0 against -theta / 2T
+    # OPI: theta^2 / 12 T^2 against theta^2 / 3 T^2, mean error 0 against -theta / 2T
     T, x = 8, torch.linspace(0, 1, 4001)[:, None]
     net = nn.Sequential(ClipReLU(1.0))  # the threshold is learned: no data
     error = {v: convert(net, T=T, v_init=v)(x) - net(x) for v in ("half", 0.0)}

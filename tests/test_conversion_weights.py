@@ -1,4 +1,4 @@
-"""Thresholds folded into weights: the same spikes with every threshold 1 (methods.md 1.1)."""
+"""Thresholds folded into weights: the same spikes with every threshold 1."""
 
 from __future__ import annotations
 

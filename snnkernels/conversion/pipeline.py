@@ -70,7 +70,7 @@ def convert(
         on_unsupported: ``"error"``, or ``"keep"`` to apply what cannot be converted to the spikes
             of every step as it is; the report names it.
         normalize: ``"threshold"`` (spikes weigh θ) or ``"weights"`` (θ folded into the weights,
-            every threshold 1: methods.md 1.1); equal up to rounding.
+            every threshold 1); equal up to rounding.
         progress: show a tqdm bar while calibrating, if tqdm is installed.
 
     Returns:

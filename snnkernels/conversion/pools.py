@@ -19,8 +19,8 @@ MAXPOOL_MODES = ("cumulative", "pre_spike", "avg")
 class CumulativeMaxPool(nn.Module):
     """Max-pool whose output, averaged over time, is the maximum of the averaged inputs.
 
-    With ``S_i(t)`` the running sum of current i, step t gives ``max_i S_i(t) - max_i S_i(t-1)``
-    (design.md, section 4): the sum over any number of steps telescopes to ``max_i S_i``, so the
+    With ``S_i(t)`` the running sum of current i, step t gives ``max_i S_i(t) - max_i S_i(t-1)``:
+    the sum over any number of steps telescopes to ``max_i S_i``, so the
     pooled mean is exact at every T. The maximum of the currents themselves stays wrong for ever
     when the currents come from spikes. The running sum is carried from call to call until
     :meth:`reset`; it is kept in float32 for 16-bit currents.

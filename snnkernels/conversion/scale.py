@@ -1,8 +1,8 @@
 """Thresholds folded into weights: the same network with every threshold 1.
 
 Dividing a layer's neuron equation by its θ gives a neuron with threshold 1, weights
-``W θ_before / θ`` and bias ``b / θ`` (OPI, equivalence of threshold scaling and weight
-normalisation; methods.md 1.1). Every value between neurons is then carried in units of a scale:
+``W θ_before / θ`` and bias ``b / θ`` (Bu et al., AAAI 2022: threshold scaling and weight
+normalisation are the same). Every value between neurons is then carried in units of a scale:
 ``u / s`` with s per channel. Neurons emit in units of their θ; layers with weights take any scale
 and deliver any; what has no weights hands its input's scale on.
 """

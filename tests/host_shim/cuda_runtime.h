@@ -24,12 +24,12 @@ const char* cudaGetErrorString(cudaError_t error);
 
 namespace shim {
 
-void log_launch(unsigned blocks, unsigned threads, cudaStream_t stream);
+void log_launch(const void* kernel, unsigned blocks, unsigned threads, cudaStream_t stream);
 
 template <class Params>
 void launch(void (*kernel)(Params), unsigned blocks, unsigned threads, cudaStream_t stream,
             const Params& p) {
-  log_launch(blocks, threads, stream);
+  log_launch(reinterpret_cast<const void*>(kernel), blocks, threads, stream);
   for (unsigned block = 0; block < blocks; ++block)
     for (unsigned thread = 0; thread < threads; ++thread) {
       blockIdx.x = block;

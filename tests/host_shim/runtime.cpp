@@ -1,4 +1,7 @@
 // The fake CUDA runtime's state: a log of calls as lines of text, and failures on request.
+#include <dlfcn.h>
+
+#include <cstddef>
 #include <cstdint>
 #include <map>
 #include <mutex>
@@ -55,11 +58,16 @@ const char* cudaGetErrorString(cudaError_t error) {
   return "unrecognized error code";
 }
 
-void shim::log_launch(unsigned blocks, unsigned threads, cudaStream_t stream) {
+void shim::log_launch(const void* kernel, unsigned blocks, unsigned threads, cudaStream_t stream) {
   const std::lock_guard<std::mutex> lock(g_mutex);
+  Dl_info info = {};
+  dladdr(kernel, &info);
+  const std::ptrdiff_t offset =
+      static_cast<const char*>(kernel) - static_cast<const char*>(info.dli_fbase);
   note("launch " + std::to_string(blocks) + " blocks of " + std::to_string(threads) +
        " on device " + std::to_string(g_device) + " stream " +
-       std::to_string(reinterpret_cast<std::uintptr_t>(stream)));
+       std::to_string(reinterpret_cast<std::uintptr_t>(stream)) + " kernel " +
+       std::to_string(offset));
 }
 
 // For the tests, through ctypes.

@@ -11,7 +11,7 @@ class OPI(Method):
     """Start the membrane at half the threshold: zero expected error, least squared error.
 
     With ``ClipReLU`` (or ``QCFS``) activations the threshold is the learned ceiling, as in the
-    paper, and no data is needed; for plain ReLU networks it comes from the data (methods.md 1.2).
+    paper, and no data is needed; for plain ReLU networks it comes from the data.
     """
 
     name = "opi"
