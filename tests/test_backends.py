@@ -131,7 +131,9 @@ def test_environment_chooses_cpu_and_auto() -> None:
 
 def test_environment_with_a_wrong_name() -> None:
     # Importing raises nothing, so that `python -m snnkernels info` can still be asked.
-    code = "import torch, snnkernels.functional as f\nprint('imported')\nf.if_count(torch.ones(1, 1))"
+    code = (
+        "import torch, snnkernels.functional as f\nprint('imported')\nf.if_count(torch.ones(1, 1))"
+    )
     done = run(code, SNNKERNELS_BACKEND="gpu")
     assert done.stdout == "imported\n"
     assert done.returncode != 0
@@ -141,7 +143,9 @@ def test_environment_with_a_wrong_name() -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_environment_with_a_back_end_that_cannot_run() -> None:
     # Importing touches no device, so this shows at the first call.
-    code = "import torch, snnkernels.functional as f\nprint('imported')\nf.if_count(torch.ones(1, 1))"
+    code = (
+        "import torch, snnkernels.functional as f\nprint('imported')\nf.if_count(torch.ones(1, 1))"
+    )
     done = run(code, SNNKERNELS_BACKEND="cuda")
     assert done.stdout == "imported\n"
     assert done.returncode != 0
@@ -247,7 +251,9 @@ def pretend(monkeypatch: pytest.MonkeyPatch, *, cuda: str | None, device: bool) 
     real = importlib.import_module
     fakes = {"snnkernels._cuda": _FakeModule(), "cupy": type("C", (), {"__version__": "14.0"})()}
     monkeypatch.setattr(
-        importlib, "import_module", lambda name, package=None: fakes.get(name) or real(name, package)
+        importlib,
+        "import_module",
+        lambda name, package=None: fakes.get(name) or real(name, package),
     )
     monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: device)

@@ -276,7 +276,9 @@ def test_export(backend: Backend) -> None:
     x = moved(currents(4, 2, 3), backend.device)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        program = torch.export.export(module, (x,), dynamic_shapes=({1: torch.export.Dim("batch")},))
+        program = torch.export.export(
+            module, (x,), dynamic_shapes=({1: torch.export.Dim("batch")},)
+        )
     targets = [node.target for node in program.graph.nodes if node.op == "call_function"]
     assert FORWARD in targets
     for batch in (2, 5):
@@ -292,7 +294,9 @@ def test_tensor_subclasses_and_modes_see_the_operator(backend: Backend) -> None:
     class Listener(TorchDispatchMode):
         heard: list[Any]
 
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
             self.heard.append(func)
             return func(*args, **(kwargs or {}))
 
