@@ -119,6 +119,9 @@ SHOW = (
 )
 
 
+CALL = "import torch, snnkernels.functional as f\nprint('imported')\nf.if_count(torch.ones(1, 1))"
+
+
 def test_environment_chooses() -> None:
     assert run(SHOW, SNNKERNELS_BACKEND="reference").stdout == "reference None\n"
 
@@ -134,7 +137,7 @@ def test_environment_with_a_wrong_name() -> None:
     code = (
         "import torch, snnkernels.functional as f\nprint('imported')\nf.if_count(torch.ones(1, 1))"
     )
-    done = run(code, SNNKERNELS_BACKEND="gpu")
+    done = run(CALL, SNNKERNELS_BACKEND="gpu")
     assert done.stdout == "imported\n"
     assert done.returncode != 0
     assert "SNNKERNELS_BACKEND='gpu' is unknown; allowed are auto, cpu, cuda" in done.stderr
@@ -146,7 +149,7 @@ def test_environment_with_a_back_end_that_cannot_run() -> None:
     code = (
         "import torch, snnkernels.functional as f\nprint('imported')\nf.if_count(torch.ones(1, 1))"
     )
-    done = run(code, SNNKERNELS_BACKEND="cuda")
+    done = run(CALL, SNNKERNELS_BACKEND="cuda")
     assert done.stdout == "imported\n"
     assert done.returncode != 0
     assert "Missing" in done.stderr or "RuntimeError" in done.stderr
@@ -158,11 +161,15 @@ def test_environment_with_a_back_end_that_cannot_run() -> None:
 def test_one_warning_that_names_the_remedy(fresh: pytest.MonkeyPatch) -> None:
     hide(fresh, "snnkernels._cpu")
     x = currents(4, 7)
-    with pytest.warns(RuntimeWarning) as caught:
-        got = if_multi_step(x, "half")
+
+    def several() -> tuple[torch.Tensor, ...]:
         for _ in range(3):
             if_count(x)
             IFNode()(x)
+        return if_multi_step(x, "half")
+
+    with pytest.warns(RuntimeWarning) as caught:
+        got = several()
     assert len(caught) == 1
     said = str(caught[0].message)
     for part in (

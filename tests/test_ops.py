@@ -79,12 +79,13 @@ def backward_sample(x: Tensor, **given: Any) -> tuple[Any, ...]:
 
 def backward_samples() -> dict[str, tuple[Any, ...]]:
     x, g = currents(9, 2, 3, 4), currents(9, 2, 3, 4, seed=1)
+    across = g.transpose(1, 3).contiguous().transpose(1, 3)
     full = torch.full((2, 3, 4), 0.5)
     channel = torch.tensor([0.5, 1.0, 1.5]).view(3, 1)
     all_of = {"v": full, "threshold": channel, "amplitude": channel, "input_scale": channel}
     samples = {
         "plain": backward_sample(x, grad_spikes=g),
-        "strided grad": backward_sample(x, grad_spikes=g.transpose(1, 3).contiguous().transpose(1, 3)),
+        "strided grad": backward_sample(x, grad_spikes=across),
         "expanded grad": backward_sample(x, grad_spikes=torch.ones(()).expand(9, 2, 3, 4)),
         "strided x": backward_sample(x.transpose(1, 3), grad_spikes=g.transpose(1, 3)),
         "everything": backward_sample(
@@ -96,7 +97,9 @@ def backward_samples() -> dict[str, tuple[Any, ...]]:
         "rate": backward_sample(x, grad_spikes=g[0], rate=True),
         "constant": backward_sample(x[0], T=9, grad_spikes=g),
         "v only": backward_sample(x, grad_v=full, v=full, needs=[False, True, False, False, False]),
-        "no steps": backward_sample(x[:0], grad_spikes=g[:0], grad_v=full, v=full, needs=[True] * 2 + [False] * 3),
+        "no steps": backward_sample(
+            x[:0], grad_spikes=g[:0], grad_v=full, v=full, needs=[True, True, False, False, False]
+        ),
         "no neurons": backward_sample(x[:, :0], grad_spikes=g[:, :0]),
         "double": backward_sample(x.double(), grad_spikes=g.double(), surrogate=2),
     }  # fmt: skip
@@ -309,7 +312,7 @@ def test_tensor_subclasses_and_modes_see_the_operator(backend: Backend) -> None:
     assert Listener.heard.count(BACKWARD) == 1
 
 
-def test_half_and_vmap_like_wrappers_do_not_break(backend: Backend) -> None:
+def test_plain_subclasses(backend: Backend) -> None:
     x = moved(currents(4, 3), backend.device)
     kind = type("Kind", (torch.Tensor,), {})
     assert_same_bits(if_multi_step(x.as_subclass(kind))[0].as_subclass(Tensor), if_multi_step(x)[0])

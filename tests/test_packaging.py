@@ -1,0 +1,371 @@
+"""The package as a whole: layout of params, what an import does, floors, one OpenMP, sanitizers."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from support import CSRC, PACKAGE, PURE, ROOT, HostShim, check_call, compiler, extension
+
+from snnkernels.kernels import backends, params, reference
+
+# ---- params.h and its mirror ---------------------------------------------------------------------
+
+
+def layout_of(dtype: np.dtype) -> dict[str, int]:
+    assert dtype.fields is not None
+    return {"": dtype.itemsize, **{name: field[1] for name, field in dtype.fields.items()}}
+
+
+def same_layout(module: ModuleType) -> None:
+    assert {
+        "Operand": layout_of(params.OPERAND),
+        "IFForward": layout_of(params.IF_FORWARD),
+        "IFBackward": layout_of(params.IF_BACKWARD),
+    } == module.LAYOUT
+
+
+@pytest.mark.parametrize("name", ["_cpu", "_cuda"])
+def test_layout_of_the_extensions(name: str) -> None:
+    module = extension(name)
+    if module is None:
+        pytest.skip(f"snnkernels.{name} is not installed")
+    same_layout(module)
+
+
+@pytest.mark.skipif(PURE, reason="SNNKERNELS_TEST_PURE=1: nothing is compiled")
+def test_layout_of_the_sources(host_shim: HostShim) -> None:
+    same_layout(host_shim.module)
+
+
+def test_packed_bytes_are_the_numpy_records() -> None:
+    for pack, dtype in (
+        (params.pack_forward, params.IF_FORWARD),
+        (params.pack_backward, params.IF_BACKWARD),
+    ):
+        flat: list[tuple[str, ...]] = []
+        values: list[float] = []
+        for name in dtype.names or ():
+            inner = dtype[name].names
+            flat += [(name, field) for field in inner] if inner else [(name,)]
+        for i, path in enumerate(flat):
+            kind = dtype[path[0]] if len(path) == 1 else dtype[path[0]][path[1]]
+            values.append(i + 0.5 if kind.kind == "f" else i + 1)
+        record = np.frombuffer(pack(*values), dtype)[0]
+        for path, value in zip(flat, values, strict=True):
+            assert (record[path[0]] if len(path) == 1 else record[path[0]][path[1]]) == value
+
+
+def test_codes_are_those_of_params_h() -> None:
+    text = (CSRC / "params.h").read_text()
+    code = {name: int(value) for name, value in re.findall(r"\b(k\w+) = (\d+)", text)}
+    for name, dtype in (
+        ("kFloat32", torch.float32),
+        ("kFloat64", torch.float64),
+        ("kFloat16", torch.float16),
+        ("kBFloat16", torch.bfloat16),
+    ):
+        assert params.DTYPE_CODES[dtype] == code[name]
+    assert (
+        code["kStrict"], code["kHardReset"], code["kInputScale"],
+    ) == (params.STRICT, params.HARD_RESET, params.INPUT_SCALE)  # fmt: skip
+    assert (code["kDetachReset"], code["kSmooth"]) == (params.DETACH_RESET, params.SMOOTH)
+    assert code["kChunk"] == params.CHUNK
+    from snnkernels import surrogate
+
+    for cls in surrogate.BY_KIND:
+        assert code[f"k{cls.__name__}"] == cls.kind
+        assert surrogate.BY_KIND[cls.kind] is cls
+
+
+# ---- importing -----------------------------------------------------------------------------------
+
+
+def in_a_process(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join(filter(None, (str(PACKAGE.parent), os.environ.get("PYTHONPATH"))))
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": path, **environment},
+    )
+
+
+def test_import_is_lean() -> None:
+    code = (
+        "import subprocess, sys, warnings; warnings.simplefilter('error')\n"
+        "import torch\n"
+        "def never(*a, **k): raise AssertionError(f'a process was started: {a}')\n"
+        "subprocess.Popen.__init__ = never\n"
+        "before = set(sys.modules)\n"
+        "import snnkernels\n"
+        "assert not torch.cuda.is_initialized()\n"
+        "new = {name.partition('.')[0] for name in set(sys.modules) - before}\n"
+        "heavy = {'cupy', 'matplotlib', 'sklearn', 'rich', 'triton', 'pandas', 'scipy', 'PIL',\n"
+        "         'tqdm', 'safetensors', 'torchvision', 'spikingjelly', 'pytest'}\n"
+        "assert not new & heavy, new & heavy\n"
+        "assert 'snnkernels._cuda' not in sys.modules\n"
+        "sys.stderr.write(snnkernels.__file__)\n"
+    )
+    done = in_a_process(code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+    # Nothing but what the script itself wrote: the copy under test.
+    assert done.stderr == str(PACKAGE / "__init__.py")
+
+
+def test_public_names_exist_and_are_documented() -> None:
+    import snnkernels
+
+    for name in snnkernels.__all__:
+        assert getattr(snnkernels, name).__doc__, name
+    assert (PACKAGE / "py.typed").exists()
+
+
+def test_kernel_sources_ship_without_framework_headers() -> None:
+    """What a GPU compiles includes only our own headers."""
+    for name in ("numeric.h", "params.h", "neuron.h", "kernels.cuh", "launch.h"):
+        included = re.findall(r"#include\s+(\S+)", (CSRC / name).read_text())
+        assert all(re.fullmatch(r'"[\w.]+"', i) for i in included), (name, included)
+    for path in CSRC.iterdir():
+        if path.suffix in (".h", ".cuh", ".cu", ".cpp"):
+            assert "torch/" not in path.read_text()
+            assert "ATen" not in path.read_text()
+
+
+# ---- floors --------------------------------------------------------------------------------------
+
+# Data falls through the floors: a module imports its own floor and those below.
+FLOORS = {
+    "surrogate": 0, "kernels.reference": 0,
+    "functional": 1, "kernels": 1,
+    "neurons": 2, "monitors": 2, "models": 2, "data": 2,
+    "conversion": 3, "metrics": 3,
+    "engine": 4,
+    "interop": 5, "hub": 5,
+    "cli": 6, "plots": 6, "__main__": 6,
+    "_cpu": 0, "_cuda": 0, "_csrc": 0,
+}  # fmt: skip
+
+
+def floor(module: str) -> int:
+    """The floor of a module below snnkernels, by its longest known prefix."""
+    parts = module.split(".")
+    for n in range(len(parts), 0, -1):
+        if (name := ".".join(parts[:n])) in FLOORS:
+            return FLOORS[name]
+    raise AssertionError(f"snnkernels.{module} has no floor: add it to FLOORS")
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {
+    module_name(p): p for p in sorted(PACKAGE.rglob("*.py")) if module_name(p) and "_csrc" not in p.parts
+}  # fmt: skip
+
+
+def imports(name: str, path: Path) -> list[tuple[int, str]]:
+    """Modules below snnkernels that a file imports anywhere, with line numbers."""
+    package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            targets = [a.name for a in node.names if a.name.split(".")[0] == "snnkernels"]
+            found += [(node.lineno, t.partition(".")[2]) for t in targets]
+        elif isinstance(node, ast.ImportFrom):
+            if node.level:
+                base = package[: len(package) - node.level + 1]
+            elif (node.module or "").split(".")[0] == "snnkernels":
+                base = []
+            else:
+                continue
+            module = (node.module or "").split(".") if node.module else []
+            if not node.level:
+                module = module[1:]
+            here = [*base, *module]
+            for alias in node.names:
+                full = ".".join([*here, alias.name])
+                # A name inside a module counts as the module.
+                found.append((node.lineno, full if full in MODULES else ".".join(here)))
+    return [(line, target) for line, target in found if target]
+
+
+def test_every_module_has_a_floor() -> None:
+    assert MODULES
+    for name in MODULES:
+        floor(name)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_floors_only_import_downwards(name: str) -> None:
+    for line, target in imports(name, MODULES[name]):
+        if target in FLOORS or target in MODULES:
+            assert floor(target) <= floor(name), (
+                f"{name}:{line} (floor {floor(name)}) imports {target} (floor {floor(target)})"
+            )
+
+
+def test_the_floor_walker_sees_imports() -> None:
+    found = {target for _, target in imports("functional", MODULES["functional"])}
+    assert {"surrogate", "kernels.ops", "kernels.operands"} <= found
+    inner = {target for _, target in imports("kernels.backends", MODULES["kernels.backends"])}
+    assert "kernels.nvrtc" in inner
+
+
+# ---- threads -------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(PURE, reason="SNNKERNELS_TEST_PURE=1: no CPU extension")
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
+def test_one_openmp_runtime() -> None:
+    code = (
+        "import torch, snnkernels, re\n"
+        "torch.set_num_threads(2)\n"
+        "snnkernels.functional.if_count(torch.ones(8, 100_000))\n"
+        "from snnkernels.kernels import backends\n"
+        "assert backends.extension('_cpu').threads() == 2\n"
+        "maps = open('/proc/self/maps').read()\n"
+        "print(sorted(set(re.findall(r'\\S*/lib(?:g|i|)omp[^/\\s]*', maps))))\n"
+    )
+    done = in_a_process(code)
+    assert done.returncode == 0, done.stderr
+    found = ast.literal_eval(done.stdout)
+    assert len(found) == 1, found
+
+
+# ---- sanitizers ----------------------------------------------------------------------------------
+
+# Runs in a process with the sanitizers preloaded: shapes around the block size, every layout, every
+# option, forward and backward, against the reference.
+SANITIZED = """
+import importlib.util, random, sys
+import torch
+spec = importlib.util.spec_from_file_location("snnkernels._cpu", {path!r})
+module = importlib.util.module_from_spec(spec)
+sys.modules["snnkernels._cpu"] = module
+spec.loader.exec_module(module)
+sys.path.insert(0, {tests!r})
+import support, test_backward, test_forward
+import snnkernels
+from snnkernels.kernels import backends
+assert backends.extension("_cpu") is module
+snnkernels.set_backend("cpu")
+backend = support.Backend("cpu")
+torch.set_num_threads(2)
+for isa in module.isas():
+    module.set_isa(isa)
+    for case in support.sampled(150, seed=101):
+        test_forward.check(backend, case)
+    for dtype, rtol in ((torch.float32, 1e-5), (torch.float64, 1e-10), (torch.bfloat16, 2e-2)):
+        for case in test_backward.sampled(20, seed=103, dtype=dtype, alpha=0.5):
+            test_backward.check(backend, case, rtol)
+    for size in (70_001, 1_310_720):
+        x = support.currents(4, size).requires_grad_()
+        spikes = snnkernels.functional.if_multi_step(x)[0]
+        torch.autograd.grad(spikes.sum(), x)
+print("clean")
+"""
+
+
+def sanitizer_library(name: str) -> str | None:
+    command = compiler()
+    if command is None:
+        return None
+    found = check_call([*command, f"-print-file-name={name}"]).strip()
+    return found if os.path.isabs(found) else None
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(PURE, reason="SNNKERNELS_TEST_PURE=1: nothing is compiled")
+@pytest.mark.skipif(sys.platform != "linux", reason="the sanitizers are preloaded the Linux way")
+def test_sanitized_extension(request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    """Address and undefined-behaviour sanitizers over the CPU extension.
+
+    One SIMD level at -O1, which takes seconds; SNNKERNELS_TEST_THOROUGH=1 has setup.py build all.
+    """
+    asan, ubsan = sanitizer_library("libasan.so"), sanitizer_library("libubsan.so")
+    if asan is None or ubsan is None:
+        pytest.skip("the compiler has no libasan and libubsan")
+    pybind11 = pytest.importorskip("pybind11")
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    sources = sorted(p for p in CSRC.iterdir() if p.suffix in (".h", ".cpp"))
+    digest = hashlib.sha256(b"".join(p.read_bytes() for p in sources) + suffix.encode())
+    cache = getattr(request.config, "cache", None)
+    folder = (cache.mkdir("sanitized") if cache else tmp_path) / digest.hexdigest()[:16]
+    folder.mkdir(exist_ok=True)
+    if os.environ.get("SNNKERNELS_TEST_THOROUGH") == "1" and (ROOT / "setup.py").exists():
+        built = folder / "all" / "snnkernels" / f"_cpu{suffix}"
+        environment = {
+            **os.environ,
+            "SNNKERNELS_SANITIZE": "address,undefined",
+            "SNNKERNELS_CPU": "1",
+            "SNNKERNELS_CUDA": "0",
+        }
+        places = ["--build-lib", folder / "all", "--build-temp", tmp_path / "objects"]
+        command = [sys.executable, "setup.py", "-q", "build_ext", *places]
+        check_call(command, cwd=ROOT, env=environment)
+    else:
+        built = folder / f"_cpu{suffix}"
+        if not built.exists():
+            flags = [
+                "-O1",
+                "-g1",
+                "-std=c++17",
+                "-fPIC",
+                "-fvisibility=hidden",
+                "-ffp-contract=off",
+                "-fopenmp",
+                "-fno-trapping-math",
+                "-fsanitize=address,undefined",
+                "-fno-omit-frame-pointer",
+            ]
+            headers = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
+            part = folder / "part.so"
+            check_call(
+                [
+                    *(compiler() or []), *flags, *headers, "-DSNN_ISA=baseline", "-shared",
+                    CSRC / "cpu_isa.cpp", CSRC / "bind_cpu.cpp", "-o", part,
+                ]
+            )  # fmt: skip
+            part.rename(built)
+    done = in_a_process(
+        SANITIZED.format(path=str(built), tests=str(Path(__file__).parent)),
+        LD_PRELOAD=f"{asan} {ubsan}",
+        # Python and torch never free what they keep for the life of the process.
+        ASAN_OPTIONS="detect_leaks=0",
+        UBSAN_OPTIONS="halt_on_error=1:print_stacktrace=1",
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.splitlines()[-1] == "clean"
+    assert "runtime error" not in done.stderr, done.stderr[-4000:]
+
+
+# ---- documented promises of the reference --------------------------------------------------------
+
+
+def test_reference_is_short_and_needs_only_torch() -> None:
+    path = Path(reference.__file__)
+    assert len(path.read_text().splitlines()) < 160
+    used = {target for _, target in imports("kernels.reference", path)}
+    assert used <= {"surrogate", "kernels", ""}
+
+
+def test_backend_names_are_documented() -> None:
+    assert backends.NAMES == ("auto", "cpu", "cuda", "nvrtc", "reference")
+    assert backends.set_backend.__doc__ is not None
+    for name in backends.NAMES:
+        assert name in backends.set_backend.__doc__
