@@ -134,9 +134,6 @@ def test_environment_chooses_cpu_and_auto() -> None:
 
 def test_environment_with_a_wrong_name() -> None:
     # Importing raises nothing, so that `python -m snnkernels info` can still be asked.
-    code = (
-        "import torch, snnkernels.functional as f\nprint('imported')\nf.if_count(torch.ones(1, 1))"
-    )
     done = run(CALL, SNNKERNELS_BACKEND="gpu")
     assert done.stdout == "imported\n"
     assert done.returncode != 0
@@ -146,9 +143,6 @@ def test_environment_with_a_wrong_name() -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_environment_with_a_back_end_that_cannot_run() -> None:
     # Importing touches no device, so this shows at the first call.
-    code = (
-        "import torch, snnkernels.functional as f\nprint('imported')\nf.if_count(torch.ones(1, 1))"
-    )
     done = run(CALL, SNNKERNELS_BACKEND="cuda")
     assert done.stdout == "imported\n"
     assert done.returncode != 0
