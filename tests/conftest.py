@@ -67,11 +67,17 @@ def host_shim(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     return build_host_shim(folder)
 
 
+# Without extensions "auto" would warn that only the reference is left.
+_DEFAULT = "reference" if PURE else "auto"
+
+
 @pytest.fixture(autouse=True)
 def _clean_backend() -> Iterator[None]:
+    if backends.get_backend() != _DEFAULT:
+        backends.set_backend(_DEFAULT)
     yield
-    if backends.get_backend() != "auto":
-        backends.set_backend("auto")
+    if backends.get_backend() != _DEFAULT:
+        backends.set_backend(_DEFAULT)
 
 
 def _ready(given: Backend, request: pytest.FixtureRequest) -> Iterator[Backend]:
@@ -90,7 +96,7 @@ def _ready(given: Backend, request: pytest.FixtureRequest) -> Iterator[Backend]:
             pytest.skip(str(error))
         raise
     yield given
-    backends.set_backend("auto")
+    backends.set_backend(_DEFAULT)
     if given.name == "host_shim":
         backends._MAKERS.pop("host_shim")
         backends._made.pop("host_shim")

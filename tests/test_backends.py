@@ -213,7 +213,7 @@ def test_info_lists_every_back_end() -> None:
         assert row.reason
         assert row.available or row.remedy
     assert info.torch == torch.__version__
-    assert info.forced == "auto"
+    assert info.forced == snnkernels.get_backend()
     assert info.to_dict()["rows"][-1]["name"] == "reference"
     for row in info.rows:
         assert row.name in str(info)

@@ -134,6 +134,26 @@ def test_operator_is_the_plain_function(backend: Backend, name: str) -> None:
             assert_same_bits(got, want)
 
 
+@pytest.mark.parametrize("name", backward_samples())
+def test_backward_operator_is_autograd(backend: Backend, name: str) -> None:
+    """The operator, where autograd cannot run inside, against autograd through the reference."""
+    sample = backward_samples()[name]
+    want = ops.differentiable_backward(*sample)
+    # Also below no_grad and in a compiled graph, where the dispatcher has left autograd behind.
+    call = torch.compile(BACKWARD, backend="aot_eager", fullgraph=True)
+    torch._dynamo.reset()
+    there = tuple(moved(a, backend.device) for a in sample)
+    with torch.no_grad():
+        results = [BACKWARD(*there), call(*there)]
+    results.append(BACKWARD(*there))
+    rtol = {torch.float64: 1e-12, torch.float32: 1e-6}.get(sample[0].dtype, 1e-2)
+    for got in results:
+        for g, w in zip(got, want, strict=True):
+            assert g.dtype == w.dtype
+            assert not g.requires_grad
+            assert_close(g, w, rtol)
+
+
 def test_fake_shapes() -> None:
     """On the meta device: shapes and dtypes without data."""
     for samples, op in ((forward_samples(), FORWARD), (backward_samples(), BACKWARD)):
