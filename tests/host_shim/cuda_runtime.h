@@ -1,5 +1,5 @@
-// Just enough of a CUDA runtime to compile csrc/launch.cu with a C++ compiler and run its kernels on
-// the CPU: a launch loops over every block and thread. What was asked of the runtime is logged
+// Just enough of a CUDA runtime to compile csrc/launch.cu with a C++ compiler and run its kernels
+// on the CPU: a launch loops over every block and thread. What was asked of the runtime is logged
 // (runtime.cpp), and calls can be made to fail.
 #pragma once
 
