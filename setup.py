@@ -170,7 +170,7 @@ class BuildExt(build_ext):
                     raise
                 print(
                     f"warning: the {name.upper()} extension is left out ({error}); "
-                    "the package works without it, see `python -m snnkernels info`",
+                    "the package works without it, see `snnkernels info`",
                     file=sys.stderr,
                 )
         if self.inplace:

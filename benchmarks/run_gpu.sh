@@ -18,7 +18,7 @@ arch=$(python -c 'import torch; print("%d%d" % torch.cuda.get_device_capability(
 step "device" nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv
 step "build" env SNNKERNELS_CPU=1 SNNKERNELS_CUDA=1 SNNKERNELS_ARCHS="$arch" \
   python -m pip install -q --no-build-isolation --no-deps --force-reinstall .
-step "info" python -m snnkernels info
+step "info" snnkernels info
 step "gpu tests" python -m pytest -m gpu -q
 # The caching allocator hides overruns; one launch at a time makes errors point at their kernel.
 if command -v compute-sanitizer >/dev/null; then

@@ -66,8 +66,8 @@ bool streamable(const void* rows, i64 row_bytes) {
   return reinterpret_cast<std::uintptr_t>(rows) % 64 == 0 && row_bytes % 64 == 0;
 }
 
-// Calls run(first, last, thread) over a fixed partition of the blocks. Results do not depend on the
-// partition: blocks share nothing.
+// Calls run(first, last) over all blocks, split over threads where that pays. Blocks share nothing,
+// so results do not depend on the split.
 template <class Run>
 void over_blocks(i64 T, i64 N, Run run) {
   const i64 blocks = (N + kBlock - 1) / kBlock;

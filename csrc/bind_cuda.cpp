@@ -36,6 +36,14 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
   m.def("if_backward", [](const py::bytes& p, int device, std::uintptr_t stream) {
     run("if_backward", launch_if_backward, p, device, stream);
   });
+  m.def(
+      "versions",
+      [] {
+        int runtime = 0, driver = 0;
+        cuda_versions(&runtime, &driver);
+        return py::make_tuple(runtime, driver);
+      },
+      "CUDA versions of the runtime linked in and of the driver, such as (13000, 12080).");
   m.attr("LAYOUT") = layout();
 #if defined(SNN_ARCHS)
   m.attr("ARCHS") = SNN_ARCHS;

@@ -12,8 +12,10 @@ enum { kThreads = 256, kLoadsInFlight = 4 };
 
 #if defined(__CUDA_ARCH__)
 #define SNN_UNROLL _Pragma("unroll")
+#define SNN_KEEP_LOOP _Pragma("unroll 1")
 #else
 #define SNN_UNROLL
+#define SNN_KEEP_LOOP
 #endif
 
 __device__ __forceinline__ i64 global_thread() { return i64(blockIdx.x) * kThreads + threadIdx.x; }
@@ -25,20 +27,26 @@ union Pack {
   T at[VEC];
 };
 
-// Each x is read once: evict it first. `volatile` keeps the loads in the order written, so that
-// kLoadsInFlight of them are issued before the first is used.
-template <class T, int VEC>
-__device__ __forceinline__ Pack<T, VEC> load_once(const T* p) {
+// LAST: nobody reads it again, so the caches evict it first. `volatile` keeps the loads in the
+// order written, so that kLoadsInFlight of them are issued before the first is used.
+template <class T, int VEC, bool LAST = true>
+__device__ __forceinline__ Pack<T, VEC> load(const T* p) {
   Pack<T, VEC> r;
 #if defined(__CUDA_ARCH__)
-  if constexpr (sizeof(r) == 16 && VEC > 1) {
+  if constexpr (sizeof(r) == 16 && VEC > 1 && LAST) {
     asm volatile("ld.global.cs.v4.u32 {%0,%1,%2,%3}, [%4];"
                  : "=r"(r.words[0]), "=r"(r.words[1]), "=r"(r.words[2]), "=r"(r.words[3])
                  : "l"(p));
-  } else if constexpr (sizeof(r) == 8 && VEC > 1) {
+  } else if constexpr (sizeof(r) == 16 && VEC > 1) {
+    asm volatile("ld.global.v4.u32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r.words[0]), "=r"(r.words[1]), "=r"(r.words[2]), "=r"(r.words[3])
+                 : "l"(p));
+  } else if constexpr (sizeof(r) == 8 && VEC > 1 && LAST) {
     asm volatile("ld.global.cs.v2.u32 {%0,%1}, [%2];"
                  : "=r"(r.words[0]), "=r"(r.words[1])
                  : "l"(p));
+  } else if constexpr (sizeof(r) == 8 && VEC > 1) {
+    asm volatile("ld.global.v2.u32 {%0,%1}, [%2];" : "=r"(r.words[0]), "=r"(r.words[1]) : "l"(p));
   } else
 #endif
   {
@@ -68,8 +76,33 @@ __device__ __forceinline__ void store(T* p, const Pack<T, VEC>& r) {
   }
 }
 
+// a / b for a >= 0, b > 0. 64-bit division is a subroutine call whose saved registers spill, so the
+// rare case (beyond 2^32 neurons) subtracts shifted divisors instead.
 __device__ __forceinline__ i64 divide(i64 a, i64 b) {
-  return u64(a | b) >> 32 ? a / b : i64(u32(a) / u32(b));
+  if (!(u64(a | b) >> 32)) return i64(u32(a) / u32(b));
+  u64 rest = 0, quotient = 0;
+  SNN_KEEP_LOOP
+  for (int bit = 63; bit >= 0; --bit) {
+    rest = rest << 1 | (u64(a) >> bit & 1);
+    quotient <<= 1;
+    if (rest >= u64(b)) {
+      rest -= u64(b);
+      quotient |= 1;
+    }
+  }
+  return i64(quotient);
+}
+
+// The element of an operand's array that neuron n reads.
+__device__ __forceinline__ i64 element(const Operand& o, i64 n) {
+  if (o.count == 1) return 0;
+  const i64 q = divide(n, o.inner);
+  return q - divide(q, o.count) * o.count;
+}
+
+template <class S>
+__device__ __forceinline__ S read(const Operand& o, i64 n) {
+  return o.data ? static_cast<const S*>(o.data)[element(o, n)] : S(o.value);
 }
 
 // Walks the elements of an Operand that consecutive neurons read; two divisions at the start only.
@@ -142,13 +175,13 @@ __global__ void __launch_bounds__(kThreads) if_forward(IFForward p) {
   const X* x = static_cast<const X*>(p.x) + n;
   B* spikes = p.spikes ? static_cast<B*>(p.spikes) + n : nullptr;
   Pack<X, VEC> loaded[CONSTANT ? 1 : kLoadsInFlight];
-  if constexpr (CONSTANT) loaded[0] = load_once<X, VEC>(x);
+  if constexpr (CONSTANT) loaded[0] = load<X, VEC>(x);
 
   for (i64 t0 = 0; t0 < p.T; t0 += kLoadsInFlight) {
     if constexpr (!CONSTANT) {
       SNN_UNROLL
       for (int k = 0; k < kLoadsInFlight; ++k)
-        if (t0 + k < p.T) loaded[k] = load_once<X, VEC>(x + (t0 + k) * p.N);
+        if (t0 + k < p.T) loaded[k] = load<X, VEC>(x + (t0 + k) * p.N);
     }
     SNN_UNROLL
     for (int k = 0; k < kLoadsInFlight; ++k) {
@@ -192,15 +225,17 @@ __device__ __forceinline__ void store_spike(void* spikes, i64 at, i32 bytes, u64
 }
 
 __device__ __forceinline__ u64 amplitude_of(const IFForward& p, i64 n) {
+  if (!p.amplitude.data) return p.amplitude_bits;
+  const i64 at = element(p.amplitude, n);
   switch (p.spike_bytes) {
     case 1:
-      return Cursor<u8>(p.amplitude, n).next(u8(p.amplitude_bits));
+      return static_cast<const u8*>(p.amplitude.data)[at];
     case 2:
-      return Cursor<u16>(p.amplitude, n).next(u16(p.amplitude_bits));
+      return static_cast<const u16*>(p.amplitude.data)[at];
     case 4:
-      return Cursor<u32>(p.amplitude, n).next(u32(p.amplitude_bits));
+      return static_cast<const u32*>(p.amplitude.data)[at];
     default:
-      return Cursor<u64>(p.amplitude, n).next(p.amplitude_bits);
+      return static_cast<const u64*>(p.amplitude.data)[at];
   }
 }
 
@@ -226,7 +261,7 @@ template <class X, bool SMOOTH, class Params>
 __device__ __forceinline__ Neuron<State<X>, SMOOTH> neuron_of(const Params& p, i64 n) {
   typedef State<X> S;
   Neuron<S, SMOOTH> neuron;
-  neuron.threshold = Cursor<S>(p.threshold, n).next(S(p.threshold.value));
+  neuron.threshold = read<S>(p.threshold, n);
   neuron.v_reset = S(p.v_reset);
   neuron.alpha = S(p.alpha);
   neuron.options = p.options;
@@ -242,9 +277,10 @@ __global__ void __launch_bounds__(kThreads) if_forward_general(IFForward p) {
   const Neuron<S, SMOOTH> neuron = neuron_of<X, SMOOTH>(p, n);
   const u64 amplitude = amplitude_of(p, n);
   const bool scaled = (p.options & kInputScale) != 0;
-  const S scale = Cursor<S>(p.input_scale, n).next(S(p.input_scale.value));
-  S v = Cursor<S>(p.v_init, n).next(S(p.v_init.value));
+  const S scale = read<S>(p.input_scale, n);
+  S v = read<S>(p.v_init, n);
   i32 count = 0;
+  SNN_KEEP_LOOP
   for (i64 t = 0; t < p.T; ++t) {
     S current = widen(static_cast<const X*>(p.x)[t * p.x_stride + n]);
     if (scaled) current = current * scale;
@@ -265,9 +301,9 @@ __global__ void __launch_bounds__(kThreads) if_forward_general(IFForward p) {
 }
 
 // ---- backward
-// ------------------------------------------------------------------------------------- Keeps
-// nothing but x: a first walk leaves the membrane at every kChunk-th step in scratch, then each
-// chunk, last first, is recomputed into registers and walked back.
+//
+// Keeps nothing but x: a first walk leaves the membrane at every kChunk-th step in scratch, then
+// each chunk, last first, is recomputed into registers and walked back.
 
 // Plain: soft reset, fire at >=, x is [T, N], gradients for x and v_init.
 template <class X, int KIND, int VEC>
@@ -295,7 +331,7 @@ __global__ void __launch_bounds__(kThreads) if_backward(IFBackward p) {
   for (i64 c = 0; c < last_chunk; ++c) {
     Pack<X, VEC> loaded[kChunk];
     SNN_UNROLL
-    for (int k = 0; k < kChunk; ++k) loaded[k] = load_once<X, VEC>(x + (c * kChunk + k) * p.N);
+    for (int k = 0; k < kChunk; ++k) loaded[k] = load<X, VEC, false>(x + (c * kChunk + k) * p.N);
     SNN_UNROLL
     for (int k = 0; k < kChunk; ++k) {
       SNN_UNROLL
@@ -316,7 +352,7 @@ __global__ void __launch_bounds__(kThreads) if_backward(IFBackward p) {
     SNN_UNROLL
     for (int k = 0; k < kChunk; ++k) {
       if (t0 + k >= p.T) break;
-      const Pack<X, VEC> loaded = load_once<X, VEC>(x + (t0 + k) * p.N);
+      const Pack<X, VEC> loaded = load<X, VEC>(x + (t0 + k) * p.N);
       SNN_UNROLL
       for (int i = 0; i < VEC; ++i) {
         const S m = v[i] + widen(loaded.at[i]);
@@ -328,7 +364,7 @@ __global__ void __launch_bounds__(kThreads) if_backward(IFBackward p) {
     for (int k = kChunk - 1; k >= 0; --k) {
       if (t0 + k >= p.T) continue;
       Pack<X, VEC> grad, out;
-      if (grad_spikes) grad = load_once<X, VEC>(grad_spikes + (t0 + k) * p.grad_stride);
+      if (grad_spikes) grad = load<X, VEC>(grad_spikes + (t0 + k) * p.grad_stride);
       SNN_UNROLL
       for (int i = 0; i < VEC; ++i) {
         const S g = grad_spikes ? amplitude[i] * widen(grad.at[i]) : S(0);
@@ -352,10 +388,10 @@ __global__ void __launch_bounds__(kThreads) if_backward_general(IFBackward p) {
   const i64 n = global_thread();
   if (n >= p.N) return;
   const Neuron<S, SMOOTH> neuron = neuron_of<X, SMOOTH>(p, n);
-  const S amplitude = Cursor<S>(p.amplitude, n).next(S(p.amplitude.value));
+  const S amplitude = read<S>(p.amplitude, n);
   const bool scaled = (p.options & kInputScale) != 0;
-  const S scale = Cursor<S>(p.input_scale, n).next(S(p.input_scale.value));
-  const S v_init = Cursor<S>(p.v_init, n).next(S(p.v_init.value));
+  const S scale = read<S>(p.input_scale, n);
+  const S v_init = read<S>(p.v_init, n);
   const X* x = static_cast<const X*>(p.x) + n;
   S* scratch = static_cast<S*>(p.scratch) + n;
 

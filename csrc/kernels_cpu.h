@@ -86,7 +86,6 @@ inline void write(void* to, const T* from, i64 lo, i64 n) {
 }
 
 // ---- forward
-// -------------------------------------------------------------------------------------
 
 // The plain neuron. SPIKE_BYTES 0: counts only. STREAM: spikes of full blocks bypass the caches.
 template <class X, int SPIKE_BYTES, bool CONSTANT, bool UNIFORM, bool STREAM>
@@ -281,9 +280,9 @@ void forward_range(const IFForward& p, i64 first, i64 last, bool streaming) {
 }
 
 // ---- backward
-// ------------------------------------------------------------------------------------ Keeps
-// nothing but x: membranes at every kSteps-th step go to scratch, then each chunk of steps, last
-// first, is recomputed into scratch and walked back.
+//
+// Keeps nothing but x: membranes at every kSteps-th step go to scratch, then each chunk of steps,
+// last first, is recomputed into scratch and walked back.
 
 template <class X>
 struct BackwardBlock {

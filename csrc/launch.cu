@@ -143,6 +143,11 @@ int launch_if_backward(const IFBackward& p, int device, void* stream) {
   }
 }
 
+int cuda_versions(int* runtime, int* driver) {
+  const cudaError_t error = cudaRuntimeGetVersion(runtime);
+  return error == cudaSuccess ? int(cudaDriverGetVersion(driver)) : int(error);
+}
+
 const char* error_string(int error) {
   return error == kNoSuchKernel ? "no kernel was compiled for these parameters"
                                 : cudaGetErrorString(static_cast<cudaError_t>(error));

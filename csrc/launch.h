@@ -11,4 +11,7 @@ int launch_if_forward(const IFForward& p, int device, void* stream);
 int launch_if_backward(const IFBackward& p, int device, void* stream);
 const char* error_string(int error);
 
+// CUDA versions of the runtime linked in and of the driver (0: no driver), such as 13000.
+int cuda_versions(int* runtime, int* driver);
+
 }  // namespace snn

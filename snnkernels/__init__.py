@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from . import functional, surrogate
-from .conversion import QCFS, ClipReLU, ConversionError, ConvertedNetwork, convert, methods
 from .kernels.backends import backend_info, get_backend, set_backend, use_backend
 from .neurons import IFNode, reset_net
+
+if TYPE_CHECKING:
+    from .conversion import QCFS, ClipReLU, ConversionError, ConvertedNetwork
+    from .conversion.pipeline import convert, methods
 
 __version__ = "0.1.0"
 __all__ = [
@@ -24,3 +29,17 @@ __all__ = [
     "surrogate",
     "use_backend",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # The converter is loaded when first used: users of the neurons alone do not wait for it.
+    if name in __all__:
+        from . import conversion
+
+        globals()[name] = value = getattr(conversion, name)
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

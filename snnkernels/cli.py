@@ -275,7 +275,7 @@ def _figure(size: tuple[float, float]) -> Any:
         from matplotlib.figure import Figure
     except ImportError as e:
         raise ImportError(
-            "the demo's pictures need matplotlib; install it with: pip install 'snnkernels[demo]'"
+            "the demo's pictures need matplotlib; install it with: pip install matplotlib"
         ) from e
     return Figure(figsize=size, layout="constrained")
 

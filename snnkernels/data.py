@@ -98,7 +98,7 @@ def digits(train: bool = True) -> ImageSet:
         from sklearn.datasets import load_digits
     except ImportError as e:
         raise ImportError(
-            "the digits come with scikit-learn; install it with: pip install 'snnkernels[demo]'"
+            "the digits come with scikit-learn; install it with: pip install scikit-learn"
         ) from e
     bunch = load_digits()
     images = torch.from_numpy(bunch.images.astype(np.uint8)).unsqueeze(1)
@@ -179,9 +179,7 @@ def cifar10_jpeg(
     try:
         from PIL import Image
     except ImportError as e:
-        raise ImportError(
-            "JPEG images need Pillow; install it with: pip install 'snnkernels[demo]'"
-        ) from e
+        raise ImportError("JPEG images need Pillow; install it with: pip install pillow") from e
 
     split = "train" if train else "test"
     keys = [f"{split}_bytes", f"{split}_offsets", f"{split}_labels"]

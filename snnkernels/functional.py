@@ -89,7 +89,8 @@ def if_multi_step(
         input_scale: ``m = v + round(x * input_scale)``; for neurons in units of their threshold.
         tie: ``">="`` fires at the threshold, ``">"`` only above.
         spike_dtype: dtype of the spikes: that of ``x_seq`` (default) or ``torch.uint8``, which
-            holds 0 and 1 whatever the amplitude and carries no gradient.
+            holds 0 and 1 whatever the amplitude and carries no gradient; an amplitude given rides
+            along as the attribute ``amplitude`` (not under torch.compile).
         store_charge_seq: return the membranes before each reset instead of ``v_seq``.
         out: where the spikes go: contiguous ``[T, *shape]`` of ``spike_dtype``; not with gradients.
 
@@ -190,7 +191,15 @@ def if_step(
         x, v, v_threshold, v_reset, surrogate_function, detach_reset, 1, channel_dim, amplitude,
         input_scale, tie, spike_dtype, True, False, False, False, False, None,
     )  # fmt: skip
-    return spikes[0], v_last
+    return first_step(spikes), v_last
+
+
+def first_step(spikes: Tensor) -> Tensor:
+    """The only row of ``spikes``, with the amplitude that integer spikes carry along."""
+    row = spikes[0]
+    if spikes.dtype == torch.uint8 and hasattr(spikes, "amplitude"):
+        row.amplitude = spikes.amplitude  # type: ignore[attr-defined]
+    return row
 
 
 def _run(
@@ -243,6 +252,10 @@ def _run(
         )
     if v_reset is not None:
         v_reset = operands.number("v_reset", v_reset)
+        if math.isinf(v_reset):
+            raise ValueError(f"v_reset={v_reset!r} must be finite or None")
+    if surrogate_function is not None:
+        surrogate_function = _surrogate.resolve(surrogate_function)
     if channel_dim is not None and type(channel_dim) is not int:
         raise TypeError(f"channel_dim={channel_dim!r} must be an int or None")
 
@@ -304,10 +317,22 @@ def _run(
             T, v_value, th_value, amp_value, v_reset, tie == ">", spike_dtype, spikes, count, v_seq,
             charge_seq, rate, _surrogate.resolve(surrogate_function), bool(detach_reset), False,
         )  # fmt: skip
-        result = _IntegrateAndFire.apply(x, v_tensor, th, amp, scale, config)
+        result = _IntegrateAndFire.apply(*_distinct(x, v_tensor, th, amp, scale), config)
     if spikes and spike_dtype == torch.uint8 and amplitude is not None and not compiling:
         result[0].amplitude = amp_value if amp is None else amp
     return result
+
+
+def _distinct(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Replaces repeated tensors by views: torch.compile refuses one tensor given twice."""
+    seen: list[Tensor] = []
+    out: list[Tensor | None] = []
+    for tensor in tensors:
+        repeated = tensor is not None and any(tensor is t for t in seen)
+        out.append(tensor.view_as(tensor) if repeated and tensor is not None else tensor)
+        if tensor is not None:
+            seen.append(tensor)
+    return out
 
 
 def _operand(

@@ -275,7 +275,7 @@ def _safetensors() -> Any:
         import safetensors.torch
     except ImportError as e:
         raise ImportError(
-            "checkpoints need safetensors; install it with: pip install 'snnkernels[demo]'"
+            "checkpoints need safetensors; install it with: pip install safetensors"
         ) from e
     return safetensors
 
@@ -308,7 +308,7 @@ def load_checkpoint(
     activation's own settings (``L``) and ``pool``. ``activations`` maps a name to a function from
     the metadata to a fresh module::
 
-        load_checkpoint(path, activations={"qcfs": lambda meta: QCFS(L=int(meta["L"]))})
+        load_checkpoint(path, activations={"qcfs": lambda meta: QCFS(levels=int(meta["L"]))})
 
     ``architecture`` and ``pool``, when given, win over the metadata. Input channels and classes
     are read from the weights. Raises :class:`FileNotFoundError`, :class:`ImportError` without

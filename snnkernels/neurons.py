@@ -48,6 +48,12 @@ class IFNode(nn.Module):
         store_v_seq: keep the membranes after each step in ``v_seq``.
 
     Thresholds and initial membranes keep their float32 through ``.half()`` and ``.bfloat16()``.
+    Given as numbers they belong to the code, like every other argument, and are not in the state
+    dict; given as tensors they are.
+
+    In a training loop call :meth:`reset` (or :func:`reset_net`) before each batch, or
+    :meth:`detach` to carry the membrane on: otherwise the next backward pass runs into the last
+    one's graph.
     """
 
     # Numbers, or tensors where the constructor was given tensors.
@@ -108,6 +114,7 @@ class IFNode(nn.Module):
         self.store_v_seq = store_v_seq
         self.v_seq: Tensor | None = None
         self._v = None
+        self._carried = False  # _v comes from a call
         self.learn_threshold = learn_threshold
 
         _check_built(v_threshold)
@@ -168,10 +175,12 @@ class IFNode(nn.Module):
     @v.setter
     def v(self, value: Tensor | float | None) -> None:
         self._v = value
+        self._carried = False  # broadcasts to whatever shape comes
 
     def reset(self) -> None:
         """Forgets the membrane: the next call starts at ``v_init``."""
         self._v = None
+        self._carried = False
         self.v_seq = None
 
     def detach(self) -> None:
@@ -195,9 +204,7 @@ class IFNode(nn.Module):
                 raise ValueError("T is for step_mode='m'; step_mode='s' takes one step a call")
             T = 1
         v = self._v
-        if v is None or (
-            isinstance(v, Tensor) and v.dim() and v.shape != (x.shape[1:] if T is None else x.shape)
-        ):
+        if v is None or (self._carried and v.shape != (x.shape[1:] if T is None else x.shape)):
             v = self.v_init
         threshold = self.threshold if self.learn_threshold else self.v_threshold
         store = self.store_v_seq
@@ -209,11 +216,12 @@ class IFNode(nn.Module):
         )  # fmt: skip
         # Not through nn.Module.__setattr__, which costs as much as the kernel of a small layer.
         object.__setattr__(self, "_v", last)
+        object.__setattr__(self, "_carried", True)
         if store:
             self.v_seq = v_seq
         if output == "count":
             return count
-        return result[0] if single and output == "spikes" else result
+        return functional.first_step(result) if single and output == "spikes" else result
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> IFNode:
         kept = {
@@ -228,10 +236,12 @@ class IFNode(nn.Module):
             tensor = getattr(self, name)
             if tensor.dtype in (torch.float16, torch.bfloat16):
                 tensor.data = before.to(tensor.device)
-        if isinstance(self._v, Tensor):
-            moved = fn(self._v)
-            half = moved.dtype in (torch.float16, torch.bfloat16)
-            self._v = self._v.to(moved.device) if half else moved
+        for name in ("_v", "v_seq"):
+            state = getattr(self, name)
+            if isinstance(state, Tensor):
+                moved = fn(state)
+                half = moved.dtype in (torch.float16, torch.bfloat16)
+                setattr(self, name, state.to(moved.device) if half else moved)
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:

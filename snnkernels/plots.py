@@ -137,7 +137,7 @@ def _axes(ax: Axes | None, size: tuple[float, float]) -> Any:
         from matplotlib import pyplot
     except ImportError as e:
         raise ImportError(
-            "pictures need matplotlib; install it with: pip install 'snnkernels[demo]'"
+            "pictures need matplotlib; install it with: pip install matplotlib"
         ) from e
     return pyplot.subplots(figsize=size, layout="constrained")[1]
 

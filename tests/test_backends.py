@@ -8,6 +8,8 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,6 +30,8 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     monkeypatch.setattr(backends, "_made", {})
     monkeypatch.setattr(backends, "_chosen", {})
     monkeypatch.setattr(backends, "_forced", "auto")
+    # As installed, whichever copy is tested.
+    monkeypatch.setattr(backends, "_FOLDER", Path("/no/such/folder"))
     backends.extension.cache_clear()
     yield monkeypatch
     backends.extension.cache_clear()
@@ -83,11 +87,11 @@ def test_set_get_and_use() -> None:
 
 
 def test_a_forced_back_end_that_cannot_run_raises(fresh: pytest.MonkeyPatch) -> None:
-    hide(fresh, "snnkernels._cpu", "snnkernels._cuda", "cupy")
+    hide(fresh, "snnkernels._cpu", "snnkernels._cuda", "cupy", "cupy.cuda")
     for name, remedy in (
         ("cpu", r"_cpu is not installed; reinstall snnkernels where a C\+\+17 compiler"),
         ("cuda", "_cuda is not installed; reinstall snnkernels where nvcc is on PATH"),
-        ("nvrtc", r"CuPy does not import: .*; pip install 'snnkernels\[cuda1\d\]'"),
+        ("nvrtc", r"CuPy does not import: .*; pip install cupy-cuda1\dx"),
     ):
         with pytest.raises(RuntimeError, match=f"back end '{name}' cannot run here: .*{remedy}"):
             snnkernels.set_backend(name)
@@ -170,7 +174,7 @@ def test_one_warning_that_names_the_remedy(fresh: pytest.MonkeyPatch) -> None:
         "slow PyTorch reference on cpu tensors",
         "_cpu is not installed",
         "reinstall snnkernels",
-        "python -m snnkernels info",
+        "`snnkernels info`",
     ):
         assert part in said
     with backends.use_backend("reference"):
@@ -230,17 +234,20 @@ def test_info_on_this_machine_is_true() -> None:
 
 
 def test_info_without_anything(fresh: pytest.MonkeyPatch) -> None:
-    hide(fresh, "snnkernels._cpu", "snnkernels._cuda", "cupy")
+    hide(fresh, "snnkernels._cpu", "snnkernels._cuda", "cupy", "cupy.cuda")
     found = rows()
     assert [row.available for row in found.values()] == [False, False, False, True]
     assert "C++17 compiler" in found["cpu"].remedy
     assert "nvcc" in found["cuda"].remedy
-    assert "pip install 'snnkernels[cuda" in found["nvrtc"].remedy
+    assert "pip install cupy-cuda" in found["nvrtc"].remedy
     assert found["cpu"].version == found["cuda"].version == found["nvrtc"].version == "-"
 
 
 class _FakeModule:
     ARCHS = "75 90"
+
+    def versions(self) -> tuple[int, int]:
+        return 13000, 13010
 
     def if_forward(self, *args: Any) -> None: ...
 
@@ -250,7 +257,12 @@ class _FakeModule:
 def pretend(monkeypatch: pytest.MonkeyPatch, *, cuda: str | None, device: bool) -> None:
     """A torch with or without CUDA and a device, with _cuda and CuPy installed."""
     real = importlib.import_module
-    fakes = {"snnkernels._cuda": _FakeModule(), "cupy": type("C", (), {"__version__": "14.0"})()}
+    nvrtc = SimpleNamespace(getVersion=lambda: (13, 0), getSupportedArchs=lambda: [75, 80, 90, 100])
+    fakes = {
+        "snnkernels._cuda": _FakeModule(),
+        "cupy": SimpleNamespace(__version__="14.0"),
+        "cupy.cuda": SimpleNamespace(nvrtc=nvrtc),
+    }
     monkeypatch.setattr(
         importlib,
         "import_module",
@@ -258,6 +270,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, *, cuda: str | None, device: bool) 
     )
     monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: device)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
 
 
 @pytest.mark.parametrize(
@@ -289,6 +302,40 @@ def test_info_and_choice_with_a_gpu(fresh: pytest.MonkeyPatch) -> None:
     assert backends.choose(torch.device("cuda:0")).name == "cuda"
     with backends.use_backend("nvrtc"):
         assert backends.choose(torch.device("cuda:0")).name == "nvrtc"
+
+
+@pytest.mark.parametrize(
+    ("capability", "name"), [((9, 0), "cuda"), ((10, 3), "cuda"), ((8, 6), "nvrtc"), ((6, 1), None)]
+)
+def test_each_device_gets_what_was_built_for_it(
+    fresh: pytest.MonkeyPatch, capability: tuple[int, int], name: str | None
+) -> None:
+    """Cubins run on their major version, PTX of 9.0 on anything later, NVRTC where it compiles."""
+    pretend(fresh, cuda="13.0", device=True)
+    fresh.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    if name is None:
+        with pytest.warns(RuntimeWarning, match=r"built for sm 75 90, the device is sm_61"):
+            assert backends.choose(torch.device("cuda:0")) is None
+        return
+    found = backends.choose(torch.device("cuda:0"))
+    assert found is not None
+    assert found.name == name
+
+
+def test_a_driver_older_than_the_runtime(fresh: pytest.MonkeyPatch) -> None:
+    pretend(fresh, cuda="13.0", device=True)
+    fresh.setattr(_FakeModule, "versions", lambda self: (13000, 12080))
+    found = rows()["cuda"]
+    assert found.reason == "built with CUDA 13, the driver supports CUDA 12"
+    assert "update the driver" in found.remedy
+
+
+def test_a_source_folder_says_so(fresh: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Python started in a clone imports the clone, which has no extensions."""
+    hide(fresh, "snnkernels._cpu")
+    (tmp_path / "setup.py").touch()
+    fresh.setattr(backends, "_FOLDER", tmp_path / "snnkernels")
+    assert "this is the source folder" in rows()["cpu"].remedy
 
 
 def test_nvrtc_serves_where_the_extension_is_missing(fresh: pytest.MonkeyPatch) -> None:

@@ -77,6 +77,9 @@ def cuda(host_shim: HostShim, monkeypatch: pytest.MonkeyPatch) -> backends.Kerne
     monkeypatch.setattr(backends, "extension", lambda name: host_shim.module)
     monkeypatch.setattr(backends, "_need_device", lambda: None)
     monkeypatch.setattr(backends, "_stream", lambda device: 4711 + device.index)
+    # torch's own guard comes first; here it changes nothing, so that the C++ guard shows.
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: host_shim.device)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     return backends._cuda()
 
 

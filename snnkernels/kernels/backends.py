@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -29,20 +30,23 @@ import torch
 
 NAMES = ("auto", "cpu", "cuda", "nvrtc", "reference")
 _VARIABLE = "SNNKERNELS_BACKEND"
-_REINSTALL = (
-    "reinstall snnkernels where a C++17 compiler is on PATH (SNNKERNELS_CPU=1 shows why not)"
-)
+_FOLDER = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """One compiled implementation. ``gpu``: it runs csrc/kernels.cuh and needs its launch plan."""
+    """One compiled implementation.
+
+    ``gpu``: it runs csrc/kernels.cuh and needs its launch plan. ``check`` raises :class:`Missing`
+    for a device it cannot serve.
+    """
 
     name: str
     device_type: str
     gpu: bool
     forward: Callable[[bytes, torch.device], None]
     backward: Callable[[bytes, torch.device], None]
+    check: Callable[[torch.device], None] = lambda device: None
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,7 @@ class BackendInfo:
     rows: tuple[Row, ...]
     forced: str
     torch: str
+    package: str
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain dictionaries, for JSON."""
@@ -83,7 +88,8 @@ class BackendInfo:
             for line in lines
         ]
         table.insert(1, "-" * max(map(len, table)))
-        return "\n".join([f"torch {self.torch}; back end: {self.forced}", *table])
+        about = f"snnkernels in {self.package}, torch {self.torch}; back end: {self.forced}"
+        return "\n".join([about, *table])
 
 
 class Missing(RuntimeError):
@@ -122,7 +128,7 @@ def _cpu() -> Kernels:
     try:
         module = extension("_cpu")
     except Missing as error:
-        raise Missing(error.reason, error.remedy or _REINSTALL) from None
+        raise Missing(error.reason, error.remedy or _remedy("a C++17 compiler", "CPU")) from None
     return Kernels(
         "cpu",
         "cpu",
@@ -132,45 +138,91 @@ def _cpu() -> Kernels:
     )
 
 
+def _remedy(tool: str, switch: str) -> str:
+    if (_FOLDER.parent / "setup.py").exists():
+        return (
+            "this is the source folder, not an installed package: the command `snnkernels info` "
+            "sees the installed one; or pip install -e ."
+        )
+    return f"reinstall snnkernels where {tool} is on PATH (SNNKERNELS_{switch}=1 shows why not)"
+
+
 def _stream(device: torch.device) -> int:
     return torch._C._cuda_getCurrentRawStream(device.index)
+
+
+def on_device(launch: Callable[[bytes, int, int], None]) -> Callable[[bytes, torch.device], None]:
+    """``launch(params, device index, stream)`` on torch's current stream of the tensors' device."""
+
+    def run(packed: bytes, device: torch.device) -> None:
+        stream = _stream(device)
+        if torch.cuda.current_device() == device.index:
+            launch(packed, device.index, stream)
+        else:
+            # torch's guard returns to the device before without creating a context there.
+            with torch.cuda.device(device):
+                launch(packed, device.index, stream)
+
+    return run
 
 
 def _cuda() -> Kernels:
     try:
         module = extension("_cuda")
     except Missing as error:
-        remedy = "reinstall snnkernels where nvcc is on PATH (SNNKERNELS_CUDA=1 shows why not)"
-        raise Missing(error.reason, error.remedy or remedy) from None
+        raise Missing(error.reason, error.remedy or _remedy("nvcc", "CUDA")) from None
     _need_device()
+    runtime, driver = module.versions()
+    if driver // 1000 < runtime // 1000:
+        raise Missing(
+            f"built with CUDA {runtime // 1000}, the driver supports CUDA {driver // 1000}",
+            "update the driver, or rebuild snnkernels with an older nvcc",
+        )
+
+    def check(device: torch.device) -> None:
+        capability = torch.cuda.get_device_capability(device)
+        if not serves(module.ARCHS, capability):
+            arch = "".join(map(str, capability))
+            raise Missing(
+                f"built for sm {module.ARCHS}, the device is sm_{arch}",
+                f"rebuild snnkernels with SNNKERNELS_ARCHS={arch}",
+            )
+
     return Kernels(
-        "cuda",
-        "cuda",
-        True,
-        lambda params, device: module.if_forward(params, device.index, _stream(device)),
-        lambda params, device: module.if_backward(params, device.index, _stream(device)),
+        "cuda", "cuda", True, on_device(module.if_forward), on_device(module.if_backward), check
     )
+
+
+def serves(archs: str, capability: tuple[int, int]) -> bool:
+    """Whether a build for ``archs`` (such as ``"80 90"``) runs on a device of ``capability``.
+
+    A cubin runs on its own major version from its minor on; PTX, which setup.py embeds for 9.0 and
+    the newest, on anything later.
+    """
+    built = [divmod(int(arch), 10) for arch in archs.split()]
+    cubin = any(a == capability[0] and b <= capability[1] for a, b in built)
+    return cubin or any(ptx <= capability for ptx in ((9, 0), max(built)) if ptx in built)
 
 
 def _nvrtc() -> Kernels:
     from . import nvrtc
 
-    major = (torch.version.cuda or "13").split(".")[0]
+    package = f"cupy-cuda{(torch.version.cuda or '13').split('.')[0]}x"
     try:
-        importlib.import_module("cupy")
+        importlib.import_module("cupy.cuda").nvrtc.getVersion()
     except ImportError as error:
-        raise Missing(
-            f"CuPy does not import: {error}", f"pip install 'snnkernels[cuda{major}]'"
-        ) from None
+        raise Missing(f"CuPy does not import: {error}", f"pip install {package}") from None
+    except Exception as error:
+        raise Missing(f"CuPy finds no NVRTC: {error}", f"pip install '{package}[ctk]'") from None
     _need_device()
-    return Kernels("nvrtc", "cuda", True, nvrtc.if_forward, nvrtc.if_backward)
+    return Kernels("nvrtc", "cuda", True, nvrtc.if_forward, nvrtc.if_backward, nvrtc.check)
 
 
 _MAKERS: dict[str, Callable[[], Kernels]] = {"cpu": _cpu, "cuda": _cuda, "nvrtc": _nvrtc}
 _made: dict[str, Kernels | Missing] = {}
-_chosen: dict[str, Kernels | None] = {}
+_chosen: dict[torch.device, Kernels | None] = {}
 # Checked when first used: an import must not fail, and must touch no device.
-_forced = os.environ.get(_VARIABLE, "auto")
+_forced = os.environ.get(_VARIABLE) or "auto"
 
 
 def kernels(name: str) -> Kernels:
@@ -189,35 +241,38 @@ def kernels(name: str) -> Kernels:
 def choose(device: torch.device) -> Kernels | None:
     """What serves tensors on ``device``; ``None`` is the reference."""
     try:
-        return _chosen[device.type]
+        return _chosen[device]
     except KeyError:
-        return _chosen.setdefault(device.type, _choose(device.type))
+        return _chosen.setdefault(device, _choose(device))
 
 
-def _choose(device_type: str) -> Kernels | None:
+def _choose(device: torch.device) -> Kernels | None:
     _check_name()
     if _forced == "reference":
         return None
     if _forced != "auto":
         found = kernels(_forced)
-        if found.device_type != device_type:
+        if found.device_type != device.type:
             raise RuntimeError(
-                f"back end {_forced!r} was forced but the input is on a {device_type} device; "
+                f"back end {_forced!r} was forced but the input is on a {device.type} device; "
                 "snnkernels.set_backend('auto') lets each device have its own"
             )
+        found.check(device)
         return found
     missing = []
-    for name in {"cpu": ("cpu",), "cuda": ("cuda", "nvrtc")}.get(device_type, ()):
+    for name in {"cpu": ("cpu",), "cuda": ("cuda", "nvrtc")}.get(device.type, ()):
         try:
-            return kernels(name)
+            found = kernels(name)
+            found.check(device)
+            return found
         except Missing as error:
             missing.append(f"{name}: {error}")
     warnings.warn(
-        f"snnkernels runs its slow PyTorch reference on {device_type} tensors. "
-        + (" | ".join(missing) or f"There are no kernels for {device_type} devices.")
-        + " | `python -m snnkernels info` shows all; set_backend('reference') silences this.",
+        f"snnkernels runs its slow PyTorch reference on {device.type} tensors. "
+        + (" | ".join(missing) or f"There are no kernels for {device.type} devices.")
+        + " | `snnkernels info` shows all; set_backend('reference') silences this.",
         RuntimeWarning,
-        stacklevel=2,
+        stacklevel=6,  # the caller of functional.if_multi_step
     )
     return None
 
@@ -242,6 +297,8 @@ def set_backend(name: str) -> None:
     global _forced
     if name not in NAMES and name not in _MAKERS:
         raise ValueError(f"back end {name!r} is unknown; allowed are {', '.join(map(repr, NAMES))}")
+    for other in [n for n, made in _made.items() if isinstance(made, Missing)]:
+        del _made[other]  # what was missing may have been installed since
     if name in _MAKERS:
         try:
             kernels(name)
@@ -268,7 +325,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def backend_info() -> BackendInfo:
-    """What each back end needs and whether it is there, as ``python -m snnkernels info`` prints."""
+    """What each back end needs and whether it is there, as ``snnkernels info`` prints."""
     _check_name()
     rows = []
     for name in _MAKERS:
@@ -279,7 +336,7 @@ def backend_info() -> BackendInfo:
         except Missing as error:
             rows.append(Row(name, False, error.reason, error.remedy, version))
     rows.append(Row("reference", True, "plain PyTorch, any device; slow", "", torch.__version__))
-    return BackendInfo(tuple(rows), _forced, torch.__version__)
+    return BackendInfo(tuple(rows), _forced, torch.__version__, str(_FOLDER))
 
 
 _SERVES = {"cpu": "CPU", "cuda": "CUDA", "nvrtc": "CUDA"}

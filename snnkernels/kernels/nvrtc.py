@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from . import params
+from . import backends, params
 
 _HEADERS = ("numeric.h", "params.h", "neuron.h", "kernels.cuh")
 FLAGS = ("-std=c++17", "-fmad=false", "-ftz=false", "-prec-div=true", "-prec-sqrt=true")
@@ -118,6 +118,24 @@ def compile_cubin(names: list[str], arch: str) -> tuple[bytes, list[str]]:
         nvrtc.destroyProgram(program)
 
 
+def _arch(device: torch.device) -> str:
+    """The newest architecture NVRTC knows whose cubins run on ``device``."""
+    major, minor = torch.cuda.get_device_capability(device)
+    known = importlib.import_module("cupy.cuda").nvrtc.getSupportedArchs()
+    fits = [a for a in known if a // 10 == major and a % 10 <= minor]
+    if not fits:
+        raise backends.Missing(
+            f"NVRTC compiles for sm {' '.join(map(str, known))}, the device is sm_{major}{minor}",
+            "install the CuPy of a newer CUDA",
+        )
+    return f"sm_{max(fits)}"
+
+
+def check(device: torch.device) -> None:
+    """Raises :class:`backends.Missing` when NVRTC cannot compile for ``device``."""
+    _arch(device)
+
+
 def _function(name: str, device: torch.device) -> Any:
     key = (device.index, name)
     kernel = _kernels.get(key)
@@ -130,8 +148,7 @@ def _function(name: str, device: torch.device) -> Any:
                         "before capture"
                     )
                 cupy_cuda = importlib.import_module("cupy.cuda")
-                major, minor = torch.cuda.get_device_capability(device)
-                cubin, (lowered,) = compile_cubin([name], f"sm_{major}{minor}")
+                cubin, (lowered,) = compile_cubin([name], _arch(device))
                 module = cupy_cuda.Module()
                 module.load(cubin)
                 # The module must outlive its function.

@@ -171,7 +171,8 @@ def if_forward(
 def _operand(tensor: Tensor | None, number: float, x: Tensor) -> Tensor:
     if tensor is not None:
         return tensor
-    return torch.tensor(number, dtype=reference.state_dtype(x.dtype), device=x.device)
+    # Filled on the device: torch.tensor would copy from the host and wait.
+    return x.new_full((), number, dtype=reference.state_dtype(x.dtype))
 
 
 def _reference_forward(
@@ -226,7 +227,7 @@ def _amplitude(tensor: Tensor | None, number: float, x: Tensor, spike_dtype: tor
         return tensor
     # float64 holds what was rounded once to the type of the spikes.
     number = operands.rounded(number, spike_dtype)
-    return torch.tensor(number, dtype=torch.float64, device=x.device)
+    return x.new_full((), number, dtype=torch.float64)
 
 
 def _reduced(per_neuron: Tensor, like: Tensor) -> Tensor:

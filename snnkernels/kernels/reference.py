@@ -84,7 +84,7 @@ def if_forward(
     # Rounded once to the type of the spikes; integer spikes are plain 0 and 1.
     weight = amplitude if spike_dtype.is_floating_point else torch.ones_like(amplitude)
     weight = weight.to(spike_dtype).to(state)
-    reset = torch.as_tensor(0.0 if v_reset is None else v_reset, dtype=state, device=x.device)
+    reset = x.new_full((), 0.0 if v_reset is None else v_reset, dtype=state)
     zero = torch.zeros((), dtype=state, device=x.device)
 
     count = torch.zeros(shape, dtype=torch.int32, device=x.device)
@@ -159,7 +159,7 @@ def if_backward(
     weight = weight.to(spike_dtype or x.dtype).to(state)
     scale = None if input_scale is None else input_scale.to(state)
 
-    carry = torch.zeros_like(run.v) if grad_v is None else grad_v.to(state)
+    carry = torch.zeros_like(run.v) if grad_v is None else grad_v.to(state).clone()
     grad_threshold, grad_amplitude = torch.zeros_like(run.v), torch.zeros_like(run.v)
     grad_scale, grad_x = torch.zeros_like(run.v), []
     for t in reversed(range(run.charge_seq.shape[0])):

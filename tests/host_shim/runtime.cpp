@@ -46,6 +46,16 @@ cudaError_t cudaGetLastError() {
   return failure("cudaGetLastError");
 }
 
+cudaError_t cudaRuntimeGetVersion(int* version) {
+  *version = 13000;
+  return failure("cudaRuntimeGetVersion");
+}
+
+cudaError_t cudaDriverGetVersion(int* version) {
+  *version = 13000;
+  return failure("cudaDriverGetVersion");
+}
+
 const char* cudaGetErrorString(cudaError_t error) {
   switch (error) {
     case cudaSuccess:
