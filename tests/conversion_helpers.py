@@ -111,5 +111,19 @@ class Concat(nn.Module):
         return self.act(torch.cat([self.a(x), self.b(x)], dim=1))
 
 
+class Asserts(nn.Module):
+    """Asserts on shapes; here because pytest rewrites the asserts of test files."""
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body = body
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.shape[1] == 6
+        assert x.dim() == 2, f"two dimensions, not {x.dim()}"
+        assert x.size(0) > 0 and x.shape[1] != 7  # noqa: PT018
+        return self.body(x)
+
+
 def relative(a: Tensor, b: Tensor) -> float:
     return ((a - b).norm() / b.norm()).item()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils.data import Dataset, IterableDataset
 
 from .errors import ConversionError
 from .histogram import Histogram
@@ -17,6 +19,7 @@ __all__ = [
     "Statistics",
     "batches",
     "collect",
+    "first_batch",
     "mmse_threshold",
     "parse_rule",
     "rule_threshold",
@@ -32,12 +35,12 @@ class Statistics:
     Attributes:
         histogram: of the ANN's activation values, per channel or (one channel) per layer.
         channels: size of the channel dimension.
-        channel_dim: its index, the batch being 0.
+        channel_dim: its index, the batch being 0; given as 1, or -1 for the last dimension.
         dtype: of the activation.
     """
 
-    def __init__(self, shape: torch.Size, dtype: torch.dtype) -> None:
-        self.channel_dim = 1 if len(shape) > 1 else 0
+    def __init__(self, shape: torch.Size, dtype: torch.dtype, channel_dim: int = 1) -> None:
+        self.channel_dim = channel_dim % len(shape) if len(shape) > 1 else 0
         self.shape = shape
         self.channels = shape[self.channel_dim] if len(shape) > 1 else 1
         self.dtype = dtype
@@ -74,9 +77,33 @@ def batches(loader: Any, device: torch.device | None) -> Iterator[Tensor]:
     A single tensor is one batch. Inputs are moved to ``device``.
 
     Raises:
-        TypeError: an item is neither a tensor nor starts with one.
+        TypeError: ``loader`` cannot be iterated over, or is a data set or an (inputs, labels) pair
+            rather than batches; an item is neither a tensor nor starts with one.
     """
-    items: Iterable[Any] = [loader] if isinstance(loader, Tensor) else loader
+    if isinstance(loader, Dataset) and not isinstance(loader, IterableDataset):
+        raise TypeError(
+            f"loader is a Dataset ({type(loader).__name__}), whose items are single samples; "
+            "pass torch.utils.data.DataLoader(dataset, batch_size=64)"
+        )
+    if isinstance(loader, (tuple, list)) and len(loader) == 2:
+        x, y = loader
+        if (
+            isinstance(x, Tensor)
+            and isinstance(y, Tensor)
+            and (x.dim(), x.is_floating_point()) != (y.dim(), y.is_floating_point())
+        ):
+            raise TypeError(
+                f"loader is a {type(loader).__name__} of two different tensors, {x.dtype} "
+                f"{tuple(x.shape)} and {y.dtype} {tuple(y.shape)}, so inputs and labels rather "
+                "than two batches; pass the inputs alone, or [(inputs, labels)]"
+            )
+    try:
+        items = iter([loader] if isinstance(loader, Tensor) else loader)
+    except TypeError:
+        raise TypeError(
+            "loader must be an iterable of input batches or one tensor, got "
+            f"{type(loader).__name__}"
+        ) from None
     for item in items:
         x = item[0] if isinstance(item, (tuple, list)) and item else item
         if not isinstance(x, Tensor):
@@ -84,7 +111,22 @@ def batches(loader: Any, device: torch.device | None) -> Iterator[Tensor]:
                 "loader must yield tensors or (input, anything); got "
                 f"{type(item).__name__}. Wrap it so that the first element is the input tensor"
             )
+        if x.dim() == 0:
+            raise TypeError("loader yields scalars; it must yield batches of inputs, [B, *]")
         yield x.to(device) if device is not None else x
+
+
+def first_batch(loader: Any, device: torch.device | None) -> tuple[Tensor, Iterator[Tensor]]:
+    """The first batch of ``loader`` and an iterator over the others; see :func:`batches`.
+
+    Raises:
+        ValueError: there is none.
+    """
+    items = batches(loader, device)
+    for x in items:
+        if len(x) > 0:
+            return x, items
+    raise ValueError("loader is empty: calibration needs at least one batch of inputs")
 
 
 def _progress(items: Iterator[Tensor], loader: Any, show: bool) -> Iterable[Tensor]:
@@ -101,56 +143,64 @@ def _progress(items: Iterator[Tensor], loader: Any, show: bool) -> Iterable[Tens
 @torch.no_grad()
 def collect(
     model: fx.GraphModule,
-    paths: dict[str, bool | None],
-    loader: Any,
+    paths: dict[str, tuple[bool | None, int]],
+    first: Tensor,
+    rest: Iterator[Tensor],
     *,
-    device: torch.device | None = None,
+    loader: Any = None,
     progress: bool = True,
     once: bool = False,
-) -> tuple[dict[str, Statistics], Tensor]:
-    """Run ``model`` over ``loader`` once and gather statistics at the activations ``paths``.
+) -> dict[str, Statistics]:
+    """Run ``model`` over the batches once and gather statistics at the activations ``paths``.
 
     Args:
         model: the ANN with its activations as :class:`Activation` modules, in eval mode.
-        paths: activation path to whether a histogram per channel (else per layer) is kept; None:
-            only shape and dtype are noted and the values checked.
-        loader: see :func:`batches`.
-        device: where inputs go.
+        paths: activation path to ``(per channel, channel dimension)``: whether a histogram per
+            channel (else per layer) is kept; None: only shape and dtype are noted and the values
+            checked. The dimension is 1 or -1.
+        first: the first batch, of at least one input.
+        rest: the batches after it.
+        loader: where they come from, for the length of the bar.
         progress: show a tqdm bar if tqdm is there (``TQDM_DISABLE`` is honoured by tqdm).
         once: one batch is enough.
 
     Returns:
-        ``(statistics by path, the first few inputs)``.
+        Statistics by path.
 
     Raises:
-        ConversionError: NaN or infinite activations (names the layer).
-        ValueError: the loader yields nothing.
+        ConversionError: NaN or infinite activations (names the layer), or a later batch that the
+            network does not take.
     """
     found: dict[str, Statistics] = {}
 
-    def watch(path: str, per_channel: bool | None) -> Any:
+    def watch(path: str, per_channel: bool | None, channel_dim: int) -> Any:
         def hook(module: nn.Module, args: Any, out: Tensor) -> None:
             assert isinstance(module, Activation)
             if path not in found:
-                found[path] = Statistics(out.shape, out.dtype)
+                found[path] = Statistics(out.shape, out.dtype, channel_dim)
             found[path].update(module.label, out, per_channel)
 
         return model.get_submodule(path).register_forward_hook(hook)
 
-    handles = [watch(path, per_channel) for path, per_channel in paths.items()]
-    sample = None
+    handles = [watch(path, *how) for path, how in paths.items()]
     try:
-        for x in _progress(batches(loader, device), loader, progress and not once):
-            model(x[:SAMPLE] if once else x)
-            sample = x[:SAMPLE] if sample is None else sample
-            if once:
-                break
+        if once:
+            model(first[:SAMPLE])
+        else:
+            for i, x in enumerate(_progress(chain([first], rest), loader, progress)):
+                try:
+                    model(x)
+                except ConversionError:
+                    raise
+                except RuntimeError as error:
+                    raise ConversionError(
+                        f"the network fails on item {i} of loader, of shape {tuple(x.shape)}, "
+                        f"{x.dtype}: {error}"
+                    ) from error
     finally:
         for handle in handles:
             handle.remove()
-    if sample is None:
-        raise ValueError("loader is empty: calibration needs at least one batch of inputs")
-    return found, sample
+    return found
 
 
 def parse_rule(rule: str) -> float | str:

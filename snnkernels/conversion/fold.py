@@ -8,7 +8,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from .errors import ConversionError
-from .graphs import place_module
+from .graphs import first_input, module_of, place_module
 
 __all__ = ["ChannelAffine", "fold_batch_norm", "with_weights"]
 
@@ -106,21 +106,21 @@ def fold_batch_norm(net: nn.Module, graph: fx.Graph) -> dict[str, str]:
 
     After a convolution or linear layer that feeds nothing else it goes into that layer's weights
     (computed in float64, per call site, so a layer used twice folds twice); elsewhere it becomes
-    a :class:`ChannelAffine`. One without running statistics is left for later stages to judge.
+    a :class:`ChannelAffine`. Into a linear layer only where ``node.meta["shape"]`` says ``[B, C]``:
+    with more dimensions, batch normalisation acts on dimension 1 and the features are the last.
+    One without running statistics is left for later stages to judge.
     """
     done: dict[str, str] = {}
     for node in list(graph.nodes):
-        if node.op != "call_module":
-            continue
-        bn = net.get_submodule(str(node.target))
+        bn = module_of(net, node)
         if not isinstance(bn, _BatchNorm) or bn.running_mean is None:
             continue
-        before = node.args[0] if node.args else next(iter(node.kwargs.values()))
+        before = first_input(node)
         if not isinstance(before, fx.Node):
             raise ConversionError(f"{node.target}: batch normalisation of something not a tensor")
-        layer = net.get_submodule(str(before.target)) if before.op == "call_module" else None
-        if isinstance(layer, nn.Linear) and layer.out_features != bn.num_features:
-            layer = None  # normalises another dimension than the features
+        layer = module_of(net, before)
+        if isinstance(layer, nn.Linear) and len(before.meta.get("shape", ())) != 2:
+            layer = None  # it may normalise another dimension than the features
         if isinstance(layer, (nn.Linear, _ConvNd)) and len(before.users) == 1:
             path = place_module(net, graph, before, _folded(layer, bn))
             before.target = path

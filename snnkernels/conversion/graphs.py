@@ -2,9 +2,27 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import fx, nn
 
-__all__ = ["add_module", "copy_graph", "place_module"]
+__all__ = ["add_module", "copy_graph", "first_input", "module_of", "name_of", "place_module"]
+
+
+def module_of(net: nn.Module, node: object) -> nn.Module | None:
+    """The module that ``node`` calls, or None if it is no module call."""
+    called = isinstance(node, fx.Node) and node.op == "call_module"
+    return net.get_submodule(str(node.target)) if called else None  # type: ignore[attr-defined]
+
+
+def first_input(node: fx.Node) -> Any:
+    """The first argument of a call, however it was passed."""
+    return node.args[0] if node.args else next(iter(node.kwargs.values()))
+
+
+def name_of(node: fx.Node) -> str:
+    """What users know ``node`` by: the path of its module, or the name of the call."""
+    return str(node.target) if node.op == "call_module" else node.name
 
 
 def add_module(net: nn.Module, wanted: str, module: nn.Module) -> str:

@@ -7,6 +7,7 @@ from enum import Enum
 from torch import fx, nn
 
 from .errors import ConversionError
+from .graphs import module_of, name_of
 from .inplace import is_meta
 from .ops import MAX_POOL_MODULES, Activation, returns_list, why_not_affine
 
@@ -24,11 +25,7 @@ class Kind(Enum):
 
 def is_activation(net: nn.Module, node: object) -> bool:
     """Whether ``node`` is a place where a neuron will stand."""
-    return (
-        isinstance(node, fx.Node)
-        and node.op == "call_module"
-        and isinstance(net.get_submodule(str(node.target)), Activation)
-    )
+    return isinstance(module_of(net, node), Activation)
 
 
 def kinds_of(net: nn.Module, graph: fx.Graph) -> dict[fx.Node, Kind]:
@@ -84,14 +81,12 @@ def check_supported(
     for node in graph.nodes:
         if node not in early or node not in varying or is_activation(net, node):
             continue
-        if node.op == "call_module" and isinstance(
-            net.get_submodule(str(node.target)), MAX_POOL_MODULES
-        ):
+        if isinstance(module_of(net, node), MAX_POOL_MODULES):
             continue
         reason = why_not_affine(node, net, varying)
         if reason is None:
             continue
-        name = str(node.target) if node.op == "call_module" else node.name
+        name = name_of(node)
         if not keep:
             raise ConversionError(
                 f"{name} cannot be converted: {reason}, and spiking neurons follow it. Replace it "

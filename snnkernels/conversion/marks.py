@@ -6,7 +6,7 @@ from torch import fx, nn
 
 from .activations import QCFS, ClipReLU
 from .errors import ConversionError
-from .graphs import add_module
+from .graphs import add_module, first_input, module_of
 from .inplace import is_meta
 from .ops import Activation, activation_of, max_pool_of
 
@@ -24,7 +24,7 @@ def depends_on_input(graph: fx.Graph) -> set[fx.Node]:
 
 def _become(node: fx.Node, path: str) -> None:
     """Turn ``node`` into a call of the module at ``path`` on its first input."""
-    source = node.args[0] if node.args else node.kwargs["input"]
+    source = first_input(node)
     node.op, node.target, node.args, node.kwargs = "call_module", path, (source,), {}
 
 
@@ -62,11 +62,19 @@ def mark(net: nn.Module, graph: fx.Graph) -> list[str]:
         found.append(path)
     if not found:
         seen = sorted(
-            {type(m).__name__ for m in net.modules() if not list(m.children()) and m is not net}
+            {
+                type(module_of(net, n)).__name__
+                if n.op == "call_module"
+                else str(getattr(n.target, "__name__", n.target))
+                for n in live
+                if n.op not in ("placeholder", "output") and not meta[n]
+            }
         )
         raise ConversionError(
             "no activation found that a spiking neuron can replace (ReLU, ReLU6, Hardtanh(0, a), "
             f"clamp(min=0), {ClipReLU.__name__}, {QCFS.__name__}); the network has "
-            f"{', '.join(seen) or 'no layers'}. Replace its activations by ReLU and fine-tune"
+            f"{', '.join(seen) or 'no layers'}. Replace its activations by ReLU and fine-tune; "
+            "activations inside a layer of torch.nn (such as TransformerEncoderLayer) are out of "
+            "reach: write it out"
         )
     return found

@@ -35,6 +35,10 @@ class ConvertedNetwork(nn.Module):
     potentials and leaves no state behind. Batch normalisation and dropout act as in evaluation,
     whatever :meth:`train` says.
 
+    The weights are parameters that require a gradient, for fine-tuning: without
+    ``torch.no_grad()`` a call takes the training path, which keeps every step's spikes and is
+    about half as fast. Use ``torch.no_grad()`` for inference.
+
     Attributes:
         T: the number of steps the thresholds were made for, and the default of a call.
         report: what was done with every node.
@@ -116,7 +120,9 @@ class ConvertedNetwork(nn.Module):
     ) -> dict[int, Any]:
         """The outputs after several numbers of steps, from one run: ``{T: output}``.
 
-        Bit for bit what separate calls return, at the price of the longest.
+        At the price of the longest. The same as separate calls up to the rounding of the layers
+        between neurons, which see batches of other sizes (a library may choose another algorithm
+        for them); given the same currents, the neurons do the same bit for bit.
 
         Args:
             x: ``[B, *]``.

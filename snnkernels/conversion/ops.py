@@ -12,6 +12,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from .activations import QCFS, ClipReLU
 from .fold import ChannelAffine
+from .graphs import module_of
 
 __all__ = ["MAX_POOLS", "Activation", "activation_of", "max_pool_of", "why_not_affine"]
 
@@ -73,8 +74,8 @@ def _bound(node: fx.Node, index: int, name: str, default: Any = None) -> Any:
 def activation_of(node: fx.Node, net: nn.Module) -> nn.Module | None:
     """The module that computes ``node``'s activation function, or None if it is not a ReLU kin."""
     target = node.target
-    if node.op == "call_module":
-        module = net.get_submodule(str(target))
+    module = module_of(net, node)
+    if module is not None:
         if isinstance(module, (ClipReLU, QCFS)):
             return module
         if isinstance(module, nn.Hardtanh):  # ReLU6 is one
@@ -98,7 +99,7 @@ def activation_of(node: fx.Node, net: nn.Module) -> nn.Module | None:
 def max_pool_of(node: fx.Node, net: nn.Module) -> nn.Module | None:
     """The max-pool module that computes ``node``, or None."""
     if node.op == "call_module":
-        module = net.get_submodule(str(node.target))
+        module = module_of(net, node)
         return module if isinstance(module, MAX_POOL_MODULES) else None
     if node.op == "call_function" and node.target in MAX_POOLS:
         kind = MAX_POOLS[node.target]
@@ -109,11 +110,9 @@ def max_pool_of(node: fx.Node, net: nn.Module) -> nn.Module | None:
     return None
 
 
-AFFINE_MODULES = (
-    _ConvNd,
-    _BatchNorm,
-    ChannelAffine,
-    nn.Linear,
+WEIGHTED_MODULES = (_ConvNd, nn.Linear, ChannelAffine)
+# Homogeneous and without weights: scaled inputs give outputs in the same scale, per channel.
+SCALE_FREE_MODULES = (
     nn.AvgPool1d,
     nn.AvgPool2d,
     nn.AvgPool3d,
@@ -121,16 +120,21 @@ AFFINE_MODULES = (
     nn.AdaptiveAvgPool2d,
     nn.AdaptiveAvgPool3d,
     nn.Flatten,
-    nn.Unflatten,
     nn.Upsample,
+    nn.modules.padding._ReflectionPadNd,
+    nn.modules.padding._ReplicationPadNd,
+)
+AFFINE_MODULES = (
+    *WEIGHTED_MODULES,
+    *SCALE_FREE_MODULES,
+    _BatchNorm,
+    nn.Unflatten,
     nn.PixelShuffle,
     nn.PixelUnshuffle,
     nn.ChannelShuffle,
     nn.Fold,
     nn.Unfold,
     nn.modules.padding._ConstantPadNd,
-    nn.modules.padding._ReflectionPadNd,
-    nn.modules.padding._ReplicationPadNd,
     nn.modules.padding._CircularPadNd,
 )
 SUMS = {"add", "sub", "neg", "rsub"}
@@ -151,6 +155,7 @@ WITH_DIMS: dict[str, tuple[int, str]] = {
     "unsqueeze": (1, "dim"),
     "flatten": (1, "start_dim"),
     "narrow": (1, "dim"),
+    "unflatten": (1, "dim"),
     "select": (1, "dim"),
     "flip": (1, "dims"),
 }
@@ -159,7 +164,7 @@ FREE = {
     *(f"avg_pool{n}d" for n in "123"),
     *(f"adaptive_avg_pool{n}d" for n in "123"),
     *("pad", "interpolate", "upsample", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle"),
-    *("fold", "unfold", "contiguous", "view", "reshape", "unflatten", "getitem", "batch_norm"),
+    *("fold", "unfold", "contiguous", "view", "reshape", "getitem", "batch_norm"),
     *("to", "type", "float", "double", "half", "bfloat16", "type_as", "permute", "transpose"),
     *("zero_pad2d", "swapaxes", "movedim"),
 }
@@ -170,10 +175,9 @@ def why_not_affine(node: fx.Node, net: nn.Module, varying: set[fx.Node]) -> str 
 
     ``varying`` holds the nodes whose value changes from step to step.
     """
-    if node.op == "call_module":
-        module = net.get_submodule(str(node.target))
+    if (module := module_of(net, node)) is not None:
         kind = type(module).__name__
-        if isinstance(module, nn.Flatten) and module.start_dim == 0:
+        if isinstance(module, nn.Flatten) and _from_front(node, module.start_dim) == 0:
             return "it mixes the batch dimension"
         if isinstance(module, _BatchNorm) and module.running_mean is None:
             return f"{kind} without running statistics uses those of the batch"
@@ -198,6 +202,15 @@ def why_not_affine(node: fx.Node, net: nn.Module, varying: set[fx.Node]) -> str 
     return None if name in FREE else f"{name} is not affine"
 
 
+def _from_front(node: fx.Node, dim: Any, added: int = 0) -> Any:
+    """``dim`` of ``node``'s input counted from the front, if that is known."""
+    source = next(iter(node.all_input_nodes), None)
+    shape = None if source is None else source.meta.get("shape")
+    if shape is None or not isinstance(dim, int) or dim >= 0:
+        return dim
+    return dim + len(shape) + added
+
+
 def _dim_reason(node: fx.Node, name: str) -> str | None:
     where, keyword = WITH_DIMS[name]
     default = DEFAULT_DIM.get(name)
@@ -209,7 +222,10 @@ def _dim_reason(node: fx.Node, name: str) -> str | None:
     if name in ("mean", "sum") and dims is None:
         return f"{name} over all dimensions mixes the batch"
     flat = dims if isinstance(dims, (tuple, list)) else [dims]
-    if any(d == 0 for d in flat) or (name == "squeeze" and dims is None):
+    if name == "flip" and len(flat) == 1 and isinstance(flat[0], (tuple, list)):
+        flat = flat[0]
+    added = 1 if name in ("stack", "unsqueeze") else 0
+    if any(_from_front(node, d, added) == 0 for d in flat) or (name == "squeeze" and dims is None):
         return f"{name} over dimension 0 mixes the batch"
     return None
 
@@ -226,8 +242,11 @@ def _order_reason(node: fx.Node, name: str) -> str | None:
     moved = node.args[1:] if node.args[1:] else tuple(node.kwargs.values())
     if name == "permute":
         order = moved[0] if isinstance(moved[0], (tuple, list)) else moved
-        return None if order[0] == 0 else "permute moves the batch dimension"
-    return "it moves the batch dimension" if 0 in moved else None
+        first_dim = _from_front(node, order[0])
+        return None if first_dim == 0 else "permute moves the batch dimension"
+    dims = [d for m in moved for d in (m if isinstance(m, (tuple, list)) else [m])]
+    touched = any(_from_front(node, d) == 0 for d in dims)
+    return "it moves the batch dimension" if touched else None
 
 
 def returns_list(node: fx.Node) -> bool:

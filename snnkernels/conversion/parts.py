@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from .graphs import add_module
+from .graphs import add_module, first_input, module_of
 from .kinds import Kind, is_activation
 from .ops import MAX_POOL_MODULES
 from .pools import CumulativeMaxPool
@@ -174,11 +174,10 @@ class _Body:
             return self._shape(node)
         if (
             self.cut.cumulative
-            and node.op == "call_module"
             and self.kinds[node] is Kind.TIME
-            and isinstance(pool := self.net.get_submodule(str(node.target)), MAX_POOL_MODULES)
+            and isinstance(pool := module_of(self.net, node), MAX_POOL_MODULES)
         ):
-            source = node.args[0] if node.args else node.kwargs["input"]
+            source = first_input(node)
             assert isinstance(source, fx.Node)
             path = str(node.target)
             while path in self.root:  # one running sum for each call

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from ..neurons import IFNode
-from .calibration import Statistics, collect
+from .calibration import SAMPLE, Statistics, collect, first_batch
+from .channels import channels_of
+from .errors import ConversionError
 from .fold import fold_batch_norm
-from .graphs import copy_graph
+from .graphs import copy_graph, first_input, module_of, name_of
 from .kinds import Kind, before_neurons, check_supported, is_activation, kinds_of
 from .marks import mark
 from .methods import METHODS, find_method
 from .network import ConvertedNetwork, _steps
-from .ops import MAX_POOL_MODULES, Activation
+from .ops import MAX_POOL_MODULES, Activation, why_not_affine
 from .parts import cut
 from .pools import MAXPOOL_MODES, average_instead, check_pools, pools_first
 from .report import NodeReport, Report, measure
-from .scale import fold_thresholds
+from .scale import Scale, fold_thresholds
 from .spiking import SpikingActivation
 from .thresholds import Site, plan, settle
-from .trace import trace
+from .trace import own_copy, trace
+from .verify import answer_of, check_independent, check_same, note_shapes
 
 __all__ = ["convert", "methods"]
 
@@ -52,6 +56,18 @@ def convert(
     progress: bool = True,
 ) -> ConvertedNetwork:
     """Convert a trained network into a spiking one; ``ann`` is not modified.
+
+    Example::
+
+        snn = snnkernels.convert(ann, loader, T=16)
+        with torch.no_grad():  # without it, calls take the slower path that training needs
+            logits = snn(images)
+        print(snn.report)
+
+    On the loader's first inputs the traced network is compared with ``ann`` before any neuron is
+    placed, and the last row of the report is the error of the spiking network's answer against
+    ``ann``'s own. Forward hooks are not called and not converted (the report names their modules),
+    except those of pruning, weight_norm and spectral_norm, whose weights are computed once.
 
     Args:
         ann: maps ``[B, *]`` to its output; the first dimension is the batch. Any device.
@@ -88,23 +104,70 @@ def convert(
     _one_of("normalize", normalize, ("threshold", "weights"))
     report = Report(method, T)
 
-    net, graph = trace(ann)
+    traced = trace(ann)
+    net, graph = traced.net, traced.graph
+    if traced.hooked:
+        report.notes.append(
+            f"forward hooks of {', '.join(traced.hooked)} were not called: what they change is "
+            "neither in this network nor in the ANN of the errors; put it into forward"
+        )
+    batch: Tensor | None = None
+    rest: Iterator[Tensor] = iter(())
+    sample, expected, failure = None, None, None
+    if loader is not None:
+        batch, rest = first_batch(loader, _device(net))
+        sample = batch[:SAMPLE]
+        try:
+            expected = answer_of(own_copy(ann, share=True)[0], batch, sample)
+            check_same(expected, note_shapes(net, graph, sample))
+        except ConversionError as error:
+            failure = error  # what the graph alone tells comes first: it says more
     folded = fold_batch_norm(net, graph)
     mark(net, graph)
     check_pools(net, graph)
+    unpooled = fx.GraphModule(net, copy_graph(graph)).eval()
     pools = average_instead(net, graph) if maxpool == "avg" else pools_first(net, graph)
     if maxpool == "avg" and pools:
         report.notes.append(
-            "max-pools were replaced by average pools: errors are against that network, not the ANN"
+            "max-pools were replaced by average pools: errors of neurons are against that network, "
+            "those of the answer against the ANN"
         )
     paths = [str(node.target) for node in graph.nodes if is_activation(net, node)]
     activations: dict[str, Activation] = {p: net.get_submodule(p) for p in paths}  # type: ignore
     kinds = kinds_of(net, graph)
     kept = check_supported(net, graph, kinds, keep=on_unsupported == "keep")
+    if failure is not None:
+        raise failure
     model = fx.GraphModule(net, copy_graph(graph)).eval()
 
-    sites = plan(activations, chosen, threshold, per_channel, v_init)
-    seen, sample = _calibrate(model, sites, loader, progress)
+    memo: dict[fx.Node, Any] = {}
+    channels = {
+        str(node.target): channels_of(net, first_input(node), memo)
+        for node in graph.nodes
+        if is_activation(net, node)
+    }
+    sites = plan(activations, chosen, threshold, per_channel, v_init, channels)
+    needy = [site for site in sites if site.needs_data]
+    if loader is None and needy:
+        raise ValueError(
+            f"loader is None, but threshold={needy[0].rule!r} for {needy[0].label} needs "
+            "calibration data: pass loader= (an iterable of input batches, or one tensor), "
+            "give threshold= as numbers, or train with ClipReLU or QCFS"
+        )
+    seen: dict[str, Statistics] = {}
+    if batch is not None and sample is not None:
+        how = {s.path: (s.per_channel if s.needs_data else None, s.channel_dim) for s in sites}
+        seen = collect(model, how, batch, rest, loader=loader, progress=progress, once=not needy)
+        with torch.no_grad():
+            note = check_same(expected, (unpooled if maxpool == "avg" else model)(sample))
+        if note is not None:
+            report.notes.append(note)
+        try:
+            check_independent(net, graph, kinds, sample)
+        except ConversionError as error:
+            if not kept:
+                raise
+            report.notes.append(str(error))
     for site in sites:
         settle(site, seen.get(site.path), T, _dtype(net))
         if site.silent:
@@ -119,7 +182,8 @@ def convert(
 
     spiking_graph, spiking_kinds = graph, kinds
     if normalize == "weights":
-        spiking_graph = fold_thresholds(net, graph, kinds, {s.path: s.theta for s in sites}, sample)
+        theta = {s.path: Scale(s.theta, s.channel_dim) for s in sites}
+        spiking_graph = fold_thresholds(net, graph, kinds, theta, sample)
         spiking_kinds = kinds_of(net, spiking_graph)
     neurons = {site.path: _neurons(site, folded=normalize == "weights") for site in sites}
     parts = cut(net, spiking_graph, spiking_kinds, neurons, cumulative=maxpool == "cumulative")
@@ -129,7 +193,7 @@ def convert(
     if device is not None:
         snn.to(device)
     if sample is not None:
-        measure(snn, model, sample, report)
+        measure(snn, model, sample, expected, report)
     return snn
 
 
@@ -139,24 +203,6 @@ def _device(net: nn.Module) -> torch.device | None:
 
 def _dtype(net: nn.Module) -> torch.dtype:
     return next((p.dtype for p in net.parameters() if p.is_floating_point()), torch.float32)
-
-
-def _calibrate(
-    model: fx.GraphModule, sites: list[Site], loader: Any, progress: bool
-) -> tuple[dict[str, Statistics], Tensor | None]:
-    """Statistics of the sites that need data, and a few inputs for the report."""
-    needy = [site for site in sites if site.needs_data]
-    device = _device(model)
-    if loader is None:
-        if needy:
-            raise ValueError(
-                f"loader is None, but threshold={needy[0].rule!r} for {needy[0].label} needs "
-                "calibration data: pass loader= (an iterable of input batches, or one tensor), "
-                "give threshold= as numbers, or train with ClipReLU or QCFS"
-            )
-        return {}, None
-    paths = {s.path: s.per_channel if s.needs_data else None for s in sites}
-    return collect(model, paths, loader, device=device, progress=progress, once=not needy)
 
 
 def _neurons(site: Site, folded: bool) -> SpikingActivation:
@@ -196,22 +242,27 @@ def _describe(
     early = before_neurons(model, model.graph)
     report.rows += [NodeReport(name, f"batch norm {what}") for name, what in folded.items()]
     kinds = kinds_of(model, model.graph)  # the model holds a copy of the graph
+    varying = {n for n, kind in kinds.items() if kind is Kind.TIME}
+    analog = []
     for node in model.graph.nodes:
         if node.op not in ("call_module", "call_function", "call_method"):
             continue
         kind = kinds[node]
-        name = str(node.target) if node.op == "call_module" else node.name
+        name = name_of(node)
         if kind in (Kind.META, Kind.CONST) or name in folded:
             continue
         if name in by_path:
             site = by_path[name]
             report.rows.append(NodeReport(site.label, site.describe(), site.theta))
             continue
-        module = model.get_submodule(name) if node.op == "call_module" else None
+        module = module_of(model, node)
         if kind is Kind.STATIC:
             what = "once, before the neurons"
         elif node not in early:
             what = "once, on rates"
+            reason = why_not_affine(node, model, varying) or ""
+            if reason.endswith("is not affine"):
+                analog.append(f"{name} ({reason.split()[0]})")
         elif name in kept:
             what = f"KEPT as it is, every step: {kept[name]}"
         elif isinstance(module, MAX_POOL_MODULES):
@@ -222,6 +273,12 @@ def _describe(
             what += ", max-pool averaged" if maxpool == "avg" else ", moved before its neurons"
         operation = type(module).__name__ if module is not None else _operation(node)
         report.rows.append(NodeReport(name, f"{operation}: {what}"))
+    if analog:
+        report.notes.append(
+            f"{len(analog)} operation{'s' if len(analog) > 1 else ''} behind the last neurons "
+            f"stay{'' if len(analog) > 1 else 's'} analog and run once, on rates: "
+            + ", ".join(analog)
+        )
 
 
 def _operation(node: fx.Node) -> str:

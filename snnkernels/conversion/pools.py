@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .errors import ConversionError
-from .graphs import add_module
+from .graphs import add_module, first_input, module_of
 from .ops import MAX_POOL_MODULES, Activation
 
 __all__ = ["MAXPOOL_MODES", "CumulativeMaxPool", "average_instead", "check_pools", "pools_first"]
@@ -62,11 +62,6 @@ class CumulativeMaxPool(nn.Module):
         return out.flatten(0, 1).to(x.dtype)
 
 
-def _module(net: nn.Module, node: Any) -> nn.Module | None:
-    called = isinstance(node, fx.Node) and node.op == "call_module"
-    return net.get_submodule(str(node.target)) if called else None
-
-
 def check_pools(net: nn.Module, graph: fx.Graph) -> None:
     """Refuse max-pools that return indices.
 
@@ -74,7 +69,7 @@ def check_pools(net: nn.Module, graph: fx.Graph) -> None:
         ConversionError: names the pool.
     """
     for node in graph.nodes:
-        pool = _module(net, node)
+        pool = module_of(net, node)
         if isinstance(pool, MAX_POOL_MODULES) and pool.return_indices:
             raise ConversionError(
                 f"{node.target}: max-pool with return_indices=True has no spiking form; "
@@ -93,7 +88,7 @@ def average_instead(net: nn.Module, graph: fx.Graph) -> list[str]:
     """
     done = []
     for node in graph.nodes:
-        pool = _module(net, node)
+        pool = module_of(net, node)
         if not isinstance(pool, MAX_POOL_MODULES):
             continue
         rank = int(type(pool).__name__[-2])
@@ -131,10 +126,10 @@ def pools_first(net: nn.Module, graph: fx.Graph) -> list[str]:
     while again:
         again = False
         for node in list(graph.nodes):
-            if not isinstance(_module(net, node), MAX_POOL_MODULES):
+            if not isinstance(module_of(net, node), MAX_POOL_MODULES):
                 continue
-            source = node.args[0] if node.args else node.kwargs["input"]
-            if isinstance(_module(net, source), Activation):
+            source = first_input(node)
+            if isinstance(module_of(net, source), Activation):
                 _swap(net, graph, node, source)
             elif _concatenates_activations(net, source):
                 _distribute(graph, node, source)
@@ -176,7 +171,7 @@ def _concatenates_activations(net: nn.Module, node: Any) -> bool:
 
 
 def _ends_in_activation(net: nn.Module, node: Any) -> bool:
-    return isinstance(_module(net, node), Activation) or _concatenates_activations(net, node)
+    return isinstance(module_of(net, node), Activation) or _concatenates_activations(net, node)
 
 
 def _distribute(graph: fx.Graph, pool: fx.Node, cat: fx.Node) -> None:

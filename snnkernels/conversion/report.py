@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .errors import ConversionError
 from .spiking import SpikingActivation, split_time
+from .verify import leaves, relative_error
 
 __all__ = ["NodeReport", "Report", "measure"]
 
@@ -96,18 +99,15 @@ class Report:
         raise KeyError(f"{name!r} is not in the report; it has {[r.name for r in self.rows]}")
 
 
-def _relative(snn: Tensor, ann: Tensor) -> float:
-    difference, size = (snn.double() - ann.double()).norm(), ann.double().norm()
-    if not bool(size > 0):
-        return 0.0 if not bool(difference > 0) else float("inf")
-    return float(difference / size)
-
-
 @torch.no_grad()
-def measure(snn: nn.Module, ann: nn.Module, x: Tensor, report: Report) -> None:
+def measure(snn: nn.Module, graph: nn.Module, x: Tensor, expected: Any, report: Report) -> None:
     """Fill in rates and errors from one run of both networks on ``x`` ``[B, *]``.
 
-    ``ann`` has its activations at the paths at which ``snn.body`` has its neurons.
+    ``graph``, the normalised ANN, has its activations at the paths at which ``snn.body`` has its
+    neurons. ``expected`` is what the user's own ANN answers: every tensor of it gets a row.
+
+    Raises:
+        ConversionError: the converted network fails on ``x``.
     """
     T = report.T
     wanted: dict[str, Tensor] = {}
@@ -125,20 +125,37 @@ def measure(snn: nn.Module, ann: nn.Module, x: Tensor, report: Report) -> None:
             count = out if module.counts else module.count(split_time(out, T))
             row = report[module.label]
             row.rate = float(count.double().mean() / T)
-            row.error = _relative(module.rate(count, T, wanted[path].dtype), wanted[path])
+            row.error = relative_error(module.rate(count, T, wanted[path].dtype), wanted[path])
 
         return hook
 
     try:
         for path, layer in layers.items():
-            handles.append(ann.get_submodule(path).register_forward_hook(keep(path)))  # type: ignore
+            handles.append(graph.get_submodule(path).register_forward_hook(keep(path)))  # type: ignore
             handles.append(layer.register_forward_hook(compare(path)))  # type: ignore
-        expected = ann(x)
+        graph(x)
         answer = snn(x, T=T)
+    except RuntimeError as error:
+        raise ConversionError(
+            f"the converted network fails on the loader's first inputs, of shape "
+            f"{tuple(x.shape)}: {error}. Between neurons everything runs on [T * B, *]: shapes "
+            "must be computed from x.shape[0], and values that meet spikes need the batch as "
+            "their first dimension"
+        ) from error
     finally:
         for handle in handles:
             handle.remove()
-    if isinstance(expected, Tensor):
+    answers = dict(leaves(answer))
+    for name, value in leaves(expected):
         report.rows.append(
-            NodeReport("output", f"on rates over {T} steps", error=_relative(answer, expected))
+            NodeReport(
+                name,
+                f"on rates over {T} steps; error against the ANN itself",
+                error=relative_error(answers[name], value),
+            )
+        )
+    if not answers:
+        report.notes.append(
+            f"the output is a {type(expected).__name__}, not tensors in tuples, lists or dicts: "
+            "there is no error of the answer"
         )

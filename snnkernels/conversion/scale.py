@@ -9,6 +9,7 @@ and deliver any; what has no weights hands its input's scale on.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,25 +18,14 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from .errors import ConversionError
 from .fold import ChannelAffine, scale_outputs, with_weights
-from .graphs import add_module
+from .graphs import add_module, first_input, module_of, name_of
 from .kinds import Kind, is_activation
-from .ops import MAX_POOL_MODULES, SUMS
+from .ops import MAX_POOL_MODULES, SCALE_FREE_MODULES, SUMS, WEIGHTED_MODULES
+from .verify import note_shapes
 
-__all__ = ["fold_thresholds"]
+__all__ = ["Scale", "fold_thresholds"]
 
-HANDS_ON_MODULES = (
-    *MAX_POOL_MODULES,
-    nn.AvgPool1d,
-    nn.AvgPool2d,
-    nn.AvgPool3d,
-    nn.AdaptiveAvgPool1d,
-    nn.AdaptiveAvgPool2d,
-    nn.AdaptiveAvgPool3d,
-    nn.Flatten,
-    nn.Upsample,
-    nn.modules.padding._ReflectionPadNd,
-    nn.modules.padding._ReplicationPadNd,
-)
+HANDS_ON_MODULES = (*MAX_POOL_MODULES, *SCALE_FREE_MODULES)
 HANDS_ON = {
     *(f"avg_pool{n}d" for n in "123"),
     *(f"adaptive_avg_pool{n}d" for n in "123"),
@@ -46,12 +36,51 @@ RESHAPES = {"flatten", "view", "reshape", "Flatten"}
 ADVICE = "Use normalize='threshold', which is the same network"
 
 
+@dataclass
+class Scale:
+    """The units of a value: one factor, or one for each channel.
+
+    Attributes:
+        value: scalar or ``[C]``.
+        dim: the channel dimension, the batch being 0; -1 for the last.
+        tiled: channels came last before a reshape to ``[B, n * C]``, so they repeat as a block.
+    """
+
+    value: Tensor
+    dim: int = 1
+    tiled: bool = False
+
+    @property
+    def single(self) -> bool:
+        """Whether one factor holds for everything."""
+        return self.value.dim() == 0
+
+    def same(self, other: Scale, node: fx.Node) -> bool:
+        """Equal factors along the same dimension of ``node``."""
+        if not torch.equal(self.value, other.value):
+            return False
+        return self.single or _dim(node, self.dim) == _dim(node, other.dim)
+
+    def along(self, node: fx.Node, dim: int) -> bool:
+        """Whether this fits dimension ``dim`` of ``node``; unknown shapes count as ``[B, C]``."""
+        return self.single or _dim(node, self.dim) == _dim(node, dim)
+
+
+ONE = Scale(torch.ones((), dtype=torch.float64))
+
+
+def _dim(node: fx.Node, dim: int) -> int:
+    return dim % len(node.meta["shape"]) if "shape" in node.meta else 1
+
+
 class _Folder:
     def __init__(
-        self, net: nn.Module, graph: fx.Graph, kinds: dict[fx.Node, Kind], theta: dict[str, Tensor]
+        self, net: nn.Module, graph: fx.Graph, kinds: dict[fx.Node, Kind], theta: dict[str, Scale]
     ) -> None:
         self.net, self.graph, self.kinds = net, graph, kinds
-        self.theta = {p: t.detach().double().cpu() for p, t in theta.items()}
+        self.theta = {
+            p: replace(t, value=t.value.detach().double().cpu()) for p, t in theta.items()
+        }
         self.twin: dict[fx.Node, fx.Node] = {}  # any scaled form of a node: the shape is the same
         self.made: dict[tuple[fx.Node, str], fx.Node] = {}
 
@@ -64,8 +93,7 @@ class _Folder:
                     node.args = (self.deliver(source, self.theta[str(node.target)], node),)
 
     def fail(self, node: fx.Node, why: str) -> ConversionError:
-        name = str(node.target) if node.op == "call_module" else node.name
-        return ConversionError(f"normalize='weights' cannot pass {name}: {why}. {ADVICE}")
+        return ConversionError(f"normalize='weights' cannot pass {name_of(node)}: {why}. {ADVICE}")
 
     def refuse_numbers(self, node: fx.Node) -> None:
         """Only tensors can be summed here: a number has no weights to scale."""
@@ -76,15 +104,13 @@ class _Folder:
 
     def layer(self, node: fx.Node) -> nn.Module | None:
         """The module of ``node`` if it has weights that absorb a scale."""
-        if node.op != "call_module":
-            return None
-        module = self.net.get_submodule(str(node.target))
-        return module if isinstance(module, (_ConvNd, nn.Linear, ChannelAffine)) else None
+        module = module_of(self.net, node)
+        return module if isinstance(module, WEIGHTED_MODULES) else None
 
     def operation(self, node: fx.Node) -> str | None:
         """The name of an operation that hands scales on, or None."""
-        if node.op == "call_module":
-            module = self.net.get_submodule(str(node.target))
+        module = module_of(self.net, node)
+        if module is not None:
             return type(module).__name__ if isinstance(module, HANDS_ON_MODULES) else None
         name = str(getattr(node.target, "__name__", node.target))
         return name if name in HANDS_ON else None
@@ -104,18 +130,16 @@ class _Folder:
         self.kinds[new] = self.kinds[node]
         return new
 
-    def supply(self, node: fx.Node, reader: fx.Node) -> tuple[fx.Node, Tensor]:
+    def supply(self, node: fx.Node, reader: fx.Node) -> tuple[fx.Node, Scale]:
         """``node`` in whatever scale comes naturally, and that scale (scalar or ``[C]``)."""
         if is_activation(self.net, node):
             return node, self.theta[str(node.target)]
         if self.layer(node) is not None or node.op in ("placeholder", "get_attr"):
-            return self.deliver(node, torch.ones((), dtype=torch.float64), reader), torch.ones(
-                (), dtype=torch.float64
-            )
-        if self.operation(node) is not None:
+            return self.deliver(node, ONE, reader), ONE
+        if (operation := self.operation(node)) is not None:
             source = node.all_input_nodes[0]
             new, scale = self.supply(source, node)
-            return self.copy(node, {source: new}), scale
+            return self.copy(node, {source: new}), self.after(node, operation, source, scale)
         name = str(getattr(node.target, "__name__", node.target))
         tensors = [n for n in node.all_input_nodes if self.kinds[n] is not Kind.META]
         if name in SUMS or name in ("cat", "concat", "concatenate"):
@@ -123,49 +147,79 @@ class _Folder:
             supplied = {n: self.supply(n, node) for n in tensors}
             scales = [s for _, s in supplied.values()]
             replaced = {n: new for n, (new, _) in supplied.items()}
-            if all(torch.equal(s, scales[0]) and s.dim() == 0 for s in scales) or (
-                name in SUMS and all(torch.equal(s, scales[0]) for s in scales)
-            ):
+            if all(s.same(scales[0], node) and (name in SUMS or s.single) for s in scales):
                 return self.copy(node, replaced), scales[0]
             if name in SUMS:
                 raise self.fail(node, "its summands come in units of different thresholds")
+            dim = node.kwargs.get("dim", node.kwargs.get("axis", (*node.args[1:], 0)[0]))
+            if not all(s.along(n, 1) for n, s in ((n, s) for n, (_, s) in supplied.items())) or (
+                not isinstance(dim, int) or _dim(node, dim) != 1
+            ):
+                raise self.fail(node, "it does not join the dimension of the channels")
             sizes = [_channels(n) for n in tensors]
             if None in sizes:
                 raise self.fail(
                     node,
                     "the channels of its parts are not known; pass loader= (one batch will do)",
                 )
-            whole = torch.cat([s.expand(c) for s, c in zip(scales, sizes, strict=True)])  # type: ignore
-            return self.copy(node, replaced), whole
+            whole = torch.cat([s.value.expand(c) for s, c in zip(scales, sizes, strict=True)])  # type: ignore
+            return self.copy(node, replaced), Scale(whole)
         raise self.fail(node, "it has no weights that could take a threshold")
 
-    def deliver(self, node: fx.Node, scale: Tensor, reader: fx.Node) -> fx.Node:
+    def after(self, node: fx.Node, operation: str, source: fx.Node, scale: Scale) -> Scale:
+        """``scale`` of ``source`` as the scale of ``node``, an operation without weights on it."""
+        if scale.single or operation in ("contiguous", "neg"):
+            return scale
+        if operation in RESHAPES:
+            if len(node.meta.get("shape", ())) > 2 and scale.dim != 1:
+                raise self.fail(node, "it rearranges the channels")
+            # Blocks of channels follow each other where the channels were the last of several.
+            return Scale(scale.value, 1, tiled=not scale.along(source, 1))
+        self.check_dims(node, operation, source, scale)
+        return scale
+
+    def check_dims(self, node: fx.Node, operation: str, source: fx.Node, scale: Scale) -> None:
+        """Refuse pools and means over the dimension that a scale per channel belongs to."""
+        if operation in ("mean", "sum"):
+            dims: Any = node.args[1] if node.args[1:] else node.kwargs.get("dim")
+            flat = dims if isinstance(dims, (tuple, list)) else [dims]
+            bad = [d for d in flat if not isinstance(d, int) or d == 1 or scale.along(source, d)]
+            known = "shape" in source.meta
+            if any(not isinstance(d, int) or d == 1 or known for d in bad):
+                raise self.fail(node, "it acts on the dimension of the channels")
+        if not scale.along(source, 1):
+            raise self.fail(node, "it acts on the dimension of the channels")
+
+    def deliver(self, node: fx.Node, scale: Scale, reader: fx.Node) -> fx.Node:
         """A node that computes ``node / scale``."""
-        key = (node, str(scale.tolist()))
+        key = (node, f"{scale.value.tolist()} {scale.dim}")
         if key not in self.made:
             self.made[key] = self._deliver(node, scale, reader)
         return self.made[key]
 
-    def _deliver(self, node: fx.Node, scale: Tensor, reader: fx.Node) -> fx.Node:
+    def _deliver(self, node: fx.Node, scale: Scale, reader: fx.Node) -> fx.Node:
         layer = self.layer(node)
         if layer is not None:
-            source = node.args[0] if node.args else node.kwargs["input"]
+            source = first_input(node)
             assert isinstance(source, fx.Node)
             new_source, incoming = self.supply(source, node)
             path = add_module(
-                self.net, f"{node.target}_scaled", self._rescaled(node, layer, incoming, scale)
+                self.net,
+                f"{node.target}_scaled",
+                self._rescaled(node, source, layer, incoming, scale),
             )
             new = self.copy(node, {source: new_source})
             new.target = path
             return new
         if is_activation(self.net, node) or node.op in ("placeholder", "get_attr"):
-            own = self.theta.get(str(node.target), torch.ones((), dtype=torch.float64))
-            same = own.numel() == scale.numel() == 1 or own.shape == scale.shape
-            if same and torch.equal(own, scale):
+            own = self.theta.get(str(node.target), ONE)
+            single = own.value.numel() == scale.value.numel() == 1
+            if own.same(scale, node) or (single and bool(own.value == scale.value)):
                 return node
-            where = reader.target if reader.op == "call_module" else reader.name
             raise self.fail(
-                node, f"it reaches {where} without weights in between, and their thresholds differ"
+                node,
+                f"it reaches {name_of(reader)} without weights in between, and their thresholds "
+                "differ",
             )
         name = str(getattr(node.target, "__name__", node.target))
         if name in SUMS:
@@ -177,14 +231,22 @@ class _Folder:
             self.refuse_numbers(node)
             return self.copy(node, replaced)
         operation = self.operation(node)
-        if operation is not None and (scale.dim() == 0 or operation not in RESHAPES):
+        if operation is not None and (scale.single or operation not in RESHAPES):
             source = node.all_input_nodes[0]
+            if not scale.single and operation not in ("contiguous", "neg"):
+                self.check_dims(node, operation, source, scale)
             return self.copy(node, {source: self.deliver(source, scale, node)})
         raise self.fail(node, "it has no weights that could take a threshold")
 
     def _rescaled(
-        self, node: fx.Node, layer: nn.Module, incoming: Tensor, outgoing: Tensor
+        self, node: fx.Node, source: fx.Node, layer: nn.Module, into: Scale, out: Scale
     ) -> nn.Module:
+        dim = -1 if isinstance(layer, nn.Linear) else 1
+        if not into.along(source, dim):
+            raise self.fail(node, "the thresholds before it are not along its input channels")
+        if not out.along(node, dim):
+            raise self.fail(node, "the thresholds behind it are not along its output channels")
+        incoming, outgoing = into.value, out.value
         if isinstance(layer, ChannelAffine):
             dtype, device = layer.scale.dtype, layer.scale.device
             scale = (layer.scale.double().cpu() * incoming / outgoing).to(device, dtype)
@@ -197,17 +259,18 @@ class _Folder:
         if incoming.dim() == 1 and len(incoming) != size:
             if not isinstance(layer, nn.Linear) or size % len(incoming):
                 raise self.fail(node, "the channels of its input are rearranged before it")
-            incoming = incoming.repeat_interleave(size // len(incoming))
+            times = size // len(incoming)
+            incoming = incoming.repeat(times) if into.tiled else incoming.repeat_interleave(times)
         weight = scale_outputs(layer, old.cpu(), (1 / outgoing).expand(outputs))
-        into = incoming.expand(size)
+        columns = incoming.expand(size)
         if isinstance(layer, nn.Linear):
-            weight = weight * into
+            weight = weight * columns
         elif isinstance(layer, _ConvTransposeNd):
-            weight = weight * into.view(-1, *(1,) * (weight.dim() - 1))
+            weight = weight * columns.view(-1, *(1,) * (weight.dim() - 1))
         else:  # [out, in / groups, *kernel]
             groups = layer.groups
             split = weight.view(groups, outputs // groups, *weight.shape[1:])
-            split = split * into.view(groups, 1, -1, *(1,) * (weight.dim() - 2))
+            split = split * columns.view(groups, 1, -1, *(1,) * (weight.dim() - 2))
             weight = split.reshape(weight.shape)
         bias = None
         if layer.bias is not None:
@@ -220,36 +283,24 @@ def _channels(node: fx.Node) -> int | None:
     return None if shape is None else int(shape[1])
 
 
-class _Shapes(fx.Interpreter):
-    """Runs a graph once and notes the shape of every tensor."""
-
-    def run_node(self, n: fx.Node) -> Any:
-        """Run ``n`` and keep its shape in ``n.meta``."""
-        out = super().run_node(n)
-        if isinstance(out, Tensor):
-            n.meta["shape"] = tuple(out.shape)
-        return out
-
-
 def fold_thresholds(
     net: nn.Module,
     graph: fx.Graph,
     kinds: dict[fx.Node, Kind],
-    theta: dict[str, Tensor],
+    theta: dict[str, Scale],
     sample: Tensor | None,
 ) -> fx.Graph:
     """Rewire every neuron of ``graph`` to a current in units of its threshold.
 
     New layers are added to ``net``; the old ones stay for what runs on rates after the neurons.
-    ``theta``: path to threshold, scalar or ``[C]``. ``sample``: inputs to learn shapes from, which
+    ``theta``: path to threshold. ``sample``: inputs to learn shapes from, which
     concatenations of per-channel thresholds need. Returns ``graph``.
 
     Raises:
         ConversionError: a threshold meets no weights that could take it; names the node.
     """
     if sample is not None:
-        with torch.no_grad():
-            _Shapes(net, graph=graph).run(sample)
+        note_shapes(net, graph, sample)
     _Folder(net, graph, kinds, theta).run()
     graph.lint()
     return graph

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -21,7 +23,7 @@ def per_channel_view(value: Tensor, channel_dim: int, dim: int) -> Tensor:
     """``value`` (scalar or ``[C]``) shaped to broadcast against ``dim`` dimensions."""
     if value.dim() != 1:
         return value
-    return value.view(*(-1 if d == channel_dim else 1 for d in range(dim)))
+    return value.view(*(-1 if d == channel_dim % dim else 1 for d in range(dim)))
 
 
 def split_time(x: Tensor, T: int) -> Tensor:
@@ -39,7 +41,7 @@ class SpikingActivation(nn.Module):
         counts: return spike counts ``[B, *]`` (int32) instead of spikes ``[T * B, *]``.
         scale: what one spike is worth when read out, if it is not the threshold: scalar or
             ``[C]``, used when thresholds are folded into weights.
-        channel_dim: the channel dimension, counted with the batch as 0.
+        channel_dim: the channel dimension, counted with the batch as 0; -1 is the last.
     """
 
     scale: Tensor | None
@@ -66,8 +68,31 @@ class SpikingActivation(nn.Module):
         """Back to the initial potential."""
         self.node.reset()
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SpikingActivation:
+        before = self.scale
+        super()._apply(fn, recurse)
+        # Like the thresholds it stands for: only device and float64 moves are followed.
+        if before is not None and self.scale.dtype in (torch.float16, torch.bfloat16):  # type: ignore[union-attr]
+            self.scale = before.to(self.scale.device)  # type: ignore[union-attr]
+        return self
+
+    def _check_channels(self, shape: torch.Size) -> None:
+        for name in ("v_threshold", "v_init"):
+            value = getattr(self.node, name)
+            if not isinstance(value, Tensor) or value.dim() != 1:
+                continue
+            found = shape[self.channel_dim] if len(shape) > 1 else 1
+            if value.numel() not in (1, found):
+                raise ValueError(
+                    f"{self.label}: {name} has {value.numel()} values, but the layer has {found} "
+                    f"channels: dimension {self.channel_dim} of its current {tuple(shape)}. Give a "
+                    "scalar or one value for each channel; for thresholds from data pass "
+                    "per_channel=False"
+                )
+
     def forward(self, x: Tensor, T: int) -> Tensor:
         """Run T steps on a current ``[B, *]`` (constant) or ``[T * B, *]``."""
+        self._check_channels(x.shape)
         steps = T if self.constant else None
         if not self.constant:
             x = split_time(x, T)

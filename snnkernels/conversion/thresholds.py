@@ -27,7 +27,8 @@ class Site:
     v_init: Any  # "half", a number or a tensor
     per_channel: bool
     theta: Tensor = field(default_factory=lambda: torch.ones(()))
-    channel_dim: int = 1
+    channel_dim: int = 1  # -1: the last, the features of a linear layer
+    channels: int | None = None  # their number, as far as the layers before tell
     borrowed: list[int] = field(default_factory=list)  # channels that never fired
     rare: list[int] = field(default_factory=list)  # channels whose percentile is 0
     silent: bool = False
@@ -70,8 +71,11 @@ def plan(
     threshold: Any,
     per_channel: bool | None,
     v_init: Any,
+    channels: dict[str, tuple[int, int | None]],
 ) -> list[Site]:
     """Decide rule and initial potential of every activation, before any data is looked at.
+
+    ``channels``: channel dimension and number of channels (None if not known), by path.
 
     Raises:
         ValueError, TypeError: values that are not allowed; the message names the argument.
@@ -103,18 +107,25 @@ def plan(
                 f"v_init={start!r} is not known; allowed: 'half' (θ/2), a number or a tensor (an "
                 "absolute potential, in the units of θ), a dict from layer name to one of these"
             )
-        channels = method.per_channel if per_channel is None else bool(per_channel)
-        sites.append(Site(path, activation, rule, start, channels))
+        apart = method.per_channel if per_channel is None else bool(per_channel)
+        site = Site(path, activation, rule, start, apart)
+        site.channel_dim, site.channels = channels[path]
+        sites.append(site)
     for site in sites:
         if site.rule == "learned":
             site.theta = _positive(site, site.activation.learned, "the learned threshold")
         elif not site.needs_data:
             site.theta = _positive(site, site.rule, "threshold")
-        if isinstance(site.v_init, Tensor) and site.v_init.dim() > 1:
+        if isinstance(site.v_init, str):
+            continue
+        start = torch.as_tensor(site.v_init)
+        if start.dim() > 1:
             raise ValueError(
-                f"v_init of {site.label} has shape {tuple(site.v_init.shape)}; it must be a scalar "
+                f"v_init of {site.label} has shape {tuple(start.shape)}; it must be a scalar "
                 "or one value for each channel"
             )
+        if not bool(torch.isfinite(start).all()):
+            raise ValueError(f"v_init of {site.label} must be finite, got {site.v_init}")
     return sites
 
 
@@ -129,10 +140,13 @@ def _positive(site: Site, value: Any, what: str) -> Tensor:
         )
     bad = ~((theta > 0) & torch.isfinite(theta))
     if bool(bad.any()):
-        raise ConversionError(
-            f"{site.label}: {what} must be positive and finite, got {theta[bad].flatten()[0]:g}. "
-            "A learned one that is not means that training went wrong there: fine-tune with a "
+        hint = (
+            ". A learned one that is not means that training went wrong there: fine-tune with a "
             "smaller learning rate, or pass threshold= for this layer"
+        )
+        raise ConversionError(
+            f"{site.label}: {what} must be positive and finite, got {theta[bad].flatten()[0]:g}"
+            + (hint if site.rule == "learned" else "")
         )
     return theta
 
@@ -141,13 +155,14 @@ def settle(site: Site, seen: Statistics | None, T: int, dtype: torch.dtype) -> N
     """Give ``site`` its final threshold and initial potential, in the neurons' state dtype."""
     if seen is not None:
         dtype = seen.dtype
-        site.channel_dim = seen.channel_dim
-        for what, value in (("threshold", site.theta), ("v_init", site.v_init)):
-            if isinstance(value, Tensor) and value.numel() not in (1, seen.channels):
-                raise ValueError(
-                    f"{what} of {site.label} has {value.numel()} values, but the layer has "
-                    f"{seen.channels} channels"
-                )
+        site.channel_dim, site.channels = seen.channel_dim, seen.channels
+    for what, value in (("threshold", site.theta), ("v_init", site.v_init)):
+        known = site.channels is not None and isinstance(value, Tensor)
+        if known and value.numel() not in (1, site.channels):
+            raise ValueError(
+                f"{what} of {site.label} has {value.numel()} values, but the layer has "
+                f"{site.channels} channels"
+            )
     state = torch.float64 if dtype == torch.float64 else torch.float32
     if site.needs_data:
         assert seen is not None

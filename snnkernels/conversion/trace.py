@@ -3,23 +3,34 @@
 from __future__ import annotations
 
 import copy
+import dis
 import inspect
+import linecache
 import operator
+import sys
+import traceback
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import Tensor, fx, nn
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
+from ..neurons import IFNode
 from .activations import QCFS, ClipReLU
 from .errors import ConversionError
-from .inplace import remove_inplace
+from .graphs import first_input, module_of
+from .inplace import is_meta, remove_inplace
 
-__all__ = ["trace"]
+__all__ = ["Traced", "own_copy", "trace"]
 
 WAY_OUT = (
-    "Rewrite that part without control flow that depends on the data (or move it outside the "
-    "network), or convert the convertible part of the network alone."
+    "Rewrite that part without control flow or asserts that depend on the data (or move it outside "
+    "the network), or convert the convertible part of the network alone."
 )
 
 
@@ -50,7 +61,18 @@ class _Tracer(fx.Tracer):
             return True
         if isinstance(m, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
             return False
-        return type(m).forward.__module__.startswith("torch.nn")
+        # A torch.fx.GraphModule's forward belongs to no module.
+        return (type(m).forward.__module__ or "").startswith("torch.nn")
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        """Asserts on shapes hold: the network ran on such inputs. Other conditions are errors."""
+        frame = sys._getframe(2)  # past Proxy.__bool__
+        memo: dict[fx.Node, bool] = {}
+        for node in self.graph.nodes:
+            is_meta(node, memo)
+        if memo.get(obj.node, False) and _asserts(frame):
+            return True
+        return super().to_bool(obj)
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         """Remember where we are, so that an error can say it."""
@@ -64,8 +86,65 @@ class _Tracer(fx.Tracer):
         return _Proxy(node, self)
 
 
-def _own_copy(ann: nn.Module) -> nn.Module:
-    """A deep copy in eval mode without the original's wrappers and hooks."""
+def _asserts(frame: Any) -> bool:
+    """Whether ``frame`` is about to test a truth value for an ``assert``."""
+    code = [i for i in dis.get_instructions(frame.f_code) if i.opname not in ("CACHE", "NOT_TAKEN")]
+    at = next((k for k, i in enumerate(code) if i.offset >= frame.f_lasti), None)
+    if at is not None and code[at].opname == "TO_BOOL":
+        at += 1
+    if at is None or at + 1 >= len(code):
+        return False
+    raises = {i.offset for i in code if "ASSERTION_ERROR" in str(i.opname + str(i.argval)).upper()}
+    raises |= {i.offset for i in code if i.argval is AssertionError}
+    jump = code[at].opname
+    if jump.startswith("POP_JUMP") and jump.endswith("IF_TRUE"):
+        return code[at + 1].offset in raises
+    return jump.startswith("POP_JUMP") and jump.endswith("IF_FALSE") and code[at].argval in raises
+
+
+def _user_line(error: BaseException) -> str:
+    """The user's line an error comes from: `` (file:line: source)``, or nothing."""
+    ours = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+    frames = [
+        f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(ours)
+    ]
+    if not frames or frames[-1].lineno is None:
+        return ""
+    name, line = frames[-1].filename, frames[-1].lineno
+    source = linecache.getline(name, line).strip()
+    return f" ({Path(name).name}:{line}{': ' + source if source else ''})"
+
+
+# Hooks of torch that compute a weight before every call: set on the copy once and for all.
+_WEIGHT_HOOKS = (BasePruningMethod, SpectralNorm, WeightNorm)
+
+
+@torch.no_grad()
+def _bake_weights(module: nn.Module) -> None:
+    """Replace what pruning, weight_norm or spectral_norm compute by the values themselves."""
+    names = []
+    for hook in list(module._forward_pre_hooks.values()):
+        if isinstance(hook, _WEIGHT_HOOKS):
+            hook(module, ())
+            names.append(hook._tensor_name if isinstance(hook, BasePruningMethod) else hook.name)
+    for name in dict.fromkeys(names):
+        value = getattr(module, name).detach().clone()
+        for store in (module._parameters, module._buffers, vars(module)):
+            for key in [name, *(f"{name}_{part}" for part in ("orig", "mask", "g", "v", "u"))]:
+                store.pop(key, None)
+        module.register_parameter(name, nn.Parameter(value))
+
+
+def own_copy(ann: nn.Module, *, share: bool = False) -> tuple[nn.Module, list[str]]:
+    """A deep copy in eval mode without the original's wrappers and hooks.
+
+    Weights that hooks of torch compute (pruning, weight_norm, spectral_norm) are computed and
+    become plain parameters. ``share``: parameters are the original's, for a copy that only reads.
+    Returns the copy and the names of modules whose own forward (pre-)hooks were left out.
+
+    Raises:
+        ConversionError: it cannot be copied, is scripted, or spikes already.
+    """
     while True:
         if isinstance(ann, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             ann = ann.module
@@ -75,20 +154,39 @@ def _own_copy(ann: nn.Module) -> nn.Module:
             break
     if isinstance(ann, torch.jit.ScriptModule):
         raise ConversionError("a scripted network has no Python to trace: convert the original")
+    for path, module in ann.named_modules():
+        if isinstance(module, IFNode):
+            raise ConversionError(
+                f"{path or 'the network'} is an IFNode: the network spikes already, in whole or in "
+                "part. Convert the ANN it was made from"
+            )
+    memo: dict[int, Any] = {}
+    for module in ann.modules():
+        # What a hook computed is no leaf of autograd, so it cannot be copied as it is.
+        stale = (v for v in vars(module).values() if isinstance(v, Tensor) and v.grad_fn)
+        memo |= {id(v): v.detach().clone() for v in stale}
+    if share:
+        memo |= {id(p): p for p in ann.parameters()}
     try:
-        net = copy.deepcopy(ann)
+        net = copy.deepcopy(ann, memo)
     except Exception as error:
         raise ConversionError(
             f"the network ({type(ann).__name__}) cannot be copied: {error}. The network is never "
-            "modified, so a copy is needed; torch.nn.utils.weight_norm is a known cause "
-            "(remove_weight_norm, or torch.nn.utils.parametrizations.weight_norm)"
+            "modified, so a copy is needed: tensors kept as attributes must be parameters, "
+            "buffers, or detached"
         ) from error
-    for module in net.modules():
+    net.eval()
+    hooked = []
+    for path, module in net.named_modules():
+        _bake_weights(module)
+        pre = [h for h in module._forward_pre_hooks.values() if not isinstance(h, _WEIGHT_HOOKS)]
+        if pre or module._forward_hooks:
+            hooked.append(path or type(net).__name__)
         # The hooks are the user's and would report on, or change, a network they do not know.
         for name, hooks in vars(module).items():
             if name.endswith("_hooks") and isinstance(hooks, dict):
                 hooks.clear()
-    return net.eval()
+    return net, hooked
 
 
 def _defaults(net: nn.Module) -> dict[str, Any]:
@@ -106,8 +204,23 @@ def _defaults(net: nn.Module) -> dict[str, Any]:
     return {p.name: p.default for p in plain if p.name != kept}
 
 
-def trace(ann: nn.Module) -> tuple[nn.Module, fx.Graph]:
-    """Copy and trace ``ann``: returns ``(copy, graph)``, the graph free of in-place operations.
+@dataclass
+class Traced:
+    """A copy of a network and its graph.
+
+    Attributes:
+        net: the copy.
+        graph: what it computes.
+        hooked: modules whose forward (pre-)hooks are not part of it.
+    """
+
+    net: nn.Module
+    graph: fx.Graph
+    hooked: list[str] = field(default_factory=list)
+
+
+def trace(ann: nn.Module) -> Traced:
+    """Copy and trace ``ann``; the graph is free of in-place operations.
 
     The copy is in eval mode and carries no hooks; ``ann`` is untouched. The graph has one
     placeholder; dropout and identity nodes are gone.
@@ -116,7 +229,7 @@ def trace(ann: nn.Module) -> tuple[nn.Module, fx.Graph]:
         ConversionError: the network cannot be copied or traced (the message names the module),
             needs more than one input, or changes a tensor in place through a view.
     """
-    net = _own_copy(ann)
+    net, hooked = own_copy(ann)
     tracer = _Tracer()
     try:
         graph = tracer.trace(net, concrete_args=_defaults(net) or None)
@@ -125,15 +238,15 @@ def trace(ann: nn.Module) -> tuple[nn.Module, fx.Graph]:
     except Exception as error:
         where = tracer.stack[-1] if tracer.stack else f"the forward of {type(net).__name__}"
         raise ConversionError(
-            f"cannot trace the network: {where} failed with {type(error).__name__}: {error}. "
-            + WAY_OUT
+            f"cannot trace the network: {where} failed with {type(error).__name__}: {error}"
+            f"{_user_line(error)}. " + WAY_OUT
         ) from error
     for node in graph.nodes:
         node.type = None  # annotations may be strings, which torch.fx cannot pickle
     _one_placeholder(graph)
     remove_inplace(net, graph)
     _drop_identities(net, graph)
-    return net, graph
+    return Traced(net, graph, hooked)
 
 
 def _one_placeholder(graph: fx.Graph) -> None:
@@ -185,15 +298,11 @@ IDENTITY_FUNCTIONS = {
 def _drop_identities(net: nn.Module, graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         same = (
-            (
-                node.op == "call_module"
-                and isinstance(net.get_submodule(str(node.target)), IDENTITY_MODULES)
-            )
+            isinstance(module_of(net, node), IDENTITY_MODULES)
             or (node.op == "call_function" and node.target in IDENTITY_FUNCTIONS)
             or (node.op == "call_method" and node.target in ("clone", "detach"))
         )
         if same:
-            source = node.args[0] if node.args else next(iter(node.kwargs.values()))
-            node.replace_all_uses_with(source)
+            node.replace_all_uses_with(first_input(node))
             graph.erase_node(node)
     _drop_dead(graph)
