@@ -19,7 +19,8 @@ import torch
 from torch import Size, Tensor
 
 from . import surrogate as _surrogate
-from .kernels import operands, ops, reference
+from .kernels import operands, ops, reference, run
+from .kernels.run import Neuron
 
 __all__ = ["if_count", "if_multi_step", "if_rate", "if_step"]
 
@@ -29,15 +30,10 @@ _Number = float | int
 
 
 class _Config(NamedTuple):
-    """What a run is told besides tensors."""
+    """What a run is told besides tensors; ``neuron`` holds its numbers."""
 
     T: int | None
-    v_value: float
-    threshold_value: float
-    amplitude_value: float
-    v_reset: float | None
-    strict: bool
-    spike_dtype: torch.dtype
+    neuron: Neuron
     spikes: bool
     count: bool  # type: ignore[assignment]
     v_seq: bool
@@ -45,7 +41,6 @@ class _Config(NamedTuple):
     rate: bool
     surrogate: _surrogate.Surrogate
     detach_reset: bool
-    smooth: bool
 
 
 def if_multi_step(
@@ -300,23 +295,26 @@ def _run(
         _check_out(out, x, shape, T, spike_dtype, needs_grad)
         read = {"x_seq": x, "v": v_tensor, "v_threshold": th, "amplitude": amp}
         _check_no_overlap(out, {**read, "input_scale": scale})
+    strict = tie == ">"
     if not needs_grad and not rate:
-        arguments = (
-            x, T, v_tensor, v_value, th, th_value, amp, amp_value, scale, v_reset, tie == ">",
-            spike_dtype, spikes, count, v_seq, charge_seq, -1, 1.0,
-        )  # fmt: skip
-        if compiling or type(x) not in _PLAIN or torch._C._len_torch_dispatch_stack():
-            result = torch.ops.snnkernels.if_forward(*arguments)
+        neuron = Neuron(
+            v_tensor, v_value, th, th_value, amp, amp_value, scale, v_reset, strict, spike_dtype
+        )
+        if compiling or _through_operator(x):
+            result = ops.if_forward(x, T, *neuron, spikes, count, v_seq, charge_seq, -1, 1.0)
             if out is not None:
                 out.copy_(result[0])
                 result = (out, *result[1:])
         else:
-            result = ops.if_forward(*arguments, out)
+            result = run.if_forward(x, T, neuron, spikes, count, v_seq, charge_seq, out=out)
     else:
+        numbers = Neuron(
+            None, v_value, None, th_value, None, amp_value, None, v_reset, strict, spike_dtype
+        )
+        surrogate = _surrogate.resolve(surrogate_function)
         config = _Config(
-            T, v_value, th_value, amp_value, v_reset, tie == ">", spike_dtype, spikes, count, v_seq,
-            charge_seq, rate, _surrogate.resolve(surrogate_function), bool(detach_reset), False,
-        )  # fmt: skip
+            T, numbers, spikes, count, v_seq, charge_seq, rate, surrogate, bool(detach_reset)
+        )
         result = _IntegrateAndFire.apply(*_distinct(x, v_tensor, th, amp, scale), config)
     if spikes and spike_dtype == torch.uint8 and amplitude is not None and not compiling:
         result[0].amplitude = amp_value if amp is None else amp
@@ -382,6 +380,19 @@ def _check_no_overlap(out: Tensor, read: dict[str, Tensor | None]) -> None:
             raise ValueError(f"out shares memory with {name}")
 
 
+def _with_tensors(
+    numbers: Neuron,
+    v: Tensor | None,
+    threshold: Tensor | None,
+    amplitude: Tensor | None,
+    input_scale: Tensor | None,
+) -> Neuron:
+    return Neuron(
+        v, numbers.v_value, threshold, numbers.threshold_value, amplitude, numbers.amplitude_value,
+        input_scale, numbers.v_reset, numbers.strict, numbers.spike_dtype,
+    )  # fmt: skip
+
+
 class _IntegrateAndFire(torch.autograd.Function):
     """Autograd around the two operators; of size [T, ...] it keeps nothing but x."""
 
@@ -395,18 +406,18 @@ class _IntegrateAndFire(torch.autograd.Function):
         input_scale: Tensor | None,
         c: _Config,
     ) -> tuple[Tensor | None, ...]:
-        run: Any
-        run = torch.ops.snnkernels.if_forward if _through_operator(x) else ops.if_forward
-        smooth = c.surrogate.kind if c.smooth else -1
-        spikes, count, v_last, v_seq, charge_seq = run(
-            x, c.T, v, c.v_value, threshold, c.threshold_value, amplitude, c.amplitude_value,
-            input_scale, c.v_reset, c.strict, c.spike_dtype, c.spikes, c.count, c.v_seq,
-            c.charge_seq, smooth, c.surrogate.alpha,
-        )  # fmt: skip
+        neuron = _with_tensors(c.neuron, v, threshold, amplitude, input_scale)
+        asked = (c.spikes, c.count, c.v_seq, c.charge_seq)
+        outputs: Any
+        if _through_operator(x):
+            outputs = ops.if_forward(x, c.T, *neuron, *asked, -1, 1.0)
+        else:
+            outputs = run.if_forward(x, c.T, neuron, *asked)
+        spikes, count, v_last, v_seq, charge_seq = outputs
         if c.rate:
             steps = x.shape[0] if c.T is None else c.T
             if amplitude is None:
-                weight: Any = operands.rounded(c.amplitude_value, x.dtype)
+                weight: Any = operands.rounded(neuron.amplitude_value, x.dtype)
             else:
                 weight = amplitude.to(x.dtype).to(v_last.dtype)
             spikes = (weight * count.to(v_last.dtype) / steps).to(x.dtype)
@@ -428,23 +439,28 @@ class _IntegrateAndFire(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         c: _Config = ctx.config
         x, v, threshold, amplitude, input_scale = ctx.saved_tensors
+        neuron = _with_tensors(c.neuron, v, threshold, amplitude, input_scale)
+        given = run.Grads(
+            grad_spikes if c.spikes or c.rate else None,
+            c.rate,
+            grad_v,
+            grad_v_seq if c.v_seq else None,
+            grad_charge_seq if c.charge_seq else None,
+        )
         needs = list(ctx.needs_input_grad[:5])
-        run: Any
-        if torch.compiler.is_compiling() or _through_operator(x):
-            run = torch.ops.snnkernels.if_backward
+        how = (c.surrogate.kind, c.surrogate.alpha, c.detach_reset, False, needs)
+        grads: Any
+        if _through_operator(x):
+            grads = ops.if_backward(x, c.T, *neuron, *given, *how)
+        elif torch.is_grad_enabled():
+            grads = run.differentiable_backward(x, c.T, neuron, given, *how)
         else:
-            run = ops.differentiable_backward if torch.is_grad_enabled() else ops.if_backward
-        grads = run(
-            x, c.T, v, c.v_value, threshold, c.threshold_value, amplitude, c.amplitude_value,
-            input_scale, c.v_reset, c.strict, c.spike_dtype,
-            grad_spikes if c.spikes or c.rate else None, c.rate, grad_v,
-            grad_v_seq if c.v_seq else None, grad_charge_seq if c.charge_seq else None,
-            c.surrogate.kind, c.surrogate.alpha, c.detach_reset, c.smooth, needs,
-        )  # fmt: skip
+            grads = run.if_backward(x, c.T, neuron, given, *how)
         return (*(g if need else None for g, need in zip(grads, needs, strict=True)), None)
 
 
 def _through_operator(x: Tensor) -> bool:
+    """Whether something beside eager mode has to see the call: compile, export, a subclass."""
     return (
         torch.compiler.is_compiling()
         or type(x) not in _PLAIN

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from snnkernels import surrogate
 from snnkernels.functional import if_count, if_multi_step, if_rate, if_step
-from snnkernels.kernels import backends, ops, reference
+from snnkernels.kernels import backends, reference, run
 
 ALL = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 # Around the two chunk sizes: 8 steps on GPUs, 64 on CPUs.
@@ -461,10 +461,10 @@ class _Smooth(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, v: Tensor, th: Tensor, amp: Tensor, scale: Any, c: Any) -> Any:
         steps, v_reset, kind, alpha, _ = c
-        spikes, _, last, v_seq, charge_seq = ops.if_forward(
-            x, steps, v, 0.0, th, 0.0, amp, 0.0, scale, v_reset, False, torch.float64, True, False,
-            True, True, kind, alpha,
-        )  # fmt: skip
+        neuron = run.Neuron(v, 0.0, th, 0.0, amp, 0.0, scale, v_reset, False, torch.float64)
+        spikes, _, last, v_seq, charge_seq = run.if_forward(
+            x, steps, neuron, True, False, True, True, kind, alpha
+        )
         ctx.save_for_backward(x, v, th, amp, scale)
         ctx.c = c
         return spikes, last, v_seq, charge_seq
@@ -474,10 +474,9 @@ class _Smooth(torch.autograd.Function):
         steps, v_reset, kind, alpha, detach = ctx.c
         x, v, th, amp, scale = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:5])
-        grads = ops.if_backward(
-            x, steps, v, 0.0, th, 0.0, amp, 0.0, scale, v_reset, False, torch.float64, g_s, False,
-            g_v, g_seq, g_charge, kind, alpha, detach, True, needs,
-        )  # fmt: skip
+        neuron = run.Neuron(v, 0.0, th, 0.0, amp, 0.0, scale, v_reset, False, torch.float64)
+        given = run.Grads(g_s, False, g_v, g_seq, g_charge)
+        grads = run.if_backward(x, steps, neuron, given, kind, alpha, detach, True, needs)
         return (*(g if n else None for g, n in zip(grads, needs, strict=True)), None)
 
 
@@ -538,10 +537,12 @@ def test_double_backward(backend: Backend, case: Case) -> None:
     if case.surrogate == "rectangle":
         case = replace(case, surrogate="sigmoid")
     found = []
-    for run, device in ((through_functional, backend.device), (through_reference, "cpu")):
+    for through, device in ((through_functional, backend.device), (through_reference, "cpu")):
         leaves = leaves_of(case, device)
         wanted = [v for v in leaves.values() if isinstance(v, Tensor) and v.requires_grad]
-        grads = torch.autograd.grad(run(case, leaves), wanted, create_graph=True, allow_unused=True)
+        grads = torch.autograd.grad(
+            through(case, leaves), wanted, create_graph=True, allow_unused=True
+        )
         second = sum((g.square() * 0.5).sum() for g in grads if g is not None)
         assert second.requires_grad
         found.append(torch.autograd.grad(second, wanted, allow_unused=True))

@@ -496,3 +496,55 @@ def test_numpy_and_integer_numbers_are_numbers() -> None:
     for number in (2, np.float32(2), np.int64(2), np.float64(2), torch.tensor(2)):
         assert_same_bits(if_multi_step(x, 0.5, number)[0], want)
     assert_same_bits(IFNode(np.float32(2), v_init=np.float64(0.5))(x), want)
+
+
+# ---- found by review -----------------------------------------------------------------------------
+
+
+def test_surrogates_of_ones_own_are_refused() -> None:
+    """The kernels know four; anything else would silently train with another derivative."""
+
+    class Mine(surrogate.ATan):
+        def derivative(self, u: Tensor) -> Tensor:
+            return torch.full_like(u, 7.0)
+
+    for own in (Mine(), surrogate.Surrogate(1.0)):
+        with pytest.raises(TypeError, match=r"surrogate_function=.*allowed are None, a name"):
+            IFNode(surrogate_function=own)
+        with pytest.raises(TypeError, match=r"surrogate_function="):
+            if_multi_step(X, surrogate_function=own)
+
+
+def test_integer_spikes_carry_their_amplitude() -> None:
+    for spikes in (
+        if_multi_step(X, amplitude=2.0, spike_dtype=torch.uint8)[0],
+        if_step(X[0], amplitude=2.0, spike_dtype=torch.uint8)[0],
+        IFNode(amplitude=2.0, spike_dtype=torch.uint8, step_mode="s")(X[0]),
+    ):
+        assert spikes.dtype == torch.uint8
+        assert spikes.max() <= 1
+        assert spikes.amplitude == 2.0
+
+
+def test_one_neuron_alone_then_several() -> None:
+    """A carried membrane without dimensions is a shape like any other: five others start anew."""
+    node = IFNode(v_init=0.25)
+    node(torch.full((3,), 0.125))
+    assert node.v.shape == ()
+    node(torch.zeros(1, 5))
+    assert_same_bits(node.v, torch.full((5,), 0.25))
+    node.v = torch.tensor(0.5)  # set by hand it broadcasts
+    node(torch.zeros(1, 5))
+    assert_same_bits(node.v, torch.full((5,), 0.5))
+
+
+def test_traces_follow_a_move() -> None:
+    node = IFNode(store_v_seq=True)
+    node(X)
+    node.double()
+    assert node.v.dtype == node.v_seq.dtype == torch.float64
+
+
+def test_v_reset_must_be_finite_in_functions_too() -> None:
+    with pytest.raises(ValueError, match="v_reset=inf must be finite or None"):
+        if_multi_step(X, v_reset=INF)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from snnkernels import IFNode
 from snnkernels.functional import if_count, if_multi_step, if_rate, if_step
-from snnkernels.kernels import ops
+from snnkernels.kernels import run
 
 pytestmark = pytest.mark.filterwarnings(
     # torch's own, from tracing; nothing of ours.
@@ -127,7 +127,8 @@ def test_opcheck_backward(backend: Backend, name: str) -> None:
 @pytest.mark.parametrize("name", forward_samples())
 def test_operator_is_the_plain_function(backend: Backend, name: str) -> None:
     sample = tuple(moved(a, backend.device) for a in forward_samples()[name])
-    for got, want in zip(FORWARD(*sample), ops.if_forward(*sample), strict=True):
+    plain = run.if_forward(*sample[:2], run.Neuron(*sample[2:12]), *sample[12:])
+    for got, want in zip(FORWARD(*sample), plain, strict=True):
         if want is None:
             assert got.numel() == 0
         else:
@@ -138,7 +139,8 @@ def test_operator_is_the_plain_function(backend: Backend, name: str) -> None:
 def test_backward_operator_is_autograd(backend: Backend, name: str) -> None:
     """The operator, where autograd cannot run inside, against autograd through the reference."""
     sample = backward_samples()[name]
-    want = ops.differentiable_backward(*sample)
+    neuron, given = run.Neuron(*sample[2:12]), run.Grads(*sample[12:17])
+    want = run.differentiable_backward(*sample[:2], neuron, given, *sample[17:])
     # Also below no_grad and in a compiled graph, where the dispatcher has left autograd behind.
     call = torch.compile(BACKWARD, backend="aot_eager", fullgraph=True)
     torch._dynamo.reset()
