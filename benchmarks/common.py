@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from datetime import datetime, timezone
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -63,10 +64,18 @@ def machine() -> dict[str, str]:
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else device,
         "threads": str(torch.get_num_threads()),
         "torch": torch.__version__,
+        "spikingjelly": _version("spikingjelly"),
         "commit": commit,
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "command": " ".join(["python", *sys.argv]),
     }
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "-"
 
 
 def save(name: str, rows: Iterable[dict[str, object]]) -> Path:

@@ -75,6 +75,7 @@ _DEFAULT = "reference" if PURE else "auto"
 def _clean_backend() -> Iterator[None]:
     if backends.get_backend() != _DEFAULT:
         backends.set_backend(_DEFAULT)
+    torch.manual_seed(0)
     yield
     if backends.get_backend() != _DEFAULT:
         backends.set_backend(_DEFAULT)
