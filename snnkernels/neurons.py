@@ -216,7 +216,8 @@ class IFNode(nn.Module):
         )  # fmt: skip
         # Not through nn.Module.__setattr__, which costs as much as the kernel of a small layer.
         object.__setattr__(self, "_v", last)
-        object.__setattr__(self, "_carried", True)
+        if not self._carried:
+            object.__setattr__(self, "_carried", True)
         if store:
             self.v_seq = v_seq
         if output == "count":
