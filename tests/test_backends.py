@@ -57,6 +57,7 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         check=False,
+        cwd=sys.prefix,  # in a clone, python -c would import the source folder
         env={**os.environ, "PYTHONPATH": path, **environment},
     )
 

@@ -283,10 +283,15 @@ def test_digits() -> None:
     assert torch.equal(data.digits(False).images, test.images)
 
 
-@pytest.mark.parametrize(("module", "call"), [("sklearn.datasets", "digits"), ("PIL", "jpeg")])
-def test_missing_packages_name_the_command(monkeypatch, tmp_path: Path, module, call) -> None:
+@pytest.mark.parametrize(
+    ("module", "call", "package"),
+    [("sklearn.datasets", "digits", "scikit-learn"), ("PIL", "jpeg", "pillow")],
+)
+def test_missing_packages_name_the_command(
+    monkeypatch, tmp_path: Path, module, call, package
+) -> None:
     path = tmp_path / "bundle.npz"
     path.touch()
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ImportError, match=r"pip install 'snnkernels\[demo\]'"):
+    with pytest.raises(ImportError, match=f"pip install {package}"):
         data.digits() if call == "digits" else data.cifar10_jpeg(path)

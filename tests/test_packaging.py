@@ -98,6 +98,7 @@ def in_a_process(code: str, **environment: str) -> subprocess.CompletedProcess[s
         capture_output=True,
         text=True,
         check=False,
+        cwd=sys.prefix,  # in a clone, python -c would import the source folder
         env={**os.environ, "PYTHONPATH": path, **environment},
     )
 
