@@ -282,7 +282,7 @@ def _run(
         scale, scale_value = _operand("input_scale", input_scale, shape, channel_dim, x)
         if scale is None:
             state = reference.state_dtype(x.dtype)
-            scale = torch.full((), scale_value, dtype=state, device=x.device)
+            scale = x.new_full((), operands.rounded(scale_value, state), dtype=state)
 
     needs_grad = torch.is_grad_enabled() and (
         x.requires_grad

@@ -592,3 +592,23 @@ def test_build_gives_the_forms_it_says() -> None:
     assert narrow.storage_offset() == 1
     fired = [built(c)[1].count.double().mean().item() for c in sampled(50, 5, shape=(99,), steps=9)]
     assert 0.5 < sum(fired) / len(fired) < 6
+
+
+@pytest.mark.parametrize("value", [3.4028235e38, 1e39, -3.4028235e38, 1e-46])
+def test_numbers_are_rounded_to_float32_never_refused(kernel: Backend, value: float) -> None:
+    """The largest float32 written as a decimal lies a little above it."""
+    x = currents(3, 5).to(kernel.device)
+    for number in (
+        {"v": value},
+        {"v_threshold": abs(value), "v": 0.5},
+        {"amplitude": value},
+        {"input_scale": value},
+        {"v_reset": value},
+    ):
+        if number.get("v_threshold") == 1e-46:
+            continue  # rounds to 0, which is no threshold
+        got = if_multi_step(x, **number, store_v_seq=True)
+        with backends.use_backend("reference"):
+            want = if_multi_step(x, **number, store_v_seq=True)
+        for a, b in zip(got, want, strict=True):
+            assert_same_bits(a, b)

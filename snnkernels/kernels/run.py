@@ -327,19 +327,23 @@ def _reference_backward(
 def _for_reference(x: Tensor, neuron: Neuron) -> dict[str, Any]:
     """The neuron's part of the reference's arguments: numbers become tensors."""
 
-    def tensor(given: Tensor | None, number: float, dtype: torch.dtype) -> Tensor:
-        # Filled on the device: torch.tensor would copy from the host and wait.
-        return x.new_full((), number, dtype=dtype) if given is None else given
-
     state = reference.state_dtype(x.dtype)
-    # float64 holds what was rounded once to the type of the spikes.
+
+    def tensor(given: Tensor | None, number: float) -> Tensor:
+        if given is not None:
+            return given
+        # Filled on the device (torch.tensor would copy from the host and wait), and rounded before:
+        # filling refuses what rounds to the largest float32.
+        return x.new_full((), operands.rounded(number, state), dtype=state)
+
     amplitude = operands.rounded(neuron.amplitude_value, neuron.spike_dtype)
+    v_reset = None if neuron.v_reset is None else operands.rounded(neuron.v_reset, state)
     return {
-        "v": tensor(neuron.v, neuron.v_value, state),
-        "threshold": tensor(neuron.threshold, neuron.threshold_value, state),
-        "amplitude": tensor(neuron.amplitude, amplitude, torch.float64),
+        "v": tensor(neuron.v, neuron.v_value),
+        "threshold": tensor(neuron.threshold, neuron.threshold_value),
+        "amplitude": tensor(neuron.amplitude, amplitude),
         "input_scale": neuron.input_scale,
-        "v_reset": neuron.v_reset,
+        "v_reset": v_reset,
         "strict": neuron.strict,
         "spike_dtype": neuron.spike_dtype,
     }
@@ -406,5 +410,6 @@ def _reduced(per_neuron: Tensor, like: Tensor) -> Tensor:
         total = per_neuron.numpy().sum(axis=dims, dtype=np.float64)
         summed = torch.from_numpy(np.asarray(total).copy())
     else:
-        summed = per_neuron.sum(dims, dtype=torch.float64)
+        wide = per_neuron.dtype if per_neuron.device.type == "mps" else torch.float64
+        summed = per_neuron.sum(dims, dtype=wide)
     return summed.reshape(like.shape).to(like.dtype)
