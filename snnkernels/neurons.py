@@ -209,10 +209,10 @@ class IFNode(nn.Module):
         threshold = self.threshold if self.learn_threshold else self.v_threshold
         store = self.store_v_seq
         output = self.output
-        result, count, last, v_seq, _ = functional._run(
-            x, v, threshold, self.v_reset, self.surrogate_function, self.detach_reset, T,
-            self.channel_dim, self.amplitude, self.input_scale, self.tie, self.spike_dtype,
-            output == "spikes", output != "spikes", store, False, output == "rate", None,
+        run = functional._run(
+            x, self._asked, v, threshold, self.v_reset, self.surrogate_function, self.detach_reset,
+            T, self.channel_dim, self.amplitude, self.input_scale, self.tie, self.spike_dtype,
+            output == "rate", None,
         )  # fmt: skip
         # Not through nn.Module.__setattr__, which costs as much as the kernel of a small layer.
         object.__setattr__(self, "_v", last)

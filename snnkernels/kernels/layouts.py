@@ -7,6 +7,7 @@ step t is element ``t * step + (n // inner) * outer + n % inner``. That covers `
 
 from __future__ import annotations
 
+import itertools
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -85,7 +86,7 @@ def _find(
     if any(strides[d] == 0 for d in wide):
         return None
     order = tuple(range(len(sizes)))
-    if any(strides[a] < strides[b] for a, b in zip(wide, wide[1:], strict=False)):
+    if any(strides[a] < strides[b] for a, b in itertools.pairwise(wide)):
         order = tuple(sorted(order, key=lambda d: -strides[d] if sizes[d] > 1 else 0))
     inner, outer, gap = 1, 0, False
     for d in reversed(order):

@@ -357,3 +357,49 @@ def if_backward(
         grads if T is None else grads.sum(0),
         carry, grad_threshold, grad_amplitude, grad_scale, grad_beta, grad_bias, grad_level,
     )  # fmt: skip
+
+
+def if_backward_saved(
+    charges: Tensor | None,
+    bits: tuple[Tensor, Tensor] | None,
+    steps: int,
+    dtype: torch.dtype,
+    *,
+    threshold: Tensor,
+    amplitude: Tensor,
+    spike_dtype: torch.dtype,
+    grad_spikes: Tensor | None,
+    grad_v: Tensor | None,
+    surrogate: _surrogate.Surrogate,
+    detach_reset: bool,
+) -> tuple[Tensor, ...]:
+    """:func:`if_backward` of the plain neuron without its currents.
+
+    From the charged membranes ``[T, *shape]``, or from two bool ``[T, *shape]``: where the
+    rectangle's slope is not 0 and, for the gradients of threshold and amplitude, where it fired.
+    """
+    state = state_dtype(dtype)
+    threshold = threshold.to(state)
+    weight = amplitude if spike_dtype.is_floating_point else torch.ones_like(amplitude)
+    weight = weight.to(spike_dtype).to(state)
+    like = charges if charges is not None else bits[0]  # type: ignore[index]
+    zero = torch.zeros(like.shape[1:], dtype=state, device=like.device)
+    carry = zero if grad_v is None else grad_v.to(state)
+    grad_threshold, grad_amplitude, grad_x = zero, zero, []
+    for t in reversed(range(steps)):
+        if charges is not None:
+            slope = surrogate.derivative(charges[t] - threshold)
+            s = (charges[t] >= threshold).to(state)
+        else:
+            inside, fired = (b[t] for b in bits)  # type: ignore[union-attr]
+            slope, s = inside * zero.new_full((), surrogate.alpha), fired.to(state)
+        grad_out = zero if grad_spikes is None else grad_spikes[t].to(state)
+        through_reset = zero if detach_reset else -carry * threshold
+        grad_u = (weight * grad_out + through_reset) * slope
+        grad_amplitude = grad_amplitude + s * grad_out
+        grad_threshold = grad_threshold - (grad_u + carry * s)
+        carry = grad_u + carry
+        grad_x.append(carry)
+    return (
+        torch.stack(grad_x[::-1]), carry, grad_threshold, grad_amplitude, zero, zero, zero, zero
+    )  # fmt: skip
