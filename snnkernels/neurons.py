@@ -57,8 +57,8 @@ class IFNode(nn.Module):
         learn_threshold, learn_v_init: make them parameters. The threshold in force is
             ``max(v_threshold, 0.001 * its start)``.
         output: ``"spikes"`` ``[T, *shape]``; ``"packed"``, :class:`snnkernels.PackedSpikes` of that
-            shape, a bit a spike; ``"count"`` (int32) or ``"rate"`` (``amplitude * count / T``), both
-            ``[*shape]`` with no ``[T, ...]`` tensor in between.
+            shape, a bit a spike; ``"count"`` (int32) or ``"rate"`` (``amplitude * count / T``),
+            both ``[*shape]`` with no ``[T, ...]`` tensor in between.
         spike_dtype: dtype of the spikes: the input's (default) or ``torch.uint8``.
         store_v_seq: keep the membranes after each step in ``v_seq``.
         store_count: keep the spike counts of the last call in ``count``, int32 ``[*shape]``.
