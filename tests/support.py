@@ -167,8 +167,8 @@ class HostShim:
         def run(launch: Any) -> backends.Launch:
             return lambda packed, device: launch(packed, 0, 0)
 
-        launches = [run(getattr(self.module, name)) for name in backends.ENTRIES]
-        return backends.Kernels("host_shim", "cpu", True, *launches)
+        launches = backends.entries(self.module, run)
+        return backends.Kernels("host_shim", "cpu", True, **launches)
 
 
 SHIM_FLAGS = "-O1 -std=c++17 -fPIC -fvisibility=hidden -g0 -Wall -Wextra -Werror -ffp-contract=off"

@@ -461,7 +461,7 @@ def _laid_out(outputs: Outputs, x: Tensor, T: int | None) -> Outputs:
         dense = made.new_empty((*leading, *layout.neurons(shape)))
         return layout.restore(dense, len(leading)).copy_(made)
 
-    return Outputs(*(placed(*pair) for pair in zip(outputs._fields, outputs, strict=True)))
+    return Outputs._make(placed(*pair) for pair in zip(outputs._fields, outputs, strict=True))
 
 
 def _reference_backward(
