@@ -163,13 +163,12 @@ class HostShim:
 
     def kernels(self) -> backends.Kernels:
         """The back end "host_shim": GPU launch plans, CPU tensors."""
-        return backends.Kernels(
-            "host_shim",
-            "cpu",
-            True,
-            lambda params, device: self.module.if_forward(params, 0, 0),
-            lambda params, device: self.module.if_backward(params, 0, 0),
-        )
+
+        def run(launch: Any) -> backends.Launch:
+            return lambda packed, device: launch(packed, 0, 0)
+
+        launches = [run(getattr(self.module, name)) for name in backends.ENTRIES]
+        return backends.Kernels("host_shim", "cpu", True, *launches)
 
 
 SHIM_FLAGS = "-O1 -std=c++17 -fPIC -fvisibility=hidden -g0 -Wall -Wextra -Werror -ffp-contract=off"

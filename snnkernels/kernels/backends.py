@@ -33,9 +33,15 @@ _VARIABLE = "SNNKERNELS_BACKEND"
 _FOLDER = Path(__file__).resolve().parents[1]
 
 
+Launch = Callable[[bytes, torch.device], None]
+
+# What every compiled implementation offers, in the order of the fields of Kernels.
+ENTRIES = ("if_forward", "if_general", "if_backward", "if_backward_general")
+
+
 @dataclass(frozen=True)
 class Kernels:
-    """One compiled implementation.
+    """One compiled implementation: the four kernels, each told what to do by packed params.
 
     ``gpu``: it runs csrc/kernels.cuh and needs its launch plan. ``check`` raises :class:`Missing`
     for a device it cannot serve.
@@ -44,8 +50,10 @@ class Kernels:
     name: str
     device_type: str
     gpu: bool
-    forward: Callable[[bytes, torch.device], None]
-    backward: Callable[[bytes, torch.device], None]
+    forward: Launch
+    general: Launch
+    backward: Launch
+    backward_general: Launch
     check: Callable[[torch.device], None] = lambda device: None
 
 
@@ -129,13 +137,11 @@ def _cpu() -> Kernels:
         module = extension("_cpu")
     except Missing as error:
         raise Missing(error.reason, error.remedy or _remedy("a C++17 compiler", "CPU")) from None
-    return Kernels(
-        "cpu",
-        "cpu",
-        False,
-        lambda params, device: module.if_forward(params),
-        lambda params, device: module.if_backward(params),
-    )
+
+    def run(launch: Callable[[bytes], None]) -> Launch:
+        return lambda packed, device: launch(packed)
+
+    return Kernels("cpu", "cpu", False, *(run(getattr(module, name)) for name in ENTRIES))
 
 
 def _remedy(tool: str, switch: str) -> str:
@@ -151,7 +157,7 @@ def _stream(device: torch.device) -> int:
     return torch._C._cuda_getCurrentRawStream(device.index)
 
 
-def on_device(launch: Callable[[bytes, int, int], None]) -> Callable[[bytes, torch.device], None]:
+def on_device(launch: Callable[[bytes, int, int], None]) -> Launch:
     """``launch(params, device index, stream)`` on torch's current stream of the tensors' device."""
 
     def run(packed: bytes, device: torch.device) -> None:
@@ -188,9 +194,8 @@ def _cuda() -> Kernels:
                 f"rebuild snnkernels with SNNKERNELS_ARCHS={arch}",
             )
 
-    return Kernels(
-        "cuda", "cuda", True, on_device(module.if_forward), on_device(module.if_backward), check
-    )
+    launches = [on_device(getattr(module, name)) for name in ENTRIES]
+    return Kernels("cuda", "cuda", True, *launches, check)
 
 
 def serves(archs: str, capability: tuple[int, int]) -> bool:
@@ -215,7 +220,8 @@ def _nvrtc() -> Kernels:
     except Exception as error:
         raise Missing(f"CuPy finds no NVRTC: {error}", f"pip install '{package}[ctk]'") from None
     _need_device()
-    return Kernels("nvrtc", "cuda", True, nvrtc.if_forward, nvrtc.if_backward, nvrtc.check)
+    launches = [getattr(nvrtc, name) for name in ENTRIES]
+    return Kernels("nvrtc", "cuda", True, *launches, nvrtc.check)
 
 
 _MAKERS: dict[str, Callable[[], Kernels]] = {"cpu": _cpu, "cuda": _cuda, "nvrtc": _nvrtc}
