@@ -33,8 +33,14 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
   m.def("if_forward", [](const py::bytes& p, int device, std::uintptr_t stream) {
     run("if_forward", launch_if_forward, p, device, stream);
   });
+  m.def("if_general", [](const py::bytes& p, int device, std::uintptr_t stream) {
+    run("if_general", launch_if_general, p, device, stream);
+  });
   m.def("if_backward", [](const py::bytes& p, int device, std::uintptr_t stream) {
     run("if_backward", launch_if_backward, p, device, stream);
+  });
+  m.def("if_backward_general", [](const py::bytes& p, int device, std::uintptr_t stream) {
+    run("if_backward_general", launch_if_backward_general, p, device, stream);
   });
   m.def(
       "versions",
