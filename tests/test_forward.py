@@ -345,7 +345,7 @@ def test_a_broken_kernel_is_caught(monkeypatch: pytest.MonkeyPatch, output: str)
 
     case = Case(shape=(129,), steps=8)
     for forward in (one_bit, lambda packed, device: None):
-        broken = backends.Kernels("broken", "cpu", False, forward, good.backward)
+        broken = replace(good, name="broken", forward=forward)
         monkeypatch.setitem(backends._MAKERS, "broken", lambda broken=broken: broken)
         monkeypatch.delitem(backends._made, "broken", raising=False)
         with backends.use_backend("broken"), pytest.raises(AssertionError, match="differ"):
