@@ -288,9 +288,8 @@ class IFNode(nn.Module):
         if output == "count":
             return run[2]
         if output == "packed":
-            steps = T if single or "*" in layout else None
             return functional._packed(
-                run[1], x, steps, layout, self.amplitude, threshold, self.channel_dim
+                run[1], x, T, layout, self.amplitude, threshold, self.channel_dim
             )
         return functional.first_step(run[0]) if single and output == "spikes" else run[0]
 
