@@ -10,7 +10,7 @@ import torch
 from support import Backend, assert_close, assert_same_bits, currents, dtype_id, dyadic, moved
 from torch import Tensor, nn
 
-from snnkernels import IFNode, use_backend
+from snnkernels import IFNode, LIFNode, use_backend
 from snnkernels.functional import if_count, if_multi_step, if_rate, if_step
 from snnkernels.kernels import double_backward, params, reference, run
 from snnkernels.kernels.spec import Asked, Grads, Neuron, Saved
@@ -306,6 +306,19 @@ def test_compiled_module(backend: Backend, arguments: dict[str, Any]) -> None:
             for node in (net.neuron, net.out):
                 node.detach()
     assert_close(other.neuron.v, eager.neuron.v, 1e-6)
+
+
+def test_compiled_lif(backend: Backend) -> None:
+    torch._dynamo.reset()
+    x = moved(currents(5, 3, 4), backend.device)
+    node = LIFNode(0.8, learn_beta=True, input_scale=0.5).to(backend.device)
+    want = node(x)
+    node.reset()
+    got = torch.compile(node, fullgraph=True, backend="aot_eager")(x)
+    assert_same_bits(got, want)
+    (a,) = torch.autograd.grad(want.sum(), node.beta)
+    (b,) = torch.autograd.grad(got.sum(), node.beta)
+    assert_close(a, b, 1e-6)
 
 
 def test_no_graph_breaks(backend: Backend) -> None:

@@ -9,11 +9,23 @@ from typing import Any
 
 import pytest
 import torch
-from support import DTYPES, Backend, assert_same_bits, currents, dtype_id, dyadic, generator, moved
+from support import (
+    DTYPES,
+    Backend,
+    assert_close,
+    assert_same_bits,
+    currents,
+    dtype_id,
+    dyadic,
+    generator,
+    moved,
+)
 from torch import Tensor
 
 from snnkernels import LIFNode, use_backend
 from snnkernels.functional import Run, if_run, lif_multi_step
+from snnkernels.kernels import params, run
+from snnkernels.kernels.spec import Asked, Grads, Neuron, Saved
 from snnkernels.options import Probe, Signed
 
 OUTPUTS = ("spikes", "packed", "count", "v_seq", "charge_seq")
@@ -135,8 +147,8 @@ def test_bias_by_hand(backend: Backend) -> None:
     ahead = row([0.55] * 4, v=1.0, v_threshold=2.0)
     assert spikes_of(spread) == [0, 0, 1, 0]
     assert spikes_of(ahead) == [0, 1, 0, 0]
-    for run in (spread, ahead):
-        assert run.v.item() == pytest.approx(1.2, abs=1e-6)
+    for made in (spread, ahead):
+        assert made.v.item() == pytest.approx(1.2, abs=1e-6)
 
 
 def test_mask_by_hand(backend: Backend) -> None:
@@ -362,3 +374,94 @@ def test_inference_options_refuse_gradients(extra: dict[str, Any]) -> None:
 def test_beta_of_a_node_is_a_fraction(beta: Any) -> None:
     with pytest.raises(ValueError, match="beta"):
         LIFNode(beta)
+
+
+# ---- gradients of what has them ------------------------------------------------------------------
+
+OPERANDS = ("v", "threshold", "amplitude", "input_scale", "beta", "bias", "fire_level")
+LEAKY = params.INPUT_SCALE | params.BETA | params.BIAS | params.FIRE_LEVEL
+
+
+class _Smooth(torch.autograd.Function):
+    """Both operators with the surrogate's primitive in place of the spike, every operand."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *rest: Any) -> Any:
+        operands, (T, options, kind, detach) = rest[:-1], rest[-1]
+        neuron = Neuron(*operands, options=options, v_reset=-0.125, spike_dtype=torch.float64)
+        made = run.if_forward(x, T, neuron, Asked(v_seq=True, charge_seq=True), kind, 1.5)
+        ctx.save_for_backward(x, *operands)
+        ctx.c = (T, neuron.with_tensors([None] * 7), kind, detach)
+        return made.spikes, made.v, made.v_seq, made.charge_seq
+
+    @staticmethod
+    def backward(ctx: Any, g_s: Tensor, g_v: Tensor, g_seq: Tensor, g_charge: Tensor) -> Any:  # type: ignore[override]
+        T, neuron, kind, detach = ctx.c
+        x, *operands = ctx.saved_tensors
+        saved = Saved(x, None, None, None, T is not None, len(x) if T is None else T, x.dtype)
+        grads = run.if_backward(
+            saved, neuron.with_tensors(operands), Grads(g_s, False, g_v, g_seq, g_charge), kind,
+            1.5, detach, True, [True] * 8,
+        )  # fmt: skip
+        return (*grads, None)
+
+
+@pytest.mark.parametrize("T", [1, 2, 5, 19])
+@pytest.mark.parametrize("hard", [False, True])
+@pytest.mark.parametrize("constant", [False, True])
+def test_gradcheck_of_every_operand(kernel: Backend, T: int, hard: bool, constant: bool) -> None:
+    g = generator(T)
+    options = LEAKY | (params.HARD_RESET if hard else 0)
+    x = torch.rand((2, 3) if constant else (T, 2, 3), generator=g, dtype=torch.float64)
+    sizes = ((2, 3), (3,), (1,), (2, 1), (2, 3), (3,), (2, 3))
+    drawn = [0.2 + 0.7 * torch.rand(s, generator=g, dtype=torch.float64) for s in sizes]
+    leaves = [t.to(kernel.device).requires_grad_() for t in (x, *drawn)]
+    for kind in (0, 1):
+        how = (T if constant else None, options, kind, False)
+        call = lambda *a, how=how: _Smooth.apply(*a, how)  # noqa: E731
+        assert torch.autograd.gradcheck(call, leaves, fast_mode=T > 5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=dtype_id)
+@pytest.mark.parametrize("names", [("beta",), ("bias",), ("fire_level",), OPERANDS[3:]], ids=str)
+@pytest.mark.parametrize("detach", [False, True])
+def test_gradients_are_autograds(
+    level: Backend, dtype: torch.dtype, names: tuple[str, ...], detach: bool
+) -> None:
+    """Through the kernels against autograd through the reference."""
+    state = torch.float64 if dtype == torch.float64 else torch.float32
+    g = generator(len(names))
+    x = currents(23, 2, 5, 7, seed=1, dtype=dtype)
+    weights = currents(23, 2, 5, 7, seed=2, dtype=state)
+    forms = {"v": (2, 5, 7), "v_threshold": (5,), "amplitude": (), "beta": (5,), "bias": (5, 7)}
+    found = []
+    for where in (level.device, "reference"):
+        device = "cpu" if where == "reference" else where
+        leaves = {"x_seq": moved(x, device).requires_grad_()}
+        g.manual_seed(7)
+        for name in ("v", "v_threshold", "amplitude", *names):
+            size = forms.get(name, (5,))
+            value = 0.5 + 0.4 * torch.rand(size, generator=g, dtype=torch.float64)
+            leaves[name] = value.to(state).to(device).requires_grad_()
+        x_leaf, others = leaves["x_seq"], {k: t for k, t in leaves.items() if k != "x_seq"}
+        given = {"channel_dim": 1, "detach_reset": detach, "outputs": ("spikes", "v_seq")}
+        if where == "reference":
+            with use_backend("reference"):
+                made = if_run(x_leaf, **others, **given)
+        else:
+            made = if_run(x_leaf, **others, **given)
+        w = weights.to(device)
+        loss = (made.spikes.to(state) * w).sum() + (made.v_seq * w.flip(0)).sum()
+        found.append(torch.autograd.grad(loss, list(leaves.values())))
+    rtol = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 2e-2)
+    for name, a, b in zip(leaves, *found, strict=True):
+        assert_close(a, b, rtol, name)
+
+
+def test_double_backward_of_a_leaky_neuron(backend: Backend) -> None:
+    x = moved(currents(6, 4, dtype=torch.float64), backend.device).requires_grad_()
+    beta = torch.full((4,), 0.8, dtype=torch.float64, device=backend.device, requires_grad=True)
+    run_ = if_run(x, "half", beta=beta, surrogate_function="sigmoid")
+    (g,) = torch.autograd.grad(run_.spikes.sum(), x, create_graph=True)
+    second = torch.autograd.grad(g.square().sum(), (x, beta))
+    assert all(torch.isfinite(t).all() and t.any() for t in second)
