@@ -23,7 +23,7 @@ from torch import Tensor
 from . import surrogate as _surrogate
 from .kernels import arguments, autograd, operands, params
 from .kernels.arguments import NO_OPTIONS, Options
-from .kernels.spec import Asked, Neuron
+from .kernels.spec import SPIKES, Asked, Neuron
 from .options import Probe, Signed
 from .packed import PackedSpikes
 
@@ -40,7 +40,6 @@ __all__ = [
 
 _Number = float | int
 _OUTPUTS = ("spikes", "packed", "count", "rate", "v_seq", "charge_seq")
-_SPIKES = Asked()
 _COUNT = Asked(spikes=False, count=True)
 _WORDS = Asked(spikes=False, words=True)
 
@@ -129,7 +128,7 @@ def if_multi_step(
     """
     if store_v_seq and store_charge_seq:
         raise ValueError("store_v_seq and store_charge_seq exclude each other")
-    asked = _SPIKES
+    asked = SPIKES
     if store_v_seq or store_charge_seq:
         asked = Asked(v_seq=bool(store_v_seq), charge_seq=bool(store_charge_seq))
     run = _run(
@@ -166,7 +165,7 @@ def lif_multi_step(
         ``(spikes, v)``.
     """
     run = _run(
-        x_seq, _SPIKES, v, v_threshold, v_reset, surrogate_function, detach_reset, T, channel_dim,
+        x_seq, SPIKES, v, v_threshold, v_reset, surrogate_function, detach_reset, T, channel_dim,
         amplitude, input_scale, tie, spike_dtype, False, None, "recompute", layout, Options(beta),
     )  # fmt: skip
     return run[0], run[4]
@@ -277,7 +276,7 @@ def if_step(
     Arguments as in :func:`if_multi_step`.
     """
     run = _run(
-        x, _SPIKES, v, v_threshold, v_reset, surrogate_function, detach_reset, 1, channel_dim,
+        x, SPIKES, v, v_threshold, v_reset, surrogate_function, detach_reset, 1, channel_dim,
         amplitude, input_scale, tie, spike_dtype, False, None,
     )  # fmt: skip
     return first_step(run[0]), run[4]
@@ -445,9 +444,7 @@ def _run(
     if (asked.v_seq or asked.charge_seq) and neuron.options & params.PARALLEL:
         raise ValueError("parallel neurons have no traces: drop v_seq and charge_seq")
     tensors = neuron.tensors
-    needs_grad = torch.is_grad_enabled() and (
-        x.requires_grad or any(t is not None and t.requires_grad for t in tensors)
-    )
+    needs_grad = torch.is_grad_enabled() and (x.requires_grad or _any_requires_grad(tensors))
     if out is not None:
         arguments.check_out(out, x, steps, shape, neuron.spike_dtype, needs_grad)
         names = ("v", "v_threshold", "amplitude", "input_scale", "beta", "bias", "fire_level")
@@ -468,6 +465,14 @@ def _run(
         weight = neuron.amplitude
         result[0].amplitude = neuron.amplitude_value if weight is None else weight
     return result
+
+
+def _any_requires_grad(tensors: tuple[Tensor | None, ...]) -> bool:
+    # A loop costs half of any() over a generator, and this runs at every call.
+    for tensor in tensors:  # noqa: SIM110
+        if tensor is not None and tensor.requires_grad:
+            return True
+    return False
 
 
 def _check_save(

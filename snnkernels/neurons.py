@@ -13,12 +13,12 @@ from . import functional
 from . import surrogate as _surrogate
 from .kernels import arguments, operands
 from .kernels.arguments import NO_OPTIONS, Options
-from .kernels.spec import Asked
+from .kernels.spec import SPIKES, Asked
 from .options import Probe, Signed
 
 _OUTPUTS = ("spikes", "packed", "count", "rate")
 _STEP_MODES = ("s", "m")
-_ASKED = {
+_ASKED: dict[tuple[str, bool, bool], Asked] = {
     (output, v_seq, count): Asked(
         spikes=output == "spikes",
         words=output == "packed",
@@ -29,6 +29,7 @@ _ASKED = {
     for v_seq in (False, True)
     for count in (False, True)
 }
+_ASKED["spikes", False, False] = SPIKES
 # A learned threshold never falls below this fraction of where it started.
 _FLOOR = 1e-3
 
@@ -236,10 +237,8 @@ class IFNode(nn.Module):
 
     def reset(self) -> None:
         """Forgets the membrane: the next call starts at ``v_init``."""
-        self._v = None
-        self._carried = False
-        self.v_seq = None
-        self.count = None
+        # Not through nn.Module.__setattr__, which costs more than the kernel of a small layer.
+        self.__dict__.update(_v=None, _carried=False, v_seq=None, count=None)
 
     def detach(self) -> None:
         """Cuts the membrane from the graph of earlier calls (truncated back-propagation)."""
@@ -295,11 +294,21 @@ class IFNode(nn.Module):
 
     def _options(self) -> Options:
         """What only the general neuron knows; the same object for a plain one."""
-        more = Options(
+        if (
+            self.beta is None
+            and self.bias is None
+            and self.fire_level is None
+            and self.max_spikes is None
+            and self.signed is None
+            and self.mask is None
+            and self.probe is None
+            and not self.parallel
+        ):
+            return NO_OPTIONS
+        return Options(
             self.beta, self.bias, self.fire_level, self.max_spikes, self.signed, self.mask,
             self.probe, self.parallel,
         )  # fmt: skip
-        return NO_OPTIONS if all(value is None or value is False for value in more) else more
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> IFNode:
         kept = {

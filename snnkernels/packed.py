@@ -93,10 +93,10 @@ class PackedSpikes:
             return torch.where(fired, weight, torch.zeros((), dtype=dtype, device=self.device))
         if self.amplitude == 1.0:
             return fired.to(dtype)
-        weight = operands.rounded(float(self.amplitude), dtype)
+        number = operands.rounded(float(self.amplitude), dtype)
         return torch.where(
             fired,
-            torch.full((), weight, dtype=dtype, device=self.device),
+            torch.full((), number, dtype=dtype, device=self.device),
             torch.zeros((), dtype=dtype, device=self.device),
         )
 

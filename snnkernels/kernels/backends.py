@@ -36,7 +36,6 @@ _FOLDER = Path(__file__).resolve().parents[1]
 Launch = Callable[[bytes, torch.device], None]
 
 
-
 @dataclass(frozen=True)
 class Kernels:
     """One compiled implementation: the four kernels, each told what to do by packed params.

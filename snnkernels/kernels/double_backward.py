@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,10 +69,10 @@ def if_backward(
                 torch.autograd.grad(outputs, wanted, given, create_graph=True, allow_unused=True)
             )
     by_leaf = iter(found)
-    result_grads: list[Any] = []
+    result_grads: list[Tensor | None] = []
     for leaf, need in zip(leaves, needs, strict=True):
         if leaf is None or not need:
-            result_grads.append(x.new_empty(0))
+            result_grads.append(None)
         else:
             grad = next(by_leaf)
             result_grads.append(torch.zeros_like(leaf) if grad is None else grad)

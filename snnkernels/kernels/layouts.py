@@ -31,6 +31,7 @@ class Layout(NamedTuple):
     x: Rows
     out: Rows
     like_x: bool  # outputs take the strides of x; else dense, T slowest, neurons in memory order
+    plain: bool = False  # x is contiguous and so are outputs
 
     def neurons(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """``shape`` in the order of memory."""
@@ -67,12 +68,16 @@ def of(x: Tensor, constant: bool) -> Layout | None:
     if x.is_contiguous():
         # Not Size.numel(), which would fix a dynamic dimension.
         n = x.numel() if constant else math.prod(x.shape[1:])
-        return Layout(None, n, Rows(0 if constant else n, n), Rows(n, n), False)
+        return (_cached_plain if type(n) is int else _plain)(n, constant)
     find = _find if torch.compiler.is_compiling() or _symbolic(x) else _cached
     sizes, strides = tuple(x.shape), x.stride()
     if constant:
         return find(None, 0, sizes, strides)
     return find(sizes[0], strides[0], sizes[1:], strides[1:])
+
+
+def _plain(n: int, constant: bool) -> Layout:
+    return Layout(None, n, Rows(0 if constant else n, n), Rows(n, n), False, True)
 
 
 def _symbolic(x: Tensor) -> bool:
@@ -115,3 +120,4 @@ def _find(
 
 
 _cached = lru_cache(maxsize=512)(_find)
+_cached_plain = lru_cache(maxsize=512)(_plain)

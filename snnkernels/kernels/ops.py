@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from . import layouts, reference, run
-from .run import Gradients
 from .spec import OPERANDS, Asked, Grads, Neuron, Outputs, Saved
 
 _NEURON = ", ".join(
@@ -69,12 +68,13 @@ def _dtypes(x: Tensor, neuron: Neuron) -> tuple[torch.dtype, ...]:
     return neuron.spike_dtype, i32, i32, i32, state, state, state, i32
 
 
-def _if_backward(*all_: Any) -> Gradients:
+def _if_backward(*all_: Any) -> tuple[Tensor, ...]:
     saved, rest = Saved(*all_[:_SAVED_END]), all_[_SAVED_END:]
     neuron, rest = Neuron(*rest[:_NEURON_END]), rest[_NEURON_END:]
     grads, how = Grads(*rest[: len(Grads._fields)]), rest[len(Grads._fields) :]
     found = run.if_backward(saved, neuron, grads, *how)
-    return tuple(g.contiguous() for g in found)
+    like = next(t for t in saved[:3] if t is not None)
+    return tuple(like.new_empty(0) if g is None else g.contiguous() for g in found)
 
 
 for _name, _run in (("if_forward", _if_forward), ("if_backward", _if_backward)):

@@ -17,21 +17,21 @@ from .. import surrogate as _surrogate
 from . import backends, layouts, operands, params, plan, reference
 from .layouts import Layout, Rows
 from .params import DTYPE_CODES
-from .spec import Asked, Grads, Neuron, Outputs, Saved
+from .spec import SPIKES, Asked, Grads, Neuron, Outputs, Saved
 
 __all__ = ["Gradients", "if_backward", "if_forward"]
 
-# Gradients for x and the operands, in their order; empty where not needed.
-Gradients = tuple[Tensor, ...]
+# Gradients for x and the operands, in their order; None where not needed.
+Gradients = tuple[Tensor | None, ...]
 
-_ASKED = Asked()
+_NO_OPERAND = (0, 1, 1, 0.0)
 
 
 def if_forward(
     x: Tensor,
     T: int | None,
     neuron: Neuron,
-    asked: Asked = _ASKED,
+    asked: Asked = SPIKES,
     smooth: int = -1,
     alpha: float = 1.0,
     out: Tensor | None = None,
@@ -53,52 +53,27 @@ def if_forward(
     if out is not None and layout.order is not None and out.stride() != _strides(layout, x, steps):
         x, layout = _located(x.contiguous(), constant)
     state = torch.float64 if dtype == torch.float64 else torch.float32
-    plain_layout = layout.order is None and not layout.like_x
-    dense = shape if layout.order is None else layout.neurons(shape)
     N = shape.numel()
-
-    def rows(dtype: torch.dtype) -> Tensor:
-        return layout.rows(x, steps, shape, dtype)
-
-    def each(dtype: torch.dtype, *leading: int) -> Tensor:
-        return layout.restore(x.new_empty((*leading, *dense), dtype=dtype), len(leading))
-
-    s_out = out
-    if asked.spikes and out is None:
-        same = dtype == spike_dtype and plain_layout and not constant and layout.inner == N
-        s_out = torch.empty_like(x) if same else rows(spike_dtype)
-    v_out = each(state)
-    count = each(torch.int32) if asked.count else None
-    words = window = counts = v_seq = charge_seq = None
-    word = reference.word_dtype(steps)
-    if asked.words or asked.window:
-        lead = -(-steps // reference.WORD_STEPS)
-        words = each(word, lead) if asked.words else None
-        window = each(word, lead) if asked.window else None
-    if asked.v_seq or asked.charge_seq:
-        v_seq = rows(state) if asked.v_seq else None
-        charge_seq = rows(state) if asked.charge_seq else None
-    if asked.count_at:
-        counts = each(torch.int32, len(asked.count_at))
-    outputs = Outputs(s_out, words, count, counts, v_out, v_seq, charge_seq, window)
+    outputs = _outputs(x, layout, steps, shape, asked, spike_dtype, state, out)
     if not N:
         return outputs
 
     # Locals, so that converted operands live until the kernel has been launched.
     v_init, v_kept = _operand(neuron.v, neuron.v_value, layout, shape, state)
     threshold, th_kept = _operand(neuron.threshold, neuron.threshold_value, layout, shape, state)
-    amplitude, amp_kept = (0, 1, 1, 0.0), None
+    amplitude, amp_kept = _NO_OPERAND, None
     if neuron.amplitude is not None and spike_dtype.is_floating_point:
         amplitude, amp_kept = _operand(neuron.amplitude, 0.0, layout, shape, spike_dtype)
     general = (
         neuron.options or smooth >= 0 or asked.v_seq or asked.charge_seq or bool(asked.count_at)
     )
-    spike_bytes, vec = spike_dtype.itemsize, 1
+    vec = 1
     if kernels.gpu and not general:
         general, vec = plan.forward(x, layout, outputs, threshold, amplitude)
+    spikes, words, count, counts, v_out, v_seq, charge_seq, window = outputs
     packed = params.pack_forward(
         x.data_ptr(),
-        0 if s_out is None else s_out.data_ptr(),
+        0 if spikes is None else spikes.data_ptr(),
         0 if words is None else words.data_ptr(),
         0 if window is None else window.data_ptr(),
         0 if count is None else count.data_ptr(),
@@ -114,8 +89,8 @@ def if_forward(
         alpha,
         operands.bits(neuron.amplitude_value, spike_dtype),
         DTYPE_CODES[dtype],
-        spike_bytes,
-        word.itemsize,
+        spike_dtype.itemsize,
+        1 if steps <= 8 else 2 if steps <= 16 else 4,
         vec,
     )
     if not general:
@@ -124,7 +99,7 @@ def if_forward(
     extra, extra_kept = _more_operands(neuron, layout, shape, state)
     mask = None
     if neuron.mask is not None:
-        mask = layout.view(neuron.mask.to(torch.uint8)).expand(dense).contiguous()
+        mask = layout.view(neuron.mask.to(torch.uint8)).expand(layout.neurons(shape)).contiguous()
     times = asked.count_at
     rest = params.pack_general(
         0 if counts is None else counts.data_ptr(),
@@ -150,6 +125,49 @@ def if_forward(
     return outputs
 
 
+def _outputs(
+    x: Tensor,
+    layout: Layout,
+    steps: int,
+    shape: torch.Size,
+    asked: Asked,
+    spike_dtype: torch.dtype,
+    state: torch.dtype,
+    out: Tensor | None,
+) -> Outputs:
+    """The tensors that a run fills."""
+    # The first few lines are what a small layer waits for.
+    dense = shape if layout.plain else layout.neurons(shape)
+    v = x.new_empty(dense) if x.dtype is state else x.new_empty(dense, dtype=state)
+    if not layout.plain:
+        v = layout.restore(v)
+    spikes = out
+    if asked.spikes and out is None:
+        if layout.plain and x.dtype is spike_dtype and layout.x.step:
+            spikes = torch.empty_like(x)
+        else:
+            spikes = layout.rows(x, steps, shape, spike_dtype)
+    if asked is SPIKES:
+        return Outputs(spikes, None, None, None, v, None, None, None)
+
+    def each(there: Any, dtype: torch.dtype, *leading: int) -> Tensor | None:
+        if not there:
+            return None
+        return layout.restore(x.new_empty((*leading, *dense), dtype=dtype), len(leading))
+
+    word, lead = reference.word_dtype(steps), -(-steps // reference.WORD_STEPS)
+    return Outputs(
+        spikes,
+        each(asked.words, word, lead),
+        each(asked.count, torch.int32),
+        each(asked.count_at, torch.int32, len(asked.count_at)),
+        v,
+        layout.rows(x, steps, shape, state) if asked.v_seq else None,
+        layout.rows(x, steps, shape, state) if asked.charge_seq else None,
+        each(asked.window, word, lead),
+    )
+
+
 def if_backward(
     saved: Saved,
     neuron: Neuron,
@@ -169,7 +187,7 @@ def if_backward(
     shape = like.shape if saved.constant else like.shape[1:]
     if kernels is None or saved.steps == 0:
         found = _reference_backward(saved, neuron, grads, surrogate, alpha, detach_reset, smooth)
-        return _sums(like, *found, neuron, needs)
+        return _sums(*found, neuron, needs)
     steps, dtype = saved.steps, saved.dtype
     x, charges = saved.x, saved.charges
     like, layout = _located(like, saved.constant)
@@ -208,7 +226,7 @@ def if_backward(
         grad_x_rows = layout.out if x is not None else Rows(N, layout.inner)
     per_neuron = [each() if need else None for need in needs[1:]]
     if not N:
-        return _sums(like, grad_x, per_neuron, neuron, needs)
+        return _sums(grad_x, per_neuron, neuron, needs)
 
     v_init, v_kept = _operand(neuron.v, neuron.v_value, layout, shape, state)
     threshold, th_kept = _operand(neuron.threshold, neuron.threshold_value, layout, shape, state)
@@ -263,7 +281,7 @@ def if_backward(
     )
     if not general:
         kernels.backward(packed, like.device)
-        return _sums(like, grad_x, per_neuron, neuron, needs)
+        return _sums(grad_x, per_neuron, neuron, needs)
     extra, extra_kept = _more_operands(neuron, layout, shape, state)
     rest = params.pack_backward_general(
         *(0 if t is None else t.data_ptr() for t in (grad_v_seq, grad_charge, *per_neuron[3:])),
@@ -272,7 +290,7 @@ def if_backward(
     )
     kernels.backward_general(packed + rest, like.device)
     del v_kept, th_kept, amp_kept, extra_kept
-    return _sums(like, grad_x, per_neuron, neuron, needs)
+    return _sums(grad_x, per_neuron, neuron, needs)
 
 
 # ---- memory --------------------------------------------------------------------------------------
@@ -511,17 +529,16 @@ def _reference_backward(
 
 
 def _sums(
-    like: Tensor,
     grad_x: Tensor | None,
     per_neuron: Sequence[Tensor | None],
     neuron: Neuron,
     needs: Sequence[bool],
 ) -> Gradients:
-    """Gradients in the shapes of what they are for; empty where not needed."""
-    grads = [grad_x if grad_x is not None and needs[0] else like.new_empty(0)]
+    """Gradients in the shapes of what they are for."""
+    grads = [grad_x if needs[0] else None]
     for grad, operand, need in zip(per_neuron, neuron.tensors, needs[1:], strict=True):
-        present = need and grad is not None and operand is not None
-        grads.append(_reduced(grad, operand) if present else like.new_empty(0))  # type: ignore[arg-type]
+        wanted = need and grad is not None and operand is not None
+        grads.append(_reduced(grad, operand) if wanted else None)  # type: ignore[arg-type]
     return tuple(grads)
 
 

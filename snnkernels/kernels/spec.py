@@ -85,6 +85,10 @@ class Asked(NamedTuple):
     count_at: tuple[int, ...] = ()
 
 
+# The usual wish, one object that can be compared with `is`.
+SPIKES = Asked()
+
+
 class Outputs(NamedTuple):
     """What a run returns; None where not asked for."""
 
