@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import functional
 from . import surrogate as _surrogate
-from .kernels import arguments, operands
+from .kernels import arguments, call, operands
 from .kernels.arguments import NO_OPTIONS, Options
 from .kernels.spec import SPIKES, Asked
 from .options import Probe, Signed
@@ -270,7 +269,7 @@ class IFNode(nn.Module):
             v = self.v_init
         threshold = self.threshold if self.learn_threshold else self.v_threshold
         output = self.output
-        run = functional._run(
+        run = call.run(
             x, _ASKED[output, self.store_v_seq, self.store_count], v, threshold, self.v_reset,
             self.surrogate_function, self.detach_reset, T, self.channel_dim, self.amplitude,
             self.input_scale, self.tie, self.spike_dtype, output == "rate", None, self.save, layout,
@@ -287,10 +286,8 @@ class IFNode(nn.Module):
         if output == "count":
             return run[2]
         if output == "packed":
-            return functional._packed(
-                run[1], x, T, layout, self.amplitude, threshold, self.channel_dim
-            )
-        return functional.first_step(run[0]) if single and output == "spikes" else run[0]
+            return call.packed(run[1], x, T, layout, self.amplitude, threshold, self.channel_dim)
+        return call.first_step(run[0]) if single and output == "spikes" else run[0]
 
     def _options(self) -> Options:
         """What only the general neuron knows; the same object for a plain one."""

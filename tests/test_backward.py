@@ -32,7 +32,7 @@ from torch import Tensor
 
 from snnkernels import surrogate
 from snnkernels.functional import if_count, if_multi_step, if_rate, if_step
-from snnkernels.kernels import backends, params, reference, run
+from snnkernels.kernels import backends, backward, params, reference, run
 from snnkernels.kernels.spec import Asked, Grads, Neuron, Saved
 
 ALL = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -487,7 +487,7 @@ class _Smooth(torch.autograd.Function):
         saved = Saved(
             x, None, None, None, steps is not None, len(x) if steps is None else steps, x.dtype
         )
-        grads = run.if_backward(saved, neuron, given, kind, alpha, detach, True, needs)
+        grads = backward.if_backward(saved, neuron, given, kind, alpha, detach, True, needs)
         return (*(g if n else None for g, n in zip(grads[:5], needs, strict=False)), None)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from snnkernels import IFNode, LIFNode, use_backend
 from snnkernels.functional import if_count, if_multi_step, if_rate, if_step
-from snnkernels.kernels import double_backward, params, reference, run
+from snnkernels.kernels import backward, double_backward, params, reference, run
 from snnkernels.kernels.spec import Asked, Grads, Neuron, Saved
 
 pytestmark = pytest.mark.filterwarnings(
@@ -188,7 +188,7 @@ def test_backward_operator_is_autograd(backend: Backend, name: str) -> None:
     if saved.x is None:
         # Autograd cannot start from charges or bits: test_saves_agree holds these to the others.
         with use_backend("reference"):
-            want = run.if_backward(saved, neuron, given, *sample[c:])
+            want = backward.if_backward(saved, neuron, given, *sample[c:])
     else:
         want = double_backward.if_backward(saved, neuron, given, *sample[c:])
     # Also below no_grad and in a compiled graph, where the dispatcher has left autograd behind.

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from snnkernels import LIFNode, use_backend
 from snnkernels.functional import Run, if_run, lif_multi_step
-from snnkernels.kernels import params, run
+from snnkernels.kernels import backward, params, run
 from snnkernels.kernels.spec import Asked, Grads, Neuron, Saved
 from snnkernels.options import Probe, Signed
 
@@ -399,7 +399,7 @@ class _Smooth(torch.autograd.Function):
         T, neuron, kind, detach = ctx.c
         x, *operands = ctx.saved_tensors
         saved = Saved(x, None, None, None, T is not None, len(x) if T is None else T, x.dtype)
-        grads = run.if_backward(
+        grads = backward.if_backward(
             saved, neuron.with_tensors(operands), Grads(g_s, False, g_v, g_seq, g_charge), kind,
             1.5, detach, True, [True] * 8,
         )  # fmt: skip

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import surrogate as _surrogate
-from . import double_backward, operands, ops, params, run
+from . import backward, double_backward, operands, ops, params, run
 from .spec import OPERANDS, Asked, Grads, Neuron, Outputs, Saved
 
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -141,11 +141,10 @@ class _IntegrateAndFire(torch.autograd.Function):
         needs = list(ctx.needs_input_grad[:-1])
         how = (c.surrogate.kind, c.surrogate.alpha, c.detach_reset, False, needs)
         grads: Any
-        like = next(t for t in kept[:3] if t is not None)
-        if through_operator(like):
+        if through_operator(saved.like):
             grads = ops.if_backward(*saved, *neuron, *given, *how)
         elif torch.is_grad_enabled():
             grads = double_backward.if_backward(saved, neuron, given, *how)
         else:
-            grads = run.if_backward(saved, neuron, given, *how)
+            grads = backward.if_backward(saved, neuron, given, *how)
         return (*(g if need else None for g, need in zip(grads, needs, strict=True)), None)

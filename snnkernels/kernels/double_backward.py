@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from .. import surrogate as _surrogate
-from . import reference, run
-from .run import Gradients
+from . import fallback, reference
+from .backward import Gradients
 from .spec import Grads, Neuron, Saved
 
 
@@ -23,7 +23,7 @@ def if_backward(
     smooth: bool,
     needs: Sequence[bool],
 ) -> Gradients:
-    """As :func:`.run.if_backward`; needs ``saved.x``."""
+    """As :func:`.backward.if_backward`; needs ``saved.x``."""
     x = saved.x
     if x is None:
         raise RuntimeError(
@@ -43,7 +43,7 @@ def if_backward(
         inside = neuron.with_tensors(leaves[1:])
         result = reference.if_forward(
             x_leaf,
-            **run.for_reference(x, inside, x.dtype),
+            **fallback.for_reference(x, inside, x.dtype),
             T=saved.steps if saved.constant else None,
             surrogate=_surrogate.BY_KIND[surrogate](alpha),
             detach_reset=detach_reset,

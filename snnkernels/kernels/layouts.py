@@ -121,3 +121,13 @@ def _find(
 
 _cached = lru_cache(maxsize=512)(_find)
 _cached_plain = lru_cache(maxsize=512)(_plain)
+
+
+def located(x: Tensor, constant: bool) -> tuple[Tensor, Layout]:
+    """``x``, copied if kernels cannot read it where it is, and its layout."""
+    layout = of(x, constant)
+    if layout is None or x.data_ptr() % x.element_size():
+        x = x.clone(memory_format=torch.contiguous_format)
+        layout = of(x, constant)
+        assert layout is not None
+    return x, layout

@@ -92,7 +92,7 @@ def _bits(number: float, dtype: torch.dtype) -> int:
 
 def rounded(number: float, dtype: torch.dtype) -> float:
     """``number`` rounded once to ``dtype``; integer spikes weigh 1 inside the kernels."""
-    if not dtype.is_floating_point:
+    if number == 1.0 or not dtype.is_floating_point:
         return 1.0
     if dtype == torch.float64:
         return number

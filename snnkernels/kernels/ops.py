@@ -1,9 +1,9 @@
 """The two torch operators: schemas, fakes, registration.
 
-``torch.ops.snnkernels.if_forward`` and ``if_backward`` wrap :mod:`.run` for torch.compile, export
-and tensor subclasses; eager calls go to :mod:`.run` directly. The fields of a neuron and of what
-is asked or saved travel one by one in the order of :mod:`.spec`. Outputs not asked for are empty
-tensors: the arity is fixed.
+``torch.ops.snnkernels.if_forward`` and ``if_backward`` wrap :mod:`.run` and :mod:`.backward` for
+torch.compile, export and tensor subclasses; eager calls go there directly. The fields of a neuron
+and of what is asked or saved travel one by one in the order of :mod:`.spec`. Outputs not asked for
+are empty tensors: the arity is fixed.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import layouts, reference, run
+from . import backward, layouts, reference, run
 from .spec import OPERANDS, Asked, Grads, Neuron, Outputs, Saved
 
 _NEURON = ", ".join(
@@ -72,8 +72,8 @@ def _if_backward(*all_: Any) -> tuple[Tensor, ...]:
     saved, rest = Saved(*all_[:_SAVED_END]), all_[_SAVED_END:]
     neuron, rest = Neuron(*rest[:_NEURON_END]), rest[_NEURON_END:]
     grads, how = Grads(*rest[: len(Grads._fields)]), rest[len(Grads._fields) :]
-    found = run.if_backward(saved, neuron, grads, *how)
-    like = next(t for t in saved[:3] if t is not None)
+    found = backward.if_backward(saved, neuron, grads, *how)
+    like = saved.like
     return tuple(like.new_empty(0) if g is None else g.contiguous() for g in found)
 
 
@@ -124,7 +124,7 @@ def _if_forward_fake(x: Tensor, T: int | None, *rest: Any) -> tuple[Tensor, ...]
 def _if_backward_fake(*all_: Any) -> tuple[Tensor, ...]:
     saved, needs = Saved(*all_[:_SAVED_END]), all_[-1]
     neuron = Neuron(*all_[_SAVED_END : _SAVED_END + _NEURON_END])
-    like = next(t for t in (saved.x, saved.charges, saved.window) if t is not None)
+    like = saved.like
     shape = like.shape if saved.constant else (saved.steps, *like.shape[1:])
     grad_x = like.new_empty(shape, dtype=saved.dtype) if needs[0] else like.new_empty(0)
     return (

@@ -113,6 +113,11 @@ class Saved(NamedTuple):
     steps: int
     dtype: torch.dtype
 
+    @property
+    def like(self) -> Tensor:
+        """A tensor of the neurons' shape and device, behind one other dimension or none."""
+        return next(t for t in (self.x, self.charges, self.window) if t is not None)
+
 
 class Grads(NamedTuple):
     """Gradients of a run's outputs; ``rate``: ``spikes`` is that of ``amplitude * count / T``."""
