@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from . import surrogate as _surrogate
-from .kernels import arguments, autograd, params
+from .kernels import arguments, autograd, operands, params
 from .kernels.arguments import NO_OPTIONS, Options
 from .kernels.spec import Asked, Neuron
 from .options import Probe, Signed
@@ -399,7 +399,7 @@ def _packed(
         amplitude = v_threshold
     if isinstance(amplitude, Tensor):
         shape = words.shape[1:]
-        amplitude = arguments.operands.for_broadcast("amplitude", amplitude, shape, channel_dim)
+        amplitude = operands.for_broadcast("amplitude", amplitude, shape, channel_dim)
         amplitude = amplitude.detach()
     return PackedSpikes(words, steps, amplitude, x.dtype)
 

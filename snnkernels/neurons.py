@@ -57,8 +57,8 @@ class IFNode(nn.Module):
         learn_threshold, learn_v_init: make them parameters. The threshold in force is
             ``max(v_threshold, 0.001 * its start)``.
         output: ``"spikes"`` ``[T, *shape]``; ``"packed"``, :class:`snnkernels.PackedSpikes` of that
-            shape, a bit a spike; ``"count"`` (int32) or ``"rate"`` (``amplitude * count / T``), both
-            ``[*shape]`` with no ``[T, ...]`` tensor in between.
+            shape, a bit a spike; ``"count"`` (int32) or ``"rate"`` (``amplitude * count / T``),
+            both ``[*shape]`` with no ``[T, ...]`` tensor in between.
         spike_dtype: dtype of the spikes: the input's (default) or ``torch.uint8``.
         store_v_seq: keep the membranes after each step in ``v_seq``.
         store_count: keep the spike counts of the last call in ``count``, int32 ``[*shape]``.
@@ -288,9 +288,8 @@ class IFNode(nn.Module):
         if output == "count":
             return run[2]
         if output == "packed":
-            steps = T if single or "*" in layout else None
             return functional._packed(
-                run[1], x, steps, layout, self.amplitude, threshold, self.channel_dim
+                run[1], x, T, layout, self.amplitude, threshold, self.channel_dim
             )
         return functional.first_step(run[0]) if single and output == "spikes" else run[0]
 

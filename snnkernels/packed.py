@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Size, Tensor
 
-from .kernels import reference
+from .kernels import operands, reference
 
 __all__ = ["PackedSpikes"]
 
@@ -93,9 +93,10 @@ class PackedSpikes:
             return torch.where(fired, weight, torch.zeros((), dtype=dtype, device=self.device))
         if self.amplitude == 1.0:
             return fired.to(dtype)
+        weight = operands.rounded(float(self.amplitude), dtype)
         return torch.where(
             fired,
-            torch.tensor(self.amplitude, dtype=torch.float64).to(dtype).to(self.device),
+            torch.full((), weight, dtype=dtype, device=self.device),
             torch.zeros((), dtype=dtype, device=self.device),
         )
 
@@ -112,9 +113,11 @@ class PackedSpikes:
         if self.T == 0:
             raise ValueError("a rate of no steps is undefined")
         state = reference.state_dtype(self.dtype)
-        weight = self.amplitude
-        if isinstance(weight, Tensor):
-            weight = weight.detach().to(self.dtype).to(state)
+        weight: float | Tensor
+        if isinstance(self.amplitude, Tensor):
+            weight = self.amplitude.detach().to(self.dtype).to(state)
+        else:
+            weight = operands.rounded(float(self.amplitude), self.dtype)
         return (weight * self.count().to(state) / self.T).to(self.dtype)
 
     def __getitem__(self, index: Any) -> Any:

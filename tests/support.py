@@ -167,8 +167,20 @@ class HostShim:
         def run(launch: Any) -> backends.Launch:
             return lambda packed, device: launch(packed, 0, 0)
 
-        launches = [run(getattr(self.module, name)) for name in backends.ENTRIES]
-        return backends.Kernels("host_shim", "cpu", True, *launches)
+        launches = backends.entries(self.module, run)
+        return backends.Kernels("host_shim", "cpu", True, **launches)
+
+
+def spy(
+    name: str, note: Callable[[str, bytes, torch.device], object], gpu: bool
+) -> backends.Kernels:
+    """A back end for CPU tensors that tells ``note`` which kernel was launched with what."""
+
+    def launch(kernel: str) -> backends.Launch:
+        return lambda packed, device: note(kernel, packed, device) and None
+
+    kernels = ("forward", "general", "backward", "backward_general")
+    return backends.Kernels(name, "cpu", gpu, *map(launch, kernels))
 
 
 SHIM_FLAGS = "-O1 -std=c++17 -fPIC -fvisibility=hidden -g0 -Wall -Wextra -Werror -ffp-contract=off"

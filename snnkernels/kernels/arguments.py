@@ -152,7 +152,8 @@ def neuron(
 def _with_inference_options(
     given: Neuron, x: Tensor, steps: int, shape: Size, more: Options
 ) -> Neuron:
-    options, fields = given.options, {}
+    options = given.options
+    fields: dict[str, Any] = {}
     kinds = {
         "max_spikes": more.max_spikes is not None,
         "signed": more.signed is not None,

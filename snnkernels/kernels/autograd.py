@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import surrogate as _surrogate
 from . import double_backward, operands, ops, params, run
-from .spec import Asked, Grads, Neuron, Outputs, Saved
+from .spec import OPERANDS, Asked, Grads, Neuron, Outputs, Saved
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -43,17 +43,19 @@ def forward(
         return run.if_forward(x, T, neuron, asked, -1, alpha, out)
     made = ops.if_forward(x, T, *neuron, *asked, -1, alpha)
     there = (*asked[:3], bool(asked.count_at), True, *asked[3:6])
-    outputs = Outputs(*(t if is_there else None for t, is_there in zip(made, there, strict=True)))
+    outputs = Outputs._make(
+        t if is_there else None for t, is_there in zip(made, there, strict=True)
+    )
     if out is not None:
-        outputs = outputs._replace(spikes=out.copy_(outputs.spikes))
+        outputs = outputs._replace(spikes=out.copy_(made[0]))
     return outputs
 
 
 def differentiable(x: Tensor, config: Config) -> Outputs:
     """The forward pass with a graph behind it; ``spikes`` is the rate where that is asked for."""
     neuron = config.neuron
-    config = config._replace(neuron=neuron._replace(**dict.fromkeys(neuron._fields[:7])))
-    return Outputs(*_IntegrateAndFire.apply(*_distinct(x, *neuron.tensors), config))
+    config = config._replace(neuron=neuron.with_tensors([None] * len(OPERANDS)))
+    return Outputs._make(_IntegrateAndFire.apply(*_distinct(x, *neuron.tensors), config))
 
 
 def _distinct(*tensors: Tensor | None) -> list[Tensor | None]:
@@ -74,7 +76,7 @@ class _IntegrateAndFire(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *rest: Any) -> tuple[Tensor | None, ...]:
         tensors, c = rest[:-1], rest[-1]
-        neuron = Neuron(*tensors, *c.neuron[7:])
+        neuron = c.neuron.with_tensors(tensors)
         asked: Asked = c.asked
         # A constant current has no [T, ...] tensor to save on.
         save = "recompute" if c.T is not None else c.save
@@ -127,8 +129,8 @@ class _IntegrateAndFire(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         c: Config = ctx.config
         kept = ctx.saved_tensors
-        saved = Saved(*kept[:4], c.T is not None, ctx.steps, ctx.dtype)
-        neuron = Neuron(*kept[4:], *c.neuron[7:])
+        saved = Saved._make((*kept[:4], c.T is not None, ctx.steps, ctx.dtype))
+        neuron = c.neuron.with_tensors(kept[4:])
         given = Grads(
             grad_spikes if c.asked.spikes or c.rate else None,
             c.rate,

@@ -35,8 +35,6 @@ _FOLDER = Path(__file__).resolve().parents[1]
 
 Launch = Callable[[bytes, torch.device], None]
 
-# What every compiled implementation offers, in the order of the fields of Kernels.
-ENTRIES = ("if_forward", "if_general", "if_backward", "if_backward_general")
 
 
 @dataclass(frozen=True)
@@ -55,6 +53,12 @@ class Kernels:
     backward: Launch
     backward_general: Launch
     check: Callable[[torch.device], None] = lambda device: None
+
+
+def entries(module: Any, wrap: Callable[[Any], Launch]) -> dict[str, Any]:
+    """The four kernels of a binding, as the fields of :class:`Kernels`."""
+    fields = ("forward", "general", "backward", "backward_general")
+    return {field: wrap(getattr(module, f"if_{field}")) for field in fields}
 
 
 @dataclass(frozen=True)
@@ -141,7 +145,7 @@ def _cpu() -> Kernels:
     def run(launch: Callable[[bytes], None]) -> Launch:
         return lambda packed, device: launch(packed)
 
-    return Kernels("cpu", "cpu", False, *(run(getattr(module, name)) for name in ENTRIES))
+    return Kernels("cpu", "cpu", False, **entries(module, run))
 
 
 def _remedy(tool: str, switch: str) -> str:
@@ -194,8 +198,7 @@ def _cuda() -> Kernels:
                 f"rebuild snnkernels with SNNKERNELS_ARCHS={arch}",
             )
 
-    launches = [on_device(getattr(module, name)) for name in ENTRIES]
-    return Kernels("cuda", "cuda", True, *launches, check)
+    return Kernels("cuda", "cuda", True, **entries(module, on_device), check=check)
 
 
 def serves(archs: str, capability: tuple[int, int]) -> bool:
@@ -220,8 +223,8 @@ def _nvrtc() -> Kernels:
     except Exception as error:
         raise Missing(f"CuPy finds no NVRTC: {error}", f"pip install '{package}[ctk]'") from None
     _need_device()
-    launches = [getattr(nvrtc, name) for name in ENTRIES]
-    return Kernels("nvrtc", "cuda", True, *launches, nvrtc.check)
+    launches = entries(nvrtc, lambda launch: launch)
+    return Kernels("nvrtc", "cuda", True, **launches, check=nvrtc.check)
 
 
 _MAKERS: dict[str, Callable[[], Kernels]] = {"cpu": _cpu, "cuda": _cuda, "nvrtc": _nvrtc}

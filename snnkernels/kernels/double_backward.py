@@ -41,7 +41,7 @@ def if_backward(
                 leaf.requires_grad_()
         x_leaf = leaves[0]
         assert x_leaf is not None
-        inside = Neuron(*leaves[1:], *neuron[7:])
+        inside = neuron.with_tensors(leaves[1:])
         result = reference.if_forward(
             x_leaf,
             **run.for_reference(x, inside, x.dtype),

@@ -8,6 +8,7 @@ step t is element ``t * step + (n // inner) * outer + n % inner``. That covers `
 from __future__ import annotations
 
 import itertools
+import math
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -64,7 +65,8 @@ def of(x: Tensor, constant: bool) -> Layout | None:
     None if kernels cannot read it in place: the caller makes it contiguous.
     """
     if x.is_contiguous():
-        n = x.numel() if constant else x.shape[1:].numel()
+        # Not Size.numel(), which would fix a dynamic dimension.
+        n = x.numel() if constant else math.prod(x.shape[1:])
         return Layout(None, n, Rows(0 if constant else n, n), Rows(n, n), False)
     find = _find if torch.compiler.is_compiling() or _symbolic(x) else _cached
     sizes, strides = tuple(x.shape), x.stride()
@@ -100,9 +102,7 @@ def _find(
             reach *= sizes[d]
         else:
             return None
-    N = 1
-    for n in sizes:
-        N *= n
+    N = math.prod(sizes)
     if gap and (inner == 1 or outer < inner):
         return None
     moved = None if order == tuple(range(len(sizes))) else order

@@ -321,7 +321,7 @@ def if_backward(
     scale = None if input_scale is None else input_scale.to(state)
 
     zero = torch.zeros_like(run.v)
-    carry = zero if grad_v is None else grad_v.to(state)
+    carry = zero if grad_v is None else grad_v.to(state).clone()
     grad_threshold, grad_amplitude, grad_level = zero, zero, zero
     grad_scale, grad_beta, grad_bias, grad_x = zero, zero, zero, []
     for t in reversed(range(run.charge_seq.shape[0])):
@@ -384,7 +384,7 @@ def if_backward_saved(
     weight = weight.to(spike_dtype).to(state)
     like = charges if charges is not None else bits[0]  # type: ignore[index]
     zero = torch.zeros(like.shape[1:], dtype=state, device=like.device)
-    carry = zero if grad_v is None else grad_v.to(state)
+    carry = zero if grad_v is None else grad_v.to(state).clone()
     grad_threshold, grad_amplitude, grad_x = zero, zero, []
     for t in reversed(range(steps)):
         if charges is not None:

@@ -429,8 +429,8 @@ def _by_reference(
             u = result.charge_seq - level.to(result.v.dtype)
             window = reference.pack(_surrogate.Rectangle(alpha).derivative(u) != 0)
     spikes = result.spikes
-    return Outputs(
-        None if not asked.spikes else spikes if out is None else out.copy_(spikes),
+    outputs = Outputs(
+        spikes if asked.spikes else None,
         reference.pack(spikes != 0) if asked.words else None,
         result.count if asked.count else None,
         result.counts if asked.count_at else None,
@@ -439,6 +439,29 @@ def _by_reference(
         result.charge_seq if asked.charge_seq else None,
         window,
     )
+    outputs = _laid_out(outputs, x, T)
+    return outputs if out is None else outputs._replace(spikes=out.copy_(spikes))
+
+
+def _laid_out(outputs: Outputs, x: Tensor, T: int | None) -> Outputs:
+    """The reference's outputs where a kernel's would lie in memory."""
+    constant = T is not None
+    x, layout = _located(x, constant)
+    if layout.order is None and not layout.like_x:
+        return outputs
+    shape = x.shape if constant else x.shape[1:]
+    steps = x.shape[0] if T is None else T
+
+    def placed(name: str, made: Tensor | None) -> Tensor | None:
+        if made is None:
+            return None
+        if name in ("spikes", "v_seq", "charge_seq"):
+            return layout.rows(x, steps, shape, made.dtype).copy_(made)
+        leading = made.shape[: made.dim() - len(shape)]
+        dense = made.new_empty((*leading, *layout.neurons(shape)))
+        return layout.restore(dense, len(leading)).copy_(made)
+
+    return Outputs._make(placed(*pair) for pair in zip(outputs._fields, outputs, strict=True))
 
 
 def _reference_backward(

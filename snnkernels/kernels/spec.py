@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -50,6 +51,10 @@ class Neuron(NamedTuple):
     def tensors(self) -> tuple[Tensor | None, ...]:
         """The operands, in the order of :data:`OPERANDS`."""
         return self[:7]
+
+    def with_tensors(self, tensors: Sequence[Tensor | None]) -> Neuron:
+        """The same numbers and options with other operands."""
+        return Neuron._make((*tensors, *self[7:]))
 
     @property
     def signed(self) -> Signed | None:
