@@ -14,8 +14,8 @@ namespace SNN_ISA {
 template <int KIND, class S>
 SNN_HD S slope_before_division(S u, S alpha) {
   if (KIND == kATan) {
-    const S z = S(1.5707963267948966) * alpha * u;
-    return S(1) + z * z;
+    const S c = S(2) / alpha, z = S(1.5707963267948966) * alpha;
+    return c + (c * (z * z)) * (u * u);
   }
   if (KIND == kSigmoid) return exp_nonpositive(-absolute(alpha * u));
   return surrogate_derivative<KIND>(u, alpha);
@@ -23,7 +23,7 @@ SNN_HD S slope_before_division(S u, S alpha) {
 
 template <int KIND, class S>
 SNN_HD Vec<S> slope_divided(Vec<S> before, S alpha) {
-  if (KIND == kATan) return S(0.5) * alpha * reciprocal(before);
+  if (KIND == kATan) return reciprocal(before);
   if (KIND == kSigmoid) {
     const Vec<S> d = reciprocal(S(1) + before);
     return alpha * before * d * d;
@@ -40,19 +40,29 @@ struct BackwardBlock {
   alignas(64) S sum[kBlock];  // of grad_x over t
   alignas(64) u32 window[kBlock];
   alignas(64) u32 words[kBlock];
-  Values<S, kBlock> threshold, amplitude;
+  Values<S> threshold, amplitude;
 };
 
-// One step again.
-template <int KIND, class S>
-inline void again_lanes(const S* x, const S* threshold, S alpha, S* v, S* slope) {
+// STEPS steps again; rows of slopes are `stride` apart.
+template <int KIND, int STEPS, class S>
+inline void again_lanes(const S* const* rows, const S* threshold, S alpha, S* v, S* slopes,
+                        i64 stride) {
+  const S* x[STEPS];
+  S* slope[STEPS];
+  for (int k = 0; k < STEPS; ++k) x[k] = rows[k], slope[k] = slopes + k * stride;
 #pragma omp simd
   for (i64 i = 0; i < kLanes; ++i) {
-    const S theta = threshold[i], m = v[i] + x[i];
-    const bool s = fires(m, theta, false);
-    v[i] = reset_by_subtraction(m, theta, s);
-    const S d = slope_before_division<KIND>(m - theta, alpha);
-    slope[i] = s ? -d : d;
+    const S theta = threshold[i];
+    S a = v[i];
+#pragma GCC unroll 4
+    for (int k = 0; k < STEPS; ++k) {
+      const S m = a + x[k][i];
+      const bool s = fires(m, theta, false);
+      a = reset_by_subtraction(m, theta, s);
+      const S d = slope_before_division<KIND>(m - theta, alpha);
+      slope[k][i] = s ? -d : d;
+    }
+    v[i] = a;
   }
 }
 
@@ -77,28 +87,48 @@ inline void window_lanes(const u32* window, const u32* words, u32 bit, S alpha, 
   }
 }
 
-// One step back. PARAMETERS: gradients of threshold and amplitude too.
-template <int KIND, bool PARAMETERS, class S>
-inline void back_lanes(BackwardBlock<S>& b, i64 at, const S* slopes, const S* grad, S grad_scale,
-                       S alpha, S attached, S* out) {
+// STEPS steps back, the first of `slopes`, `grads` and `outs` the latest. `attached` is 0 to detach
+// the reset. PARAMETERS: gradients of threshold and amplitude too, the latter without grad_scale.
+template <int KIND, bool PARAMETERS, int STEPS, class S>
+inline void back_lanes(BackwardBlock<S>& b, i64 at, const S* slopes, i64 stride,
+                       const S* const* grads, S grad_scale, S alpha, S attached, S* const* outs) {
   constexpr i64 kWide = kVectorBytes / sizeof(S);
-  for (i64 i = at; i < at + kLanes; i += kWide, slopes += kWide, grad += kWide, out += kWide) {
-    const Mask<S> kept = (Mask<S>)load(slopes);
-    const Vec<S> before = (Vec<S>)(kept & Vector<S>::kMagnitude);
-    const Vec<S> slope = slope_divided<KIND, S>(before, alpha);
-    const Vec<S> carry = load(b.carry + i), g = load(grad) * grad_scale;
-    const Vec<S> through_reset = attached * (carry * load(b.threshold.at + i));
-    const Vec<S> grad_u = (load(b.amplitude.at + i) * g - through_reset) * slope;
+  const S *threshold = b.threshold.lanes(at), *amplitude = b.amplitude.lanes(at);
+  const S* g[STEPS];
+  S* out[STEPS];
+  for (int k = 0; k < STEPS; ++k) g[k] = grads[k], out[k] = outs[k];
+  for (i64 i = 0; i < kLanes; i += kWide) {
+    const Vec<S> theta = load(threshold + i) * attached;
+    const Vec<S> weight = load(amplitude + i) * grad_scale;
+    Vec<S> carry = load(b.carry + at + i), grad_threshold, grad_amplitude;
     if (PARAMETERS) {
-      const Mask<S> s = kept < 0;
-      const Vec<S> subtracted = (Vec<S>)((Mask<S>)carry & s), weighed = (Vec<S>)((Mask<S>)g & s);
-      store(b.grad_threshold + i, load(b.grad_threshold + i) - (grad_u + subtracted));
-      store(b.grad_amplitude + i, load(b.grad_amplitude + i) + weighed);
+      grad_threshold = load(b.grad_threshold + at + i);
+      grad_amplitude = load(b.grad_amplitude + at + i);
     }
-    store(b.carry + i, grad_u + carry);
-    store(out, grad_u + carry);
+#pragma GCC unroll 4
+    for (int k = 0; k < STEPS; ++k) {
+      const Mask<S> kept = (Mask<S>)load(slopes - k * stride + i);
+      const Vec<S> before = (Vec<S>)(kept & Vector<S>::kMagnitude);
+      const Vec<S> grad = load(g[k] + i);
+      const Vec<S> grad_u = (weight * grad - carry * theta) * slope_divided<KIND, S>(before, alpha);
+      if (PARAMETERS) {
+        const Mask<S> s = kept < 0;
+        grad_threshold -= grad_u + (Vec<S>)((Mask<S>)carry & s);
+        grad_amplitude += (Vec<S>)((Mask<S>)grad & s);
+      }
+      carry = grad_u + carry;
+      store(out[k] + i, carry);
+    }
+    store(b.carry + at + i, carry);
+    if (PARAMETERS) {
+      store(b.grad_threshold + at + i, grad_threshold);
+      store(b.grad_amplitude + at + i, grad_amplitude);
+    }
   }
 }
+
+// How many of `left` steps the loops take at once.
+SNN_HD int steps_at_once(i64 left) { return left >= 4 ? 4 : left >= 2 ? 2 : 1; }
 
 template <class S, int KIND>
 class Backward {
@@ -139,63 +169,77 @@ class Backward {
 
     const bool recomputes = !p_.window && !p_.charges;
     for (i64 c = 0; recomputes && c + 1 < chunks_; ++c) {
-      for (i64 t = c * kSteps; t < (c + 1) * kSteps; ++t) again(t, 0);
+      for (i64 k = 0; k < kSteps; k += 4) again<4>(c * kSteps + k, k);
       __builtin_memcpy(saved_ + c * block_, b_.v, whole * sizeof(S));
     }
     for (i64 c = chunks_ - 1; c >= 0; --c) {
       const i64 t0 = c * kSteps, steps = least(kSteps, p_.T - t0);
       if (p_.window) {
-        read_bits(t0);
-        for (i64 k = 0; k < steps; ++k) from_window(k);
+        word_ = -1;
+        for (i64 k = 0; k < steps; ++k) from_window(t0 + k, k);
       } else if (p_.charges) {
         for (i64 k = 0; k < steps; ++k) from_charges(t0 + k, k);
       } else {
-        if (c + 1 < chunks_) {
-          if (c)
-            __builtin_memcpy(b_.v, saved_ + (c - 1) * block_, whole * sizeof(S));
-          else
-            gather(b_.v, p_.v_init, S(p_.v_init.value), lo, whole);
-        }
-        for (i64 k = 0; k < steps; ++k) again(t0 + k, k);
+        if (c)
+          __builtin_memcpy(b_.v, saved_ + (c - 1) * block_, whole * sizeof(S));
+        else if (chunks_ > 1)
+          gather(b_.v, p_.v_init, S(p_.v_init.value), lo, whole);
+        for (i64 k = 0; k < steps;) k += again_some(t0 + k, k, steps - k);
       }
-      for (i64 k = steps - 1; k >= 0; --k)
-        parameters ? back<true>(t0 + k, k) : back<false>(t0 + k, k);
+      for (i64 left = steps; left > 0;)
+        left -= parameters ? back_some<true>(t0 + left - 1, left)
+                           : back_some<false>(t0 + left - 1, left);
     }
     if (summed_) {
       const Output sums(p_.grad_x, p_.grad_x_rows, p_.inner, p_.N, element_bytes(p_.dtype), false);
       for (i64 i = 0; i < n; i += kLanes)
         sums.put(0, lo + i, least(kLanes, n - i), b_.sum + i, p_.dtype);
     }
+    if (p_.grad_amplitude && p_.grad_scale != 1)
+      for (i64 i = 0; i < n; ++i) b_.grad_amplitude[i] *= S(p_.grad_scale);
     write(p_.grad_v_init, b_.carry, lo, n);
     write(p_.grad_threshold, b_.grad_threshold, lo, n);
     write(p_.grad_amplitude, b_.grad_amplitude, lo, n);
   }
 
  private:
-  // Step t again, its slopes to row k.
-  void again(i64 t, i64 k) {
-    alignas(64) S buffer[kLanes];
-    for (i64 i = 0; i < n_; i += kLanes) {
-      if (fetch_) fetch_forward(x_, t, i);
-      const S* x = x_.read(t, lo_ + i, least(kLanes, n_ - i), buffer);
-      again_lanes<KIND>(x, b_.threshold.at + i, S(p_.alpha), b_.v + i, slopes_ + k * block_ + i);
+  int again_some(i64 t, i64 k, i64 left) {
+    switch (steps_at_once(left)) {
+      case 4:
+        return again<4>(t, k);
+      case 2:
+        return again<2>(t, k);
+      default:
+        return again<1>(t, k);
     }
+  }
+
+  // STEPS steps from t on again, their slopes to the rows from k on.
+  template <int STEPS>
+  int again(i64 t, i64 k) {
+    alignas(64) S buffer[STEPS][kLanes];
+    const S* rows[STEPS];
+    for (i64 i = 0; i < n_; i += kLanes) {
+      if (fetch_) fetch_forward(x_, t, STEPS, i);
+      for (int j = 0; j < STEPS; ++j)
+        rows[j] = x_.read(t + j, lo_ + i, least(kLanes, n_ - i), buffer[j]);
+      again_lanes<KIND, STEPS>(rows, b_.threshold.lanes(i), S(p_.alpha), b_.v + i,
+                               slopes_ + k * block_ + i, block_);
+    }
+    return STEPS;
   }
 
   void from_charges(i64 t, i64 k) {
     alignas(64) S buffer[kLanes];
     for (i64 i = 0; i < n_; i += kLanes) {
-      if (fetch_) fetch_forward(charges_, t, i);
+      if (fetch_) fetch_forward(charges_, t, 1, i);
       const S* charges = charges_.read(t, lo_ + i, least(kLanes, n_ - i), buffer);
-      charged_lanes<KIND>(charges, b_.threshold.at + i, S(p_.alpha), slopes_ + k * block_ + i);
+      charged_lanes<KIND>(charges, b_.threshold.lanes(i), S(p_.alpha), slopes_ + k * block_ + i);
     }
   }
 
-  // The words that hold the kSteps steps from t0 on: two at most, one after the other.
-  void read_bits(i64 t0) { t0_ = t0, word_ = -1; }
-
-  void from_window(i64 k) {
-    const i64 word = (t0_ + k) / kWordSteps;
+  void from_window(i64 t, i64 k) {
+    const i64 word = t / kWordSteps;
     if (word != word_) {
       word_ = word;
       read_words(p_.window, p_.word_bytes, word * p_.N + lo_, n_, b_.window);
@@ -204,45 +248,69 @@ class Backward {
       else
         __builtin_memset(b_.words, 0, n_ * 4);
     }
-    const u32 bit = 1u << (t0_ + k) % kWordSteps;
+    const u32 bit = 1u << t % kWordSteps;
     for (i64 i = 0; i < n_; i += kLanes)
       window_lanes(b_.window + i, b_.words + i, bit, S(p_.alpha), slopes_ + k * block_ + i);
   }
 
-  // The row after this one on the way forward; after the last comes the first on the way back.
-  void fetch_forward(const Input<S>& rows, i64 t, i64 i) const {
-    if (t + 1 < p_.T && rows.moves())
-      rows.prefetch(t + 1, lo_ + i);
-    else if (t + 1 == p_.T && grads_.moves())
-      grads_.prefetch(t, lo_ + i);
+  // The rows after the `steps` from t on; after the last ones come the first on the way back.
+  SNN_HD void fetch_forward(const Input<S>& rows, i64 t, int steps, i64 i) const {
+    t += steps;
+    if (t < p_.T && rows.moves()) {
+      for (i64 k = t; k < least(t + 4, p_.T); ++k) rows.prefetch(k, lo_ + i);
+    } else if (t == p_.T && grads_.moves()) {
+      for (i64 k = t - steps; k < t; ++k) grads_.prefetch(k, lo_ + i);
+    }
   }
 
-  void fetch_back(i64 t, i64 i) const {
-    if (t > 0 && grads_.moves())
-      grads_.prefetch(t - 1, lo_ + i);
-    else if (t == 0 && next_ >= 0 && x_.moves())
-      x_.prefetch(0, next_ + i);
+  // The rows before the `steps` up to t; at the first one, those of the next block.
+  SNN_HD void fetch_back(i64 t, int steps, i64 i) const {
+    t -= steps;
+    if (t >= 0 && grads_.moves()) {
+      for (i64 k = t; k > t - 4 && k >= 0; --k) grads_.prefetch(k, lo_ + i);
+    } else if (t < 0 && next_ >= 0 && x_.moves()) {
+      for (i64 k = 0; k < least(4, p_.T); ++k) x_.prefetch(k, next_ + i);
+    }
   }
 
   template <bool PARAMETERS>
-  void back(i64 t, i64 k) {
-    alignas(64) S in[kLanes];
-    alignas(64) S out[kLanes];
+  int back_some(i64 t, i64 left) {
+    switch (steps_at_once(left)) {
+      case 4:
+        return back<PARAMETERS, 4>(t, left - 1);
+      case 2:
+        return back<PARAMETERS, 2>(t, left - 1);
+      default:
+        return back<PARAMETERS, 1>(t, left - 1);
+    }
+  }
+
+  // STEPS steps back from t, whose slopes are row k.
+  template <bool PARAMETERS, int STEPS>
+  int back(i64 t, i64 k) {
+    alignas(64) S in[STEPS][kLanes];
+    alignas(64) S out[STEPS][kLanes];
+    const S* grads[STEPS];
+    S* outs[STEPS];
     if (!p_.grad_spikes) __builtin_memset(in, 0, sizeof in);
     const S attached = p_.options & kDetachReset ? S(0) : S(1);
-    const bool native = element_bytes(p_.dtype) == sizeof(S);
+    const bool in_place = grad_x_ && element_bytes(p_.dtype) == sizeof(S);
     for (i64 i = 0; i < n_; i += kLanes) {
       const i64 lo = lo_ + i, lanes = least(kLanes, n_ - i);
-      if (fetch_) fetch_back(t, i);
-      const S* grad = p_.grad_spikes ? grads_.read(t, lo, lanes, in) : in;
-      S* to = out;
-      if (grad_x_ && native) to = static_cast<S*>(grad_x_.place(t, lo, lanes, out));
-      back_lanes<KIND, PARAMETERS>(b_, i, slopes_ + k * block_ + i, grad, S(p_.grad_scale),
-                                   S(p_.alpha), attached, to);
-      if (grad_x_ && to == out) grad_x_.put(t, lo, lanes, out, p_.dtype);
+      if (fetch_) fetch_back(t, STEPS, i);
+      for (int j = 0; j < STEPS; ++j) {
+        grads[j] = p_.grad_spikes ? grads_.read(t - j, lo, lanes, in[j]) : in[j];
+        outs[j] = in_place ? static_cast<S*>(grad_x_.place(t - j, lo, lanes, out[j])) : out[j];
+      }
+      back_lanes<KIND, PARAMETERS, STEPS>(b_, i, slopes_ + k * block_ + i, block_, grads,
+                                          S(p_.grad_scale), S(p_.alpha), attached, outs);
+      for (int j = 0; j < STEPS; ++j)
+        if (grad_x_ && outs[j] == out[j]) grad_x_.put(t - j, lo, lanes, out[j], p_.dtype);
       if (summed_)
-        for (i64 j = 0; j < kLanes; ++j) b_.sum[i + j] += out[j];
+        for (int j = 0; j < STEPS; ++j)
+          for (i64 l = 0; l < kLanes; ++l) b_.sum[i + l] += out[j][l];
     }
+    return STEPS;
   }
 
   const IFBackward& p_;
@@ -251,7 +319,7 @@ class Backward {
   i64 block_, chunks_;
   bool fetch_, summed_;
   S *slopes_, *saved_;
-  i64 lo_, n_, next_, t0_, word_;
+  i64 lo_, n_, next_, word_;
   BackwardBlock<S> b_;
 };
 

@@ -18,8 +18,8 @@ struct PlainBlock {
   alignas(64) i32 count[kBlock];
   alignas(64) u32 words[kBlock];
   alignas(64) u32 window[kBlock];
-  Values<S, kBlock> threshold;
-  Values<Element, BYTES ? kBlock : kLanes> amplitude;
+  Values<S> threshold;
+  Values<Element> amplitude;
 };
 
 // STEPS steps of kLanes neurons, the first of which are those at `at` in the block.
@@ -28,8 +28,8 @@ inline void plain_steps(PlainBlock<S, BYTES>& b, i64 at, const S* const* rows, v
                         u32 first_bit, S alpha) {
   typedef typename PlainBlock<S, BYTES>::Element Element;
   S* v = b.v + at;
-  const S* threshold = b.threshold.at + at;
-  const Element* amplitude = b.amplitude.at + (BYTES ? at : 0);
+  const S* threshold = b.threshold.lanes(at);
+  const Element* amplitude = b.amplitude.lanes(BYTES ? at : 0);
   i32* count = b.count + at;
   u32 *words = b.words + at, *window = b.window + at;
   const S* x[STEPS];
@@ -41,6 +41,7 @@ inline void plain_steps(PlainBlock<S, BYTES>& b, i64 at, const S* const* rows, v
 #pragma omp simd
   for (i64 i = 0; i < kLanes; ++i) {
     const S theta = threshold[i];
+    const Element weight = BYTES ? amplitude[i] : Element(0);  // read whether or not s
     S a = v[i];
     i32 fired = 0;
     u32 bits = 0, near = 0;
@@ -49,7 +50,7 @@ inline void plain_steps(PlainBlock<S, BYTES>& b, i64 at, const S* const* rows, v
       const S m = a + x[k][i];
       const bool s = fires(m, theta, false);
       a = reset_by_subtraction(m, theta, s);
-      if (BYTES) out[k][i] = select(s, amplitude[i]);
+      if (BYTES) out[k][i] = select(s, weight);
       if (EXTRA & kCount) fired += select(s, 1);
       if (EXTRA & kWords) bits |= select(s, first_bit << k);
       if (EXTRA == kEverything)
@@ -69,8 +70,8 @@ void forward_plain(const IFForward& p, i64 first, i64 last, bool streaming) {
   const Output spikes(p.spikes, p.out_rows, p.inner, p.N, BYTES, streaming);
   const bool fetch = streaming && x.moves();
   PlainBlock<S, BYTES> b;
-  alignas(64) S in[2][kLanes];
-  alignas(64) Element out[2][kLanes];
+  alignas(64) S in[4][kLanes];
+  alignas(64) Element out[4][kLanes];
 
   for (i64 lo = first; lo < last; lo += kBlock) {
     const i64 n = least(kBlock, last - lo);
@@ -80,29 +81,28 @@ void forward_plain(const IFForward& p, i64 first, i64 last, bool streaming) {
     if (EXTRA & kCount) __builtin_memset(b.count, 0, n * 4);
     x.begin(lo, n);
 
-    for (i64 t = 0; t < p.T; t += 2) {
-      const int steps = int(least(2, p.T - t));
-      const i64 bit = t % kWordSteps;
+    for (i64 t = 0; t < p.T;) {
+      const i64 left = p.T - t, bit = t % kWordSteps;
+      const int steps = left >= 4 ? 4 : left >= 2 ? 2 : 1;
       if (EXTRA & kWords && bit == 0) __builtin_memset(b.words, 0, n * 4);
       if (EXTRA == kEverything && bit == 0) __builtin_memset(b.window, 0, n * 4);
+      // What comes next: rows of this block, or the first ones of the next.
+      const bool again = left > steps;
+      const i64 next = again ? t + steps : 0, ahead = again ? 0 : kBlock;
+      const int rows_ahead = int(least(4, p.T - next));
       for (i64 c = 0; c < n; c += kLanes) {
         const i64 at = lo + c, lanes = least(kLanes, n - c);
-        if (fetch) {
-          if (t + 2 < p.T) {
-            x.prefetch(t + 2, at);
-            if (t + 3 < p.T) x.prefetch(t + 3, at);
-          } else if (at + kBlock < last) {
-            x.prefetch(0, at + kBlock);
-            if (p.T > 1) x.prefetch(1, at + kBlock);
-          }
-        }
-        const S* rows[2];
-        void* outs[2] = {};
+        if (fetch && at + ahead < last)
+          for (int k = 0; k < rows_ahead; ++k) x.prefetch(next + k, at + ahead);
+        const S* rows[4];
+        void* outs[4] = {};
         for (int k = 0; k < steps; ++k) {
           rows[k] = x.read(t + k, at, lanes, in[k]);
           if (BYTES) outs[k] = spikes.place(t + k, at, lanes, out[k]);
         }
-        if (steps == 2)
+        if (steps == 4)
+          plain_steps<S, BYTES, EXTRA, 4>(b, c, rows, outs, 1u << bit, S(p.alpha));
+        else if (steps == 2)
           plain_steps<S, BYTES, EXTRA, 2>(b, c, rows, outs, 1u << bit, S(p.alpha));
         else
           plain_steps<S, BYTES, EXTRA, 1>(b, c, rows, outs, 1u << bit, S(p.alpha));
@@ -110,15 +110,16 @@ void forward_plain(const IFForward& p, i64 first, i64 last, bool streaming) {
           for (int k = 0; k < steps; ++k)
             if (outs[k] == out[k]) spikes.take(t + k, at, lanes, out[k]);
       }
-      if (bit + steps == kWordSteps || t + steps == p.T) {
+      if (bit + steps == kWordSteps || left == steps) {
         const i64 word = t / kWordSteps * p.N + lo;
         if (EXTRA & kWords && p.words) write_words(p.words, p.word_bytes, word, n, b.words);
         if (EXTRA == kEverything && p.window)
           write_words(p.window, p.word_bytes, word, n, b.window);
       }
+      t += steps;
     }
-    if (EXTRA & kCount) write(p.count, b.count, lo, n);
-    write(p.v, b.v, lo, n);
+    if (EXTRA & kCount) write(p.count, b.count, lo, n, streaming);
+    write(p.v, b.v, lo, n, streaming);
   }
   if (streaming) stream_fence();
 }
@@ -368,6 +369,7 @@ class General {
       for (i64 i = 0; i < kLanes; ++i) probes[i].start();
       for (i64 t = 0; t < p_.probe; ++t) {
         step(t);
+        __builtin_memset(b_.guard, 0, sizeof b_.guard);
         for (i64 i = 0; i < kLanes; ++i) probes[i].see(b_.charge[i], b_.k[i] != S(0));
       }
       for (i64 i = 0; i < kLanes; ++i)
@@ -431,7 +433,10 @@ class General {
   template <class B>
   void selected(B* out, const B* amplitude, const S* k) const {
 #pragma omp simd
-    for (i64 i = 0; i < kLanes; ++i) out[i] = select(k[i] != S(0), amplitude[i]);
+    for (i64 i = 0; i < kLanes; ++i) {
+      const B weight = amplitude[i];
+      out[i] = select(k[i] != S(0), weight);
+    }
   }
 
   void emit_elements(i64 t, const S* k) {

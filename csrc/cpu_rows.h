@@ -183,20 +183,23 @@ inline void gather(T* out, const Operand& o, T number, i64 lo, i64 n) {
   }
 }
 
-// An operand's values for SIZE neurons: gathered once if all neurons share one.
-template <class T, i64 SIZE>
-struct Values {
-  alignas(64) T at[SIZE];
-  i64 filled = 0;  // leading elements that hold the shared value
-
+// An operand's values for a block of neurons. One number is kept once: L1 is small.
+template <class T>
+class Values {
+ public:
   // n is rounded up to whole loops; past the last neuron the walk wraps around, inside the array.
   void read(const Operand& o, T number, i64 lo, i64 n) {
-    n = (n + kLanes - 1) / kLanes * kLanes;
     const bool shared = !o.data || o.count == 1;
-    if (shared && n <= filled) return;
-    gather(at, o, number, lo, n);
-    filled = shared ? n : 0;
+    mask_ = shared ? 0 : -1;
+    gather(at_, o, number, lo, shared ? kLanes : (n + kLanes - 1) / kLanes * kLanes);
   }
+
+  // The values of the kLanes neurons from `at` in the block on.
+  const T* lanes(i64 at) const { return at_ + (at & mask_); }
+
+ private:
+  i64 mask_;
+  alignas(64) T at_[kBlock];
 };
 
 // ---- rows
@@ -250,12 +253,13 @@ class Input {
         places_(rows, inner, N),
         dtype_(dtype),
         bytes_(element_bytes(dtype)),
-        held_from_(-1) {}
+        held_from_(-1),
+        direct_(bytes_ == sizeof(S) && places_.contiguous) {}
 
   // One row for all steps is staged once per block, unless it can be read where it lies.
   void begin(i64 lo, i64 n) {
     held_from_ = -1;
-    if (!data_ || places_.step != 0 || (bytes_ == sizeof(S) && places_.contiguous)) return;
+    if (!data_ || places_.step != 0 || direct_) return;
     for (i64 i = 0; i < n; i += kLanes) {
       const S* row = stage(0, lo + i, least(kLanes, n - i), held_ + i);
       if (row != held_ + i) __builtin_memcpy(held_ + i, row, kLanes * sizeof(S));
@@ -265,11 +269,14 @@ class Input {
 
   // kLanes numbers, in place or in `buffer`.
   const S* read(i64 t, i64 lo, i64 n, S* buffer) const {
+    if (direct_ && n == kLanes) return reinterpret_cast<const S*>(data_) + t * places_.step + lo;
     if (held_from_ >= 0) return held_ + (lo - held_from_);
     return stage(t, lo, n, buffer);
   }
 
-  void prefetch(i64 t, i64 lo) const {
+  // Inlined by force: g++ takes a function that only prefetches for one without effect and drops
+  // it.
+  __attribute__((always_inline)) void prefetch(i64 t, i64 lo) const {
     const char* row = data_ + places_.of(t, lo) * bytes_;
     // Into L2: L1 is slower (measured).
     for (i64 i = 0; i < kLanes * bytes_; i += 64) __builtin_prefetch(row + i, 0, 2);
@@ -278,7 +285,7 @@ class Input {
   bool moves() const { return data_ && places_.step != 0; }
 
  private:
-  const S* stage(i64 t, i64 lo, i64 n, S* buffer) const {
+  __attribute__((noinline)) const S* stage(i64 t, i64 lo, i64 n, S* buffer) const {
     const bool whole = n == kLanes && places_.whole(lo, n);
     if (bytes_ == sizeof(S)) {
       const S* data = reinterpret_cast<const S*>(data_);
@@ -311,6 +318,7 @@ class Input {
   i32 dtype_;
   i64 bytes_;
   i64 held_from_;
+  bool direct_;
   alignas(64) S held_[kBlock];
 };
 
@@ -333,6 +341,8 @@ class Output {
 
   // Takes what was written to `buffer`; nothing is left to do for a loop that wrote in place.
   void take(i64 t, i64 lo, i64 n, const void* buffer) const {
+    if (streaming_ && places_.contiguous)
+      return stream(data_ + (t * places_.step + lo) * bytes_, buffer, n * bytes_);
     const char* from = static_cast<const char*>(buffer);
     places_.runs(t, lo, n, [&](i64 at, i64 i, i64 run) {
       if (streaming_)
@@ -363,8 +373,12 @@ class Output {
 
 // Arrays of one element per neuron.
 template <class T>
-inline void write(void* to, const T* from, i64 lo, i64 n) {
-  if (to) __builtin_memcpy(static_cast<T*>(to) + lo, from, n * sizeof(T));
+inline void write(void* to, const T* from, i64 lo, i64 n, bool streaming = false) {
+  if (!to) return;
+  if (streaming)
+    stream(static_cast<T*>(to) + lo, from, n * i64(sizeof(T)));
+  else
+    __builtin_memcpy(static_cast<T*>(to) + lo, from, n * sizeof(T));
 }
 
 // Packed bits of n neurons, narrowed to the words that hold them.
