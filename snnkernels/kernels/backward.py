@@ -170,7 +170,7 @@ def _rows(
     if rate:
         return layout.view(grad).contiguous(), Rows(0, layout.inner)
     found = layouts.of(grad, False)
-    if found is layout and grad.data_ptr() % grad.element_size() == 0:
+    if found is layout and layout.plain and grad.data_ptr() % grad.element_size() == 0:
         return grad, layout.out
     N = shape.numel()
     if found is not None and grad.data_ptr() % grad.element_size() == 0:
