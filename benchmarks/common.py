@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import csv
 import logging
+import os
 import platform
 import statistics
 import subprocess
@@ -115,6 +116,8 @@ def _processor() -> str:
 
 
 def _commit() -> str:
+    if os.environ.get("COMMIT"):  # a copy without .git
+        return os.environ["COMMIT"]
     git = ["git", "describe", "--always", "--dirty", "--exclude=*"]
     try:
         return subprocess.run(
