@@ -265,14 +265,12 @@ def check_out(
         raise ValueError("out must be contiguous, or have the strides of x_seq")
 
 
-def check_no_overlap(out: Tensor, read: dict[str, Tensor | None]) -> None:
-    """Raises if ``out`` shares memory with a tensor that is read."""
+def check_no_overlap(out: Tensor, name: str, read: Tensor) -> None:
+    """Raises if ``out`` shares memory with the tensor called ``name``."""
     # Threads would read what others have overwritten with spikes.
-    start, end = out.data_ptr(), out.data_ptr() + out.numel() * out.element_size()
-    for name, tensor in read.items():
-        if tensor is None or not tensor.numel() or tensor.device != out.device:
-            continue
-        first = tensor.data_ptr()
-        elements = 1 + sum(s * (n - 1) for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-        if first < end and start < first + elements * tensor.element_size():
-            raise ValueError(f"out shares memory with {name}")
+    first, start = read.data_ptr(), out.data_ptr()
+    if not read.numel() or read.device != out.device or first >= start + out.nbytes:
+        return
+    elements = 1 + sum(s * (n - 1) for n, s in zip(read.shape, read.stride(), strict=True))
+    if start < first + elements * read.element_size():
+        raise ValueError(f"out shares memory with {name}")

@@ -11,10 +11,11 @@ from torch import Tensor
 from . import backends, fallback, layouts, operands, packing, params, plan, reference
 from .layouts import Layout, Rows
 from .params import DTYPE_CODES
-from .spec import Grads, Neuron, Saved
+from .spec import OPERANDS, Grads, Neuron, Saved
 
 # Gradients for x and the operands, in their order; None where not needed.
 Gradients = tuple[Tensor | None, ...]
+_NO_GRADS = (None,) * len(OPERANDS)
 
 
 def if_backward(
@@ -78,7 +79,10 @@ def if_backward(
         grad_x_rows = Rows(0, layout.inner)
     else:
         grad_x_rows = layout.out if x is not None else Rows(N, layout.inner)
-    per_neuron = [each() if need else None for need in needs[1:]]
+    per_neuron: Sequence[Tensor | None] = _NO_GRADS
+    if True in needs[1:]:
+        per_neuron = [each() if need else None for need in needs[1:]]
+    grad_v_init, grad_threshold, grad_amplitude = per_neuron[:3]
     if not N:
         return _sums(grad_x, per_neuron, neuron, needs)
 
@@ -98,7 +102,7 @@ def if_backward(
         or smooth
         or grads.v_seq is not None
         or grads.charge_seq is not None
-        or any(needs[4:])
+        or True in needs[4:]
     )
     vec, scratch = 1, None
     if kernels.gpu:
@@ -115,7 +119,11 @@ def if_backward(
         0 if words is None else words.data_ptr(),
         0 if grad_spikes is None else grad_spikes.data_ptr(),
         0 if grad_v is None else grad_v.data_ptr(),
-        *(0 if t is None else t.data_ptr() for t in (grad_x, *per_neuron[:3], scratch)),
+        0 if grad_x is None else grad_x.data_ptr(),
+        0 if grad_v_init is None else grad_v_init.data_ptr(),
+        0 if grad_threshold is None else grad_threshold.data_ptr(),
+        0 if grad_amplitude is None else grad_amplitude.data_ptr(),
+        0 if scratch is None else scratch.data_ptr(),
         *v_init,
         *threshold,
         *amplitude,
@@ -193,6 +201,8 @@ def _sums(
     needs: Sequence[bool],
 ) -> Gradients:
     """Gradients in the shapes of what they are for."""
+    if per_neuron is _NO_GRADS:
+        return (grad_x, *_NO_GRADS)
     grads = [grad_x if needs[0] else None]
     for grad, operand, need in zip(per_neuron, neuron.tensors, needs[1:], strict=True):
         wanted = need and grad is not None and operand is not None

@@ -11,7 +11,10 @@ from .. import surrogate as _surrogate
 from ..packed import PackedSpikes
 from . import arguments, autograd, operands, params
 from .arguments import NO_OPTIONS, Options
-from .spec import Asked, Neuron
+from .spec import OPERANDS, Asked, Neuron
+
+# What users call an operand, where that is another word.
+_SPELLED = {"threshold": "v_threshold"}
 
 
 def run(
@@ -58,9 +61,10 @@ def run(
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or _any_requires_grad(tensors))
     if out is not None:
         arguments.check_out(out, x, steps, shape, neuron.spike_dtype, needs_grad)
-        names = ("v", "v_threshold", "amplitude", "input_scale", "beta", "bias", "fire_level")
-        read = dict(zip(names, tensors, strict=True))
-        arguments.check_no_overlap(out, {"x_seq": x, **read})
+        arguments.check_no_overlap(out, "x_seq", x)
+        for name, tensor in zip(OPERANDS, tensors, strict=True):
+            if tensor is not None:
+                arguments.check_no_overlap(out, _SPELLED.get(name, name), tensor)
     if save != "recompute" or needs_grad:
         _check_save(save, neuron, asked, surrogate_function, needs_grad, T)
     if not needs_grad and not rate:
