@@ -76,6 +76,8 @@ def differentiable(x: Tensor, config: Config) -> Outputs:
         made = _IntegrateAndFire.apply(config, *given)
     else:
         made = _IntegrateAndFire.apply(config, x)
+    if config.asked is SPIKES:
+        return Outputs(made[0], None, None, None, made[1], None, None, None)
     outputs = iter(made)
     return Outputs._make([next(outputs) if there else None for there in _there(config)])
 
@@ -107,7 +109,7 @@ class _IntegrateAndFire(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, c: Config, x: Tensor, *operands_: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, c: Config, x: Tensor, *operands_: Tensor) -> tuple[Tensor | None, ...]:
         neuron, asked = c.with_operands(operands_), c.asked
         # A constant current has no [T, ...] tensor to save on.
         save = "recompute" if c.T is not None else c.save
@@ -131,11 +133,15 @@ class _IntegrateAndFire(torch.autograd.Function):
             ctx.save_for_backward(kept, outputs.words if fired else None, *operands_)
         ctx.config, ctx.save, ctx.steps, ctx.dtype = c, save, steps, x.dtype
         ctx.set_materialize_grads(False)
-        result = tuple([t for t, there in zip(outputs, _there(c), strict=True) if there])
-        if asked is not SPIKES or not neuron.spike_dtype.is_floating_point:
-            whole = (t for t in result if not t.dtype.is_floating_point)  # type: ignore[union-attr]
-            ctx.mark_non_differentiable(*whole)
-        return result  # type: ignore[return-value]
+        result: tuple[Any, ...]
+        if c.asked is SPIKES:
+            result = (outputs.spikes, outputs.v)
+            if neuron.spike_dtype.is_floating_point:
+                return result
+        else:
+            result = tuple([t for t, there in zip(outputs, _there(c), strict=True) if there])
+        ctx.mark_non_differentiable(*(t for t in result if not t.dtype.is_floating_point))
+        return result
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
