@@ -65,11 +65,11 @@ inline pybind11::dict layout() {
     F(base); F(grad_v_seq); F(grad_charge_seq); F(grad_input_scale); F(grad_beta); F(grad_bias);
     F(grad_fire_level); F(input_scale); F(beta); F(bias); F(fire_level); F(v_reset);
   END
+  return all;
   // clang-format on
 #undef BEGIN
 #undef F
 #undef END
-      return all;
 }
 
 }  // namespace snn

@@ -1,11 +1,11 @@
 // Launchers of the compiled CUDA extension. Each returns a cudaError_t as int, 0 for success, or
-// kNoSuchKernel for parameters outside the closed list of instances.
+// kNoSuchKernel for parameters outside the closed list of instances, or kTooManyNeurons.
 #pragma once
 #include "params.h"
 
 namespace snn {
 
-enum { kNoSuchKernel = -1 };
+enum { kNoSuchKernel = -1, kTooManyNeurons = -2 };
 
 int launch_if_forward(const IFForward& p, int device, void* stream);
 int launch_if_general(const IFGeneral& p, int device, void* stream);

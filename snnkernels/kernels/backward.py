@@ -50,8 +50,8 @@ def if_backward(
     dense = shape if layout.order is None else layout.neurons(shape)
     if x is None:
         # What lies where is known from the bits or the charges, whose rows these are.
-        rows = layout.x if charges is not None else Rows(N, layout.inner)
-        layout = layout._replace(x=Rows(N, layout.inner), out=rows, like_x=False)
+        where = layout.x if charges is not None else Rows(N, layout.inner)
+        layout = layout._replace(x=Rows(N, layout.inner), out=where, like_x=False)
 
     def each() -> Tensor:
         return layout.restore(like.new_empty(dense, dtype=state))
@@ -107,7 +107,9 @@ def if_backward(
     vec, scratch = 1, None
     if kernels.gpu:
         if not general:
-            general, vec = plan.backward(saved, layout, grad_spikes, grad_rows, grad_x, grad_x_rows)
+            rows = (layout.x, layout.out, grad_rows, grad_x_rows)
+            arrays = (x, charges, saved.window, saved.words, grad_spikes, grad_x, *per_neuron)
+            vec = plan.backward(state.itemsize, layout, N, rows, *arrays)
         if x is not None:
             lead = max((steps - 1) // params.CHUNK, 0)
             scratch = like.new_empty((lead, *dense), dtype=state)

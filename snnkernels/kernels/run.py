@@ -61,7 +61,7 @@ def if_forward(
     )
     vec = 1
     if kernels.gpu and not general:
-        general, vec = plan.forward(x, layout, outputs, threshold, amplitude)
+        vec = plan.forward(x, layout, N, *outputs)
     spikes, words, count, counts, v_out, v_seq, charge_seq, window = outputs
     packed = params.pack_forward(
         x.data_ptr(),
