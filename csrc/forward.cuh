@@ -110,9 +110,35 @@ struct Lanes {
   }
 };
 
+// Blocks that a multiprocessor should hold, where the compiler left alone uses more registers than
+// it needs or spills to use fewer; 0 leaves it alone. Which holds depends on the architecture.
+#if defined(__CUDA_ARCH__)
+enum { kArch = __CUDA_ARCH__ };
+#else
+enum { kArch = 0 };
+#endif
+
+// sm_75 has room for 4 blocks of 256 threads.
+template <int BLOCKS>
+constexpr int kRoomFor = kArch && kArch < 800 && BLOCKS > 4 ? 4 : BLOCKS;
+
+template <class X, int OUT, int VEC, bool EACH>
+constexpr int kBlocks = VEC == 1                           ? 0
+                        : EACH                             ? (OUT == kSpikesCount ? 2 : 0)
+                        : sizeof(X) == 4 && OUT == kSpikes ? kRoomFor < (kArch < 1000) ? 6 : 5 >
+                        : sizeof(X) == 8 && OUT != kSpikes ? 1
+                                                           : 0;
+
+template <class X, int OUT, int VEC, int T>
+constexpr int kBlocksOfSteps =
+    VEC == 1                                 ? 1
+    : sizeof(X) == 4                         ? kRoomFor < (kArch >= 1000 && OUT == kWords) ? 5 : 6 >
+    : OUT == kWords&& T >= 16 && kArch < 900 ? 4
+                                             : kRoomFor<5>;
+
 // Any T, any output, any form of parameters.
 template <class X, int OUT, int VEC, bool EACH>
-__global__ void __launch_bounds__(kThreads) if_forward(IFForward p) {
+__global__ void __launch_bounds__(kThreads, kBlocks<X, OUT, VEC, EACH>) if_forward(IFForward p) {
   typedef Lanes<X, OUT, VEC, EACH> L;
   typedef typename L::B B;
   const i64 n = global_thread() * VEC;
@@ -176,9 +202,8 @@ __global__ void __launch_bounds__(kThreads) if_forward(IFForward p) {
 // T known: all steps unrolled. VEC 1 is the form for few neurons, whose time is the latency of the
 // loads: all of them are in flight.
 template <class X, int OUT, int VEC, int T>
-__global__ void __launch_bounds__(kThreads, VEC == 1         ? 1
-                                            : sizeof(X) == 4 ? 6
-                                                             : 5) if_forward_steps(IFForward p) {
+__global__ void __launch_bounds__(kThreads, kBlocksOfSteps<X, OUT, VEC, T>)
+    if_forward_steps(IFForward p) {
   typedef Lanes<X, OUT, VEC, false> L;
   typedef typename L::B B;
   constexpr int kRing = VEC == 1 || T < kLoadsInFlight ? T : int(kLoadsInFlight);

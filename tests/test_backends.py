@@ -252,7 +252,7 @@ class _FakeModule:
 
     def if_forward(self, *args: Any) -> None: ...
 
-    def if_backward(self, *args: Any) -> None: ...
+    if_general = if_backward = if_backward_general = if_forward
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, *, cuda: str | None, device: bool) -> None:
