@@ -112,8 +112,7 @@ struct Lanes {
 
 // Any T, any output, any form of parameters.
 template <class X, int OUT, int VEC, bool EACH>
-__global__ void __launch_bounds__(kThreads, sizeof(X) == 8 && OUT == kSpikesCount ? 4 : 0)
-    if_forward(IFForward p) {
+__global__ void __launch_bounds__(kThreads) if_forward(IFForward p) {
   typedef Lanes<X, OUT, VEC, EACH> L;
   typedef typename L::B B;
   const i64 n = global_thread() * VEC;
@@ -174,15 +173,12 @@ __global__ void __launch_bounds__(kThreads, sizeof(X) == 8 && OUT == kSpikesCoun
   lanes.finish(p, n);
 }
 
-// Blocks to a multiprocessor: 40 registers for a thread of floats, 48 for one of eight halves. Left
-// to itself the compiler takes more than it needs.
-template <class X, int VEC>
-constexpr int kBlocks = VEC > 1 && sizeof(X) == 4 ? 6 : 5;
-
 // T known: all steps unrolled. VEC 1 is the form for few neurons, whose time is the latency of the
 // loads: all of them are in flight.
 template <class X, int OUT, int VEC, int T>
-__global__ void __launch_bounds__(kThreads, kBlocks<X, VEC>) if_forward_steps(IFForward p) {
+__global__ void __launch_bounds__(kThreads, VEC == 1         ? 1
+                                            : sizeof(X) == 4 ? 6
+                                                             : 5) if_forward_steps(IFForward p) {
   typedef Lanes<X, OUT, VEC, false> L;
   typedef typename L::B B;
   constexpr int kRing = VEC == 1 || T < kLoadsInFlight ? T : int(kLoadsInFlight);
