@@ -103,7 +103,7 @@ struct Emitter {
 };
 
 template <class X, bool SMOOTH>
-__global__ void __launch_bounds__(kThreads) if_general(const IFGeneral p) {
+__global__ void __launch_bounds__(kThreads, sizeof(X) == 8 ? 3 : 0) if_general(const IFGeneral p) {
   typedef State<X> S;
   const i64 n = global_thread(), T = p.base.T;
   if (n >= p.base.N) return;
