@@ -103,7 +103,7 @@ struct Emitter {
 };
 
 template <class X, bool SMOOTH>
-__global__ void __launch_bounds__(kThreads) if_general(const IFGeneral p) {
+__global__ void __launch_bounds__(kThreads, sizeof(X) == 8 ? 3 : 0) if_general(const IFGeneral p) {
   typedef State<X> S;
   const i64 n = global_thread(), T = p.base.T;
   if (n >= p.base.N) return;
@@ -143,12 +143,10 @@ __global__ void __launch_bounds__(kThreads) if_general(const IFGeneral p) {
       OffsetProbe<S> probe;
       probe.start();
       S v = start;
-      i32 guard = 0;
       SNN_KEEP_LOOP
       for (i64 t = 0; t < p.probe; ++t) {
         const S m = neuron.charge(v, current(widen(x[t * x_step])));
-        const S k = neuron.spikes(m, guard);
-        guard += i32(k);
+        const S k = neuron.spikes(m, 0);
         v = neuron.reset(m, k);
         probe.see(m, k != S(0));
       }
@@ -164,7 +162,7 @@ __global__ void __launch_bounds__(kThreads) if_general(const IFGeneral p) {
   i64 t = 0;
   SNN_KEEP_LOOP
   for (;;) {
-    const i64 end = probing ? i64(p.probe) : T;
+    const i64 end = probing && p.probe < T ? i64(p.probe) : T;
     // A ring that moves instead of turning: four loads in flight without unrolling.
     X ring[kLoadsInFlight];
     SNN_UNROLL
@@ -188,7 +186,7 @@ __global__ void __launch_bounds__(kThreads) if_general(const IFGeneral p) {
                  surrogate_derivative<kRectangle>(m - neuron.fire_level, neuron.alpha) != S(0));
       out.advance_row();
     }
-    if (!probing) break;
+    if (!probing || t >= T) break;
     probing = false;
     if (!(v / neuron.threshold > S(p.margin))) out.silent = true;
     v = start;

@@ -156,6 +156,7 @@ class HostShim:
         names = {}
         for line in check_call(["nm", "-C", self.path]).splitlines():
             address, _, name = line.partition(" ")
+            # g++ may split a cold part off, marked as a clone.
             found = re.search(r"\bsnn::if_\w+<[^()]*>(?=\(snn::IF\w+\)$)", name)
             if found and address.strip():
                 names[int(address, 16)] = found[0]

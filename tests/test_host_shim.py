@@ -1,4 +1,5 @@
-"""csrc/launch.cu itself: launches, streams, devices, errors, and which kernel it chooses."""
+"""csrc/launch.cu itself: launches, streams, devices, errors, which kernel it chooses; and every
+kernel on the list executed against the reference."""
 
 from __future__ import annotations
 
@@ -6,27 +7,28 @@ import contextlib
 import itertools
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from support import PURE, HostShim, assert_same_bits, currents, dyadic, spy
+from support import DTYPES, PURE, HostShim, assert_close, assert_same_bits, currents, dtype_id, spy
+from torch import Tensor
 
-from snnkernels.functional import if_count, if_multi_step, if_packed, if_rate, if_run
+from snnkernels.functional import if_count, if_multi_step, if_rate, if_run
 from snnkernels.kernels import backends, layouts, nvrtc, params, plan
-from snnkernels.options import Probe
 
 pytestmark = pytest.mark.skipif(PURE, reason="SNNKERNELS_TEST_PURE=1: nothing is compiled")
 
 
 @pytest.fixture
 def shim(host_shim: HostShim, monkeypatch: pytest.MonkeyPatch) -> Iterator[HostShim]:
-    """The back end in force, its log empty, wide threads wherever they fit."""
-    monkeypatch.setattr(plan, "FULL", 0)
+    """The back end in force, its log empty."""
     monkeypatch.setitem(backends._MAKERS, "host_shim", host_shim.kernels)
     monkeypatch.setitem(backends._made, "host_shim", host_shim.kernels())
+    # Wide threads wherever they fit, not only where they fill a device.
+    monkeypatch.setattr(plan, "FULL", 0)
     host_shim.take_log()
     with backends.use_backend("host_shim"):
         yield host_shim
@@ -44,9 +46,6 @@ def test_one_launch_a_call(shim: HostShim) -> None:
             lambda: if_multi_step(x, v_reset=0.0, store_v_seq=True),
             lambda: if_count(x),
             lambda: if_multi_step(x[0], T=100),
-            lambda: if_packed(x),
-            lambda: if_run(x, outputs=("spikes", "packed", "count"), count_at=(3, 5)),
-            lambda: if_run(x, probe=Probe(3, "shift", iterations=2)),
         ):
             call()
             assert len(launches(shim)) == 1
@@ -69,12 +68,20 @@ def test_blocks_cover_the_neurons_once(shim: HostShim, size: int, blocks: int) -
 
 
 def test_nothing_is_launched_without_neurons(shim: HostShim) -> None:
-    record = np.zeros((), params.IF_FORWARD)
-    record["spike_bytes"], record["vec"] = 4, 1
-    for name in ("threshold", "amplitude", "v_init"):
-        record[name]["inner"] = record[name]["count"] = 1
-    shim.module.if_forward(record.tobytes(), 0, 0)
+    for name, dtype in RECORDS.items():
+        record = np.zeros((), dtype)
+        base = record if name in ("if_forward", "if_backward") else record["base"]
+        base["vec"], base["x"] = 1, 8
+        getattr(shim.module, name)(record.tobytes(), 0, 0)
     assert shim.take_log() == []
+
+
+RECORDS = {
+    "if_forward": params.IF_FORWARD,
+    "if_general": params.IF_GENERAL,
+    "if_backward": params.IF_BACKWARD,
+    "if_backward_general": params.IF_BACKWARD_GENERAL,
+}
 
 
 @pytest.fixture
@@ -151,49 +158,61 @@ def test_errors_come_with_their_text(
         host_shim.fail("cudaGetDevice", 0)
 
 
-def test_parameters_outside_the_closed_list(host_shim: HostShim) -> None:
-    for field, value in (("vec", 3), ("spike_bytes", 3), ("dtype", 9)):
-        record = np.zeros((), params.IF_FORWARD)
-        record["spikes"], record["spike_bytes"], record["vec"], record["N"] = 64, 4, 1, 8
-        record[field] = value
-        with pytest.raises(RuntimeError, match="if_forward: no kernel was compiled for these"):
-            host_shim.module.if_forward(record.tobytes(), 0, 0)
-    general = np.zeros((), params.IF_GENERAL)
-    general["base"]["N"], general["options"] = 8, params.SMOOTH
-    with pytest.raises(RuntimeError, match="if_general: no kernel was compiled for these"):
-        host_shim.module.if_general(general.tobytes(), 0, 0)
-    for field, value in (("dtype", 9), ("x", 0)):
-        backward = np.zeros((), params.IF_BACKWARD_GENERAL)
-        backward["base"]["N"], backward["base"]["T"], backward["base"]["x"] = 8, 1, 64
-        backward["base"][field] = value
-        with pytest.raises(RuntimeError, match="if_backward_general: no kernel was compiled"):
-            host_shim.module.if_backward_general(backward.tobytes(), 0, 0)
-    for field, value in (("vec", 3), ("surrogate", 9), ("dtype", -1)):
-        record = np.zeros((), params.IF_BACKWARD)
-        record["vec"], record["N"], record["T"] = 1, 8, 1
-        record[field] = value
-        with pytest.raises(RuntimeError, match="if_backward: no kernel was compiled for these"):
-            host_shim.module.if_backward(record.tobytes(), 0, 0)
+def plain_record(name: str) -> np.ndarray:
+    record = np.zeros((), RECORDS[name])
+    base = record if name in ("if_forward", "if_backward") else record["base"]
+    base["vec"], base["N"], base["inner"] = 1, 8, 8
+    for operand in ("v_init", "threshold", "amplitude"):
+        base[operand]["inner"] = base[operand]["count"] = 1
+    return record
 
 
-def test_structs_of_another_size_are_refused(host_shim: HostShim) -> None:
-    with pytest.raises(ValueError, match=r"params: 5 bytes, expected \d+"):
-        host_shim.module.if_forward(b"12345", 0, 0)
-    with pytest.raises(ValueError, match=r"params: 5 bytes, expected \d+"):
-        host_shim.module.if_backward(b"12345", 0, 0)
-    with pytest.raises(ValueError, match=r"params: 5 bytes, expected \d+"):
-        host_shim.module.if_general(b"12345", 0, 0)
-    with pytest.raises(ValueError, match=r"params: 5 bytes, expected \d+"):
-        host_shim.module.if_backward_general(b"12345", 0, 0)
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("if_forward", {"vec": 3}),
+        ("if_forward", {"dtype": 9}),
+        ("if_forward", {"spikes": 8, "spike_bytes": 3}),
+        ("if_forward", {"spikes": 8, "spike_bytes": 8}),
+        ("if_general", {"dtype": -1}),
+        ("if_general", {"options": params.SMOOTH}),
+        ("if_backward", {"vec": 3}),
+        ("if_backward", {"surrogate": 9}),
+        ("if_backward", {"dtype": -1}),
+        ("if_backward", {"options": params.STRICT}),
+        # A sum over the steps is the general kernel's, which needs x.
+        ("if_backward", {"grad_x": 8}),
+        ("if_backward_general", {"x": 0}),
+        ("if_backward_general", {"x": 8, "options": params.SMOOTH}),
+    ],
+)
+def test_parameters_outside_the_closed_list(
+    host_shim: HostShim, name: str, fields: dict[str, int]
+) -> None:
+    record = plain_record(name)
+    for field, value in fields.items():
+        part = record if field in record.dtype.names else record["base"]
+        part[field] = value
+    with pytest.raises(RuntimeError, match=r"no kernel was compiled for these parameters"):
+        getattr(host_shim.module, name)(record.tobytes(), 0, 0)
 
 
-def test_more_neurons_than_a_launch_covers(host_shim: HostShim) -> None:
-    record = np.zeros((), params.IF_FORWARD)
-    record["vec"], record["N"] = 1, 2**40
-    with pytest.raises(RuntimeError, match="if_forward: more neurons than one launch can cover"):
-        host_shim.module.if_forward(record.tobytes(), 0, 0)
+@pytest.mark.parametrize("name", RECORDS)
+def test_more_neurons_than_a_grid_holds(host_shim: HostShim, name: str) -> None:
+    record = plain_record(name)
+    base = record if name in ("if_forward", "if_backward") else record["base"]
+    base["N"] = base["inner"] = 2**31 * 256
+    base["x"] = 8
     with pytest.raises(RuntimeError, match="more neurons than one launch can cover"):
-        nvrtc.if_forward(record.tobytes(), torch.device("cuda", 0))
+        getattr(host_shim.module, name)(record.tobytes(), 0, 0)
+    with pytest.raises(RuntimeError, match="more neurons than one launch can cover"):
+        getattr(nvrtc, name)(record.tobytes(), torch.device("cuda", 0))
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_structs_of_another_size_are_refused(host_shim: HostShim, name: str) -> None:
+    with pytest.raises(ValueError, match=r"params: 5 bytes, expected \d+"):
+        getattr(host_shim.module, name)(b"12345", 0, 0)
 
 
 # ---- which kernel --------------------------------------------------------------------------------
@@ -210,125 +229,170 @@ def test_the_two_closed_lists_agree(host_shim: HostShim) -> None:
     assert len(nvrtc.plain_instances()) <= 150
 
 
-def calls() -> Iterator[Any]:
-    """Calls that between them need every kernel."""
-    for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
-        state = torch.float64 if dtype == torch.float64 else torch.float32
-        for size, steps in itertools.product((64, 33), (1, 2, 4, 8, 9, 16, 32)):
-            x = dyadic(steps, size, seed=size).to(dtype)
-            th = torch.ones(size, dtype=state)
-            for threshold in (1.0, th):
-                run = lambda row=x, t=threshold, **g: if_run(row, 0.5, t, **g)  # noqa: E731
-                yield run
-                yield lambda r=run: r(outputs="packed")
-                yield lambda r=run: r(outputs="count")
-                yield lambda r=run: r(outputs=("spikes", "count"))
-                yield lambda r=run: r(outputs=("spikes", "packed"))
-                yield lambda r=run: r(spike_dtype=torch.uint8)
-                yield lambda r=run, a=th: r(amplitude=a)
-                yield lambda r=run, row=x[0]: r(row=row, T=3)
-                if steps == 9:
-                    yield lambda r=run: r(v_reset=0.0)
-                    yield lambda r=run: r(outputs="v_seq")
-        for size in (64, 33):
-            x = dyadic(9, size, seed=size).to(dtype).requires_grad_()
-            learned = torch.ones(size, dtype=state, requires_grad=True)
+@pytest.fixture
+def launched(
+    shim: HostShim, host_shim: HostShim, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[set[str]]:
+    """Back end "both": through launch.cu, and by name as NVRTC would. The names that agreed."""
+    names = host_shim.kernel_names()
+    chosen: list[str] = []
+    agreed: set[str] = set()
+    monkeypatch.setattr(nvrtc, "_launch", lambda name, record, N, vec, device: chosen.append(name))
 
-            def grads(x: Any = x, th: Any = 1.0, **given: Any) -> Any:
-                leaves = [t for t in (x, th) if isinstance(t, torch.Tensor)]
-                return torch.autograd.grad(if_multi_step(x, 0.5, th, **given)[0].sum(), leaves)
+    def launch(kernel: str, p: bytes, device: torch.device) -> None:
+        getattr(shim.module, f"if_{kernel}")(p, 0, 0)
+        getattr(nvrtc, f"if_{kernel}")(p, device)
+        (line,) = launches(shim)
+        assert names[int(line.rsplit(" ", 1)[1])] == chosen[-1]
+        agreed.add(chosen[-1])
 
-            for kind in ("atan", "sigmoid", "triangle", "rectangle"):
-                for detach in (False, True):
-                    yield lambda g=grads, k=kind, d=detach: g(surrogate_function=k, detach_reset=d)
-                    yield lambda x=x, k=kind: torch.autograd.grad(
-                        if_rate(x, surrogate_function=k)[0].sum(), x
-                    )
-            for th in (1.0, learned):
-                yield lambda g=grads, t=th: g(th=t, save="bits", surrogate_function="rectangle")
-                yield lambda g=grads, t=th: g(th=t, save="trace")
-                yield lambda g=grads, t=th: g(th=t)
-                yield lambda g=grads, t=th: g(th=t, tie=">")
-            yield lambda x=x: torch.autograd.grad(if_multi_step(x[0], T=3)[0].sum(), x)
+    both = spy("both", launch, True)
+    monkeypatch.setitem(backends._made, "both", both)
+    monkeypatch.setitem(backends._MAKERS, "both", lambda: both)
+    with backends.use_backend("both"):
+        yield agreed
+
+
+# Shape, whether time comes second in memory, form of the threshold. Halves go 8 to a thread.
+FORMS = (
+    ((64,), False, "number"),
+    ((33,), False, "number"),
+    ((33,), False, "full"),
+    ((2, 8, 4, 4), False, "channel"),  # runs of 16: one threshold to a thread
+    ((2, 8, 3), False, "channel"),  # runs of 3
+    ((8, 16), False, "position"),
+    ((8, 16), True, "number"),
+    ((8, 16), True, "full"),
+    ((3, 5), True, "channel"),
+)
+OUTPUTS = (
+    ("spikes",), ("packed",), ("count",), ("spikes", "count"), ("packed", "count"),
+    ("spikes", "packed"), ("v_seq", "count"),
+)  # fmt: skip
+
+
+def threshold_of(form: str, shape: tuple[int, ...], state: torch.dtype) -> Any:
+    if form == "number":
+        return 1.0
+    size = {"channel": shape[1:2], "position": shape[1:], "full": shape}[form]
+    return (0.75 + currents(*size, seed=5).abs() / 4).to(state)
+
+
+def against(call: Callable[[], tuple[Tensor | None, ...]]) -> list[tuple[Tensor, Tensor]]:
+    """What ``call`` returns by the back end in force and by the reference."""
+    got = call()
+    with backends.use_backend("reference"):
+        want = call()
+    pairs = zip(got, want, strict=True)
+    return [(g, w) for g, w in pairs if g is not None and w is not None]
 
 
 @needs_nm
-@pytest.mark.parametrize("full", [0, plan.FULL])
-def test_python_and_cpp_choose_the_same_kernel(
-    shim: HostShim, monkeypatch: pytest.MonkeyPatch, full: int
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+def test_every_forward_kernel_gives_the_references_bits(
+    launched: set[str], dtype: torch.dtype
 ) -> None:
-    """Every call, once through launch.cu with its log and once as for NVRTC."""
-    names = shim.kernel_names()
-    chosen: list[str] = []
+    state = torch.float64 if dtype == torch.float64 else torch.float32
+    every = (1, 2, 3, 4, 5, 7, 8, 9, 11, 12, 15, 16, 17, 31, 32, 33, 36, 63, 64, 65, 70)
+    for shape, turned, form in FORMS:
+        th = threshold_of(form, shape, state)
+        v = (currents(*shape, seed=7) / 4).to(state)
+        for T in every if len(shape) == 1 else (1, 2, 4, 6, 8, 16, 17, 32, 33, 64):
+            x = currents(T, *shape, seed=T, dtype=dtype)
+            if turned:
+                x = x.transpose(0, 1).contiguous().transpose(0, 1)
+            narrow: dict[str, Any] = {"spike_dtype": torch.uint8}
+            given: dict[str, Any]
+            for outputs, given in [
+                *((o, {}) for o in OUTPUTS),
+                *((o, narrow) for o in OUTPUTS[:4]),
+                *((o, {"T": T}) for o in OUTPUTS[:2]),
+            ]:
 
-    def launched_by_python(name: str, record: Any, N: int, vec: int, device: Any) -> None:
-        chosen.append(f"{name} {-(-N // (vec * nvrtc.THREADS))} blocks")
+                def call(
+                    current: Tensor = x[0] if "T" in given else x,
+                    outputs: tuple[str, ...] = outputs,
+                    given: dict[str, Any] = given,
+                    v: Any = v if T % 2 else 0.25,
+                    th: Any = th,
+                    shape: tuple[int, ...] = shape,
+                ) -> tuple[Tensor | None, ...]:
+                    run = if_run(
+                        current, v, th, amplitude="threshold", outputs=outputs,
+                        channel_dim=min(1, len(shape) - 1), **given,
+                    )  # fmt: skip
+                    words = None if run.packed is None else run.packed.words
+                    return run.v, run.spikes, words, run.count, run.v_seq
 
-    monkeypatch.setattr(nvrtc, "_launch", launched_by_python)
-    monkeypatch.setattr(plan, "FULL", full)
-    real = shim.kernels()
-
-    def both(kernel: str, packed: bytes, device: torch.device) -> None:
-        getattr(nvrtc, f"if_{kernel}")(packed, device)
-        getattr(real, kernel)(packed, device)
-
-    pair = spy("both", both, True)
-    monkeypatch.setitem(backends._made, "both", pair)
-    monkeypatch.setitem(backends._MAKERS, "both", lambda: pair)
-    with backends.use_backend("both"):
-        for call in calls():
-            call()
-    launched = []
-    for line in launches(shim):
-        words = line.split()
-        launched.append(f"{names[int(words[-1])]} {words[1]} blocks")
-    assert launched == chosen
-    reached = {name.rsplit(" ", 2)[0] for name in launched}
-    # And nothing on the list is out of reach, but for the smooth twin that only tests ask for, and
-    # wide threads where neurons are few.
-    never = set(nvrtc.instances()) - reached
-    wide = re.compile(r"if_forward(_steps)?<\S+ \d, [248], |if_backward(_bits)?<.*, [24]>")
-    twin = re.compile(r"general<double, true>")
-    unexpected = [n for n in never if not twin.search(n) and not (full and wide.search(n))]
-    assert not unexpected
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_few_neurons_have_the_same_bits(shim: HostShim, monkeypatch: pytest.MonkeyPatch,
-                                        dtype: torch.dtype) -> None:  # fmt: skip
-    """Threads of one neuron, as a device gets them below FULL blocks."""
-    monkeypatch.setattr(plan, "FULL", 1 << 40)
-    for steps in (1, 2, 4, 7, 8, 16, 31, 32, 33, 64, 65):
-        x = currents(steps, 3, 64, seed=steps, dtype=dtype)
-        for outputs in ("spikes", "packed", ("spikes", "count"), ("count", "packed")):
-            got = if_run(x, "half", 0.75, outputs=outputs, amplitude=0.3)
-            with backends.use_backend("reference"):
-                want = if_run(x, "half", 0.75, outputs=outputs, amplitude=0.3)
-            for a, b in zip(got, want, strict=True):
-                if isinstance(b, torch.Tensor):
-                    assert_same_bits(a, b)
-                else:
-                    assert a == b
+                for got, want in against(call):
+                    assert_same_bits(got, want, f"{shape} {form} T={T} {outputs} {given}")
+    name = nvrtc._TYPES[params.DTYPE_CODES[dtype]][0]
+    listed = {n for n in nvrtc.instances() if re.match(rf"snn::if_(forward|general)\w*<{name},", n)}
+    training = {n for n in listed if f"if_forward<{name}, {nvrtc.TRAINING}" in n}
+    assert listed - launched == training | {n for n in listed if "true>" in n and "general" in n}
 
 
-def test_the_plan_is_wide_where_it_fits() -> None:
-    big = 264 * 256 * 4
+@needs_nm
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+def test_every_backward_kernel_gives_the_references_gradients(
+    launched: set[str], dtype: torch.dtype
+) -> None:
+    state = torch.float64 if dtype == torch.float64 else torch.float32
+    kinds = ("atan", "sigmoid", "triangle", "rectangle")
+    for (shape, turned, form), T in itertools.product(FORMS, (1, 4, 7, 8, 9, 16, 35, 65)):
+        size = (T, *shape)
+        x, g = currents(*size, seed=T, dtype=dtype), currents(*size, seed=1, dtype=dtype)
+        if turned:
+            x = x.transpose(0, 1).contiguous().transpose(0, 1)
+        th, g_v = threshold_of(form, shape, state), currents(*shape, seed=2, dtype=state)
+        learned = isinstance(th, Tensor) and T % 2 == 0
+        combinations = itertools.product(kinds, ("recompute", "trace", "bits"), ("seq", "rate"))
+        for kind, save, out in combinations:
+            if save == "bits" and kind != "rectangle":
+                continue
 
-    def vec(x: torch.Tensor) -> int:
-        layout = layouts.of(x, False)
-        assert layout is not None
-        return plan.forward(x, layout, x.shape[1:].numel(), x)
+            def call(
+                x: Tensor = x, g: Tensor = g, th: Any = th, g_v: Tensor = g_v, kind: str = kind,
+                save: str = save, out: str = out, learned: bool = learned,
+                dim: int = min(1, len(shape) - 1),
+            ) -> tuple[Tensor, ...]:  # fmt: skip
+                leaf = x.detach().requires_grad_()
+                v = torch.full(x.shape[1:], 0.25, dtype=state, requires_grad=True)
+                leaves = [leaf, v]
+                if learned:
+                    th = th.detach().clone().requires_grad_()
+                    leaves.append(th)
+                given: dict[str, Any] = {
+                    "channel_dim": dim, "surrogate_function": kind, "save": save,
+                    "amplitude": "threshold", "detach_reset": kind == "triangle",
+                }  # fmt: skip
+                if out == "rate":
+                    spikes, last = if_rate(leaf, v, th, **given)
+                    return torch.autograd.grad((spikes, last), leaves, (g[0], g_v))
+                spikes, last, _ = if_multi_step(leaf, v, th, **given)
+                return (spikes.detach(), *torch.autograd.grad((spikes, last), leaves, (g, g_v)))
 
-    assert vec(torch.empty(2, big)) == 4
-    assert vec(torch.empty(2, big - 4)) == 1
-    assert vec(torch.empty(2, big + 2)) == 1
-    assert vec(torch.empty(2, 2 * big, dtype=torch.bfloat16)) == 8
-    assert vec(torch.empty(2, big, dtype=torch.bfloat16)) == 1
-    assert vec(torch.empty(2, big, dtype=torch.float64)) == 2
-    # Rows that are not aligned, or end inside a group.
-    assert vec(torch.empty(2 * big + 1)[1:].view(2, big)) == 1
-    assert vec(torch.empty(4, 2, big // 4 + 4)[..., : big // 4].transpose(0, 1)) == 4
-    assert vec(torch.empty(4, 2, big // 4 + 3)[..., : big // 4].transpose(0, 1)) == 1
+            for got, want in against(call):
+                close = {torch.float64: 1e-12, torch.float32: 2e-6}.get(got.dtype, 1e-2)
+                assert_close(got, want, close, f"{shape} {form} T={T} {kind} {save} {out}")
+    name = nvrtc._TYPES[params.DTYPE_CODES[dtype]][0]
+    listed = {n for n in nvrtc.plain_instances() if f"if_backward<{name}," in n}
+    listed |= {n for n in nvrtc.plain_instances() if f"if_backward_bits<{name}," in n}
+    listed |= {n for n in nvrtc.instances() if f"if_forward<{name}, {nvrtc.TRAINING}" in n}
+    assert listed <= launched
+
+
+@needs_nm
+def test_gradients_of_a_constant_current_are_the_general_kernels(launched: set[str]) -> None:
+    x = currents(64)
+
+    def call() -> tuple[Tensor, ...]:
+        leaf = x.detach().requires_grad_()
+        return torch.autograd.grad(if_multi_step(leaf, T=9)[0].sum(), leaf)
+
+    for got, want in against(call):
+        assert_close(got, want, 1e-6)
+    assert "snn::if_backward_general<float, false>" in launched
 
 
 def test_nvrtc_launch_plan(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -344,6 +408,7 @@ def test_nvrtc_launch_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         torch.cuda, "device", lambda d: entered.append(d) or contextlib.nullcontext()
     )
+    monkeypatch.setattr(plan, "FULL", 0)
     x = currents(9, 1028).requires_grad_()
 
     def call() -> None:
@@ -354,8 +419,16 @@ def test_nvrtc_launch_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     nvrtc.if_forward(forward, device)
     nvrtc.if_backward(backward, device)
     assert entered == [device, device]
-    monkeypatch.setattr(plan, "FULL", 0)
-    assert seen == [
-        ((blocks, 1, 1), (256, 1, 1), p, "stream of cuda:2")
-        for blocks, p in ((5, forward), (5, backward))
-    ]
+    want = ((2, 1, 1), (256, 1, 1))
+    assert seen == [(*want, p, "stream of cuda:2") for p in (forward, backward)]
+
+
+@pytest.mark.parametrize(
+    ("size", "element", "vec"),
+    [(264 * 256 * 4, 4, 4), (264 * 256 * 4 - 4, 4, 1), (264 * 256 * 4 + 1, 4, 1)],
+)
+def test_wide_threads_only_where_they_fill_a_device(size: int, element: int, vec: int) -> None:
+    x = torch.empty(1, size)
+    layout = layouts.located(x, False)[1]
+    assert plan.forward(x, layout, size, x) == vec
+    assert plan.forward(x, layout, size, x.view(-1)[1:]) == 1
