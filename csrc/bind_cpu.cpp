@@ -24,9 +24,9 @@ namespace {
 struct Isa {
   const char* name;
   void (*forward)(const IFForward&, i64, i64, bool);
-  void (*general)(const IFGeneral&, i64, i64);
+  void (*general)(const IFGeneral&, i64, i64, bool);
   void (*backward)(const IFBackward&, i64, i64, bool, void*);
-  void (*backward_general)(const IFBackwardGeneral&, i64, i64, void*);
+  void (*backward_general)(const IFBackwardGeneral&, i64, i64, bool, void*);
 };
 
 // Below this many neuron-steps a parallel region costs more than it saves.
@@ -161,12 +161,16 @@ void over_neurons(i64 T, i64 N, i64 scratch_bytes, Run run) {
   part(0, 1);
 }
 
+// Bytes of rows that a forward pass reads and writes.
+i64 rows_bytes(const IFForward& p) {
+  return p.T * p.N *
+         ((p.x_rows.step ? element_bytes(p.dtype) : 0) + (p.spikes ? p.spike_bytes : 0));
+}
+
 void if_forward(const py::bytes& bytes) {
   const IFForward p = unpack<IFForward>(bytes);
   check(p);
-  const i64 per_step =
-      (p.x_rows.step ? element_bytes(p.dtype) : 0) + (p.spikes ? p.spike_bytes : 0);
-  const bool streaming = p.T * p.N * per_step > kStreamBytes;
+  const bool streaming = rows_bytes(p) > kStreamBytes;
   py::gil_scoped_release nogil;
   over_neurons(p.T, p.N, 0,
                [&](i64 first, i64 last, void*) { g_isa->forward(p, first, last, streaming); });
@@ -175,9 +179,12 @@ void if_forward(const py::bytes& bytes) {
 void if_general(const py::bytes& bytes) {
   const IFGeneral p = unpack<IFGeneral>(bytes);
   check(p);
+  const i64 traces = i64(p.v_seq != nullptr) + i64(p.charge_seq != nullptr);
+  const bool streaming =
+      rows_bytes(p.base) + traces * p.base.T * p.base.N * state_bytes(p.base.dtype) > kStreamBytes;
   py::gil_scoped_release nogil;
   over_neurons(p.base.T, p.base.N, 0,
-               [&](i64 first, i64 last, void*) { g_isa->general(p, first, last); });
+               [&](i64 first, i64 last, void*) { g_isa->general(p, first, last, streaming); });
 }
 
 void if_backward(const py::bytes& bytes) {
@@ -194,10 +201,11 @@ void if_backward_general(const py::bytes& bytes) {
   const IFBackwardGeneral p = unpack<IFBackwardGeneral>(bytes);
   check(p.base, true);
   check(p.input_scale), check(p.beta), check(p.bias), check(p.fire_level);
+  const bool streaming = 3 * p.base.T * p.base.N * element_bytes(p.base.dtype) > kStreamBytes;
   py::gil_scoped_release nogil;
   over_neurons(p.base.T, p.base.N, backward_scratch_bytes(p.base),
                [&](i64 first, i64 last, void* scratch) {
-                 g_isa->backward_general(p, first, last, scratch);
+                 g_isa->backward_general(p, first, last, streaming, scratch);
                });
 }
 

@@ -352,23 +352,24 @@ void backward(const IFBackward& p, i64 first, i64 last, bool streaming, void* sc
 
 // ---- general
 
-template <class S, int KIND, bool SMOOTH>
+template <class S, bool SMOOTH>
 class BackwardGeneral {
  public:
-  BackwardGeneral(const IFBackwardGeneral& p, void* scratch)
+  BackwardGeneral(const IFBackwardGeneral& p, bool streaming, void* scratch)
       : p_(p),
         x_(p.base.x, p.base.x_rows, p.base.inner, p.base.N, p.base.dtype),
         grads_(p.base.grad_spikes, p.base.grad_rows, p.base.inner, p.base.N, p.base.dtype),
         grad_v_seq_(p.grad_v_seq, p.base.out_rows, p.base.inner, p.base.N, kState),
         grad_charge_seq_(p.grad_charge_seq, p.base.out_rows, p.base.inner, p.base.N, kState),
         grad_x_(p.base.grad_x_rows.step ? p.base.grad_x : nullptr, p.base.grad_x_rows, p.base.inner,
-                p.base.N, element_bytes(p.base.dtype), false),
+                p.base.N, element_bytes(p.base.dtype), streaming),
+        streaming_(streaming),
         charges_(static_cast<S*>(scratch)),
         saved_(charges_ + least(p.base.T, kSteps) * kLanes) {
     b_.v_reset = S(p.v_reset), b_.alpha = S(p.base.alpha);
     b_.margin = b_.max_spikes = S(0);
     b_.count_low = b_.count_high = 0;
-    b_.options = p.base.options, b_.surrogate = KIND;
+    b_.options = p.base.options, b_.surrogate = p.base.surrogate;
   }
 
   void run(i64 lo, i64 n) {
@@ -424,8 +425,8 @@ class BackwardGeneral {
   void again(i64 t, S* charges) {
     alignas(64) S buffer[kLanes];
     alignas(64) S current[kLanes];
-    b_.currents.from(x_.read(t, lo_, n_, buffer), b_.options, current);
-    b_.step(current);
+    if (streaming_ && x_.moves()) x_.prefetch(t, lo_ + kAhead);
+    b_.step(b_.currents.from(x_.read(t, lo_, n_, buffer), b_.options, current));
     __builtin_memcpy(charges, b_.charge, sizeof b_.charge);
   }
 
@@ -443,18 +444,35 @@ class BackwardGeneral {
       b_.template reset_lanes<0>();
   }
 
+  template <int KIND>
+  void slope_lanes(const S* charge) {
+    const S alpha = b_.alpha;
+#pragma omp simd
+    for (i64 i = 0; i < kLanes; ++i)
+      slope_[i] = surrogate_derivative<KIND>(charge[i] - b_.level[i], alpha);
+  }
+
+  void slopes(const S* charge) {
+    switch (b_.surrogate) {
+      case kATan:
+        return slope_lanes<kATan>(charge);
+      case kSigmoid:
+        return slope_lanes<kSigmoid>(charge);
+      case kTriangle:
+        return slope_lanes<kTriangle>(charge);
+      default:
+        return slope_lanes<kRectangle>(charge);
+    }
+  }
+
+  // OPTIONS are constants: g++ vectorises this loop without branches only.
   template <i32 OPTIONS>
   void adjoint_lanes(const S* charge, const S* grad_out, const S* grad_charge) {
-    const S alpha = b_.alpha;
-    const i32 options = OPTIONS | (b_.options & (kStrict | kDetachReset | kFireLevel));
 #pragma omp simd
     for (i64 i = 0; i < kLanes; ++i) {
-      Neuron<S, SMOOTH> neuron = b_.template neuron<0>(i);
-      neuron.options = options;
-      neuron.surrogate = KIND;
+      const Neuron<S, SMOOTH> neuron = b_.template neuron<OPTIONS>(i);
       Adjoint<S> a = {g_.carry[i], S(0), g_.threshold[i], g_.level[i], g_.amplitude[i], g_.beta[i]};
-      const S slope = surrogate_derivative<KIND>(charge[i] - b_.level[i], alpha);
-      a.step(neuron, b_.v[i], charge[i], grad_out[i], amplitude_[i], grad_charge[i], slope);
+      a.step(neuron, b_.v[i], charge[i], grad_out[i], amplitude_[i], grad_charge[i], slope_[i]);
       g_.carry[i] = a.carry;
       g_.current[i] = a.grad_current;
       g_.threshold[i] = a.grad_threshold;
@@ -462,6 +480,20 @@ class BackwardGeneral {
       g_.amplitude[i] = a.grad_amplitude;
       g_.beta[i] = a.grad_beta;
     }
+  }
+
+  // Turns the options, one after the other, into constants.
+  template <i32 OPTIONS>
+  void adjoint(const S* charge, const S* grad_out, const S* grad_charge) {
+    adjoint_lanes<OPTIONS>(charge, grad_out, grad_charge);
+  }
+
+  template <i32 OPTIONS, i32 OPTION, i32... REST>
+  void adjoint(const S* charge, const S* grad_out, const S* grad_charge) {
+    if (b_.options & OPTION)
+      adjoint<OPTIONS | OPTION, REST...>(charge, grad_out, grad_charge);
+    else
+      adjoint<OPTIONS, REST...>(charge, grad_out, grad_charge);
   }
 
   void back(i64 t, const S* charge) {
@@ -474,6 +506,7 @@ class BackwardGeneral {
       for (i64 i = 0; i < kLanes; ++i) g_.carry[i] += g[i];
     }
     if (p.grad_spikes) {
+      if (streaming_ && grads_.moves()) grads_.prefetch(t, lo_ + kAhead);
       const S* g = grads_.read(t, lo_, n_, buffer);
       const S scale = S(p.grad_scale);
       for (i64 i = 0; i < kLanes; ++i) grad_out[i] = g[i] * scale;
@@ -482,19 +515,8 @@ class BackwardGeneral {
       const S* g = grad_charge_seq_.read(t, lo_, n_, buffer);
       if (g != grad_charge) __builtin_memcpy(grad_charge, g, sizeof grad_charge);
     }
-    switch (b_.options & (kBeta | kHardReset)) {
-      case kBeta | kHardReset:
-        adjoint_lanes<kBeta | kHardReset>(charge, grad_out, grad_charge);
-        break;
-      case kBeta:
-        adjoint_lanes<kBeta>(charge, grad_out, grad_charge);
-        break;
-      case kHardReset:
-        adjoint_lanes<kHardReset>(charge, grad_out, grad_charge);
-        break;
-      default:
-        adjoint_lanes<0>(charge, grad_out, grad_charge);
-    }
+    slopes(charge);
+    adjoint<0, kStrict, kHardReset, kDetachReset, kBeta, kFireLevel>(charge, grad_out, grad_charge);
     const S* grad_x = g_.current;
     if (b_.options & kBias)
       for (i64 i = 0; i < kLanes; ++i) g_.bias[i] += g_.current[i];
@@ -527,38 +549,30 @@ class BackwardGeneral {
   const IFBackwardGeneral& p_;
   Input<S> x_, grads_, grad_v_seq_, grad_charge_seq_;
   Output grad_x_;
+  bool streaming_;
   S *charges_, *saved_;
   Lanes<S, SMOOTH> b_;
   Sums g_;
   alignas(64) S start_[kLanes];
   alignas(64) S amplitude_[kLanes];
+  alignas(64) S slope_[kLanes];
   i64 lo_, n_;
 };
 
-template <class S, int KIND, bool SMOOTH>
-void general_back(const IFBackwardGeneral& p, i64 first, i64 last, void* scratch) {
-  BackwardGeneral<S, KIND, SMOOTH> block(p, scratch);
-  for (i64 lo = first; lo < last; lo += kLanes) block.run(lo, least(kLanes, last - lo));
-}
-
 template <class S, bool SMOOTH>
-void general_back_kind(const IFBackwardGeneral& p, i64 first, i64 last, void* scratch) {
-  switch (p.base.surrogate) {
-    case kATan:
-      return general_back<S, kATan, SMOOTH>(p, first, last, scratch);
-    case kSigmoid:
-      return general_back<S, kSigmoid, SMOOTH>(p, first, last, scratch);
-    case kTriangle:
-      return general_back<S, kTriangle, SMOOTH>(p, first, last, scratch);
-    default:
-      return general_back<S, kRectangle, SMOOTH>(p, first, last, scratch);
-  }
+void general_back(const IFBackwardGeneral& p, i64 first, i64 last, bool streaming, void* scratch) {
+  BackwardGeneral<S, SMOOTH> block(p, streaming, scratch);
+  for (i64 lo = first; lo < last; lo += kLanes) block.run(lo, least(kLanes, last - lo));
+  if (streaming) stream_fence();
 }
 
-void backward_general(const IFBackwardGeneral& p, i64 first, i64 last, void* scratch) {
-  if (p.base.dtype != kFloat64) return general_back_kind<float, false>(p, first, last, scratch);
-  if (p.base.options & kSmooth) return general_back_kind<double, true>(p, first, last, scratch);
-  general_back_kind<double, false>(p, first, last, scratch);
+void backward_general(const IFBackwardGeneral& p, i64 first, i64 last, bool streaming,
+                      void* scratch) {
+  if (p.base.dtype != kFloat64)
+    return general_back<float, false>(p, first, last, streaming, scratch);
+  if (p.base.options & kSmooth)
+    return general_back<double, true>(p, first, last, streaming, scratch);
+  general_back<double, false>(p, first, last, streaming, scratch);
 }
 
 }  // namespace SNN_ISA

@@ -152,6 +152,9 @@ void forward(const IFForward& p, i64 first, i64 last, bool streaming) {
 
 // ---- general
 
+// Neurons ahead whose rows are prefetched: here all steps of kLanes neurons come first.
+constexpr i64 kAhead = 4 * kLanes;
+
 // A row of spikes, or the amplitudes of a block, in whatever width the spikes have.
 union Elements {
   u8 b1[kLanes];
@@ -188,18 +191,19 @@ struct Currents {
     gather(beta, beta_, S(beta_.value), lo, kLanes);
   }
 
-  void from(const S* x, i32 options, S* current) const {
+  // The currents of x: in `buffer`, or x itself.
+  const S* from(const S* x, i32 options, S* buffer) const {
     if (options & kInputScale) {
 #pragma omp simd
-      for (i64 i = 0; i < kLanes; ++i) current[i] = x[i] * scale[i];
-      x = current;
+      for (i64 i = 0; i < kLanes; ++i) buffer[i] = x[i] * scale[i];
+      x = buffer;
     }
     if (options & kBias) {
 #pragma omp simd
-      for (i64 i = 0; i < kLanes; ++i) current[i] = x[i] + bias[i];
-      x = current;
+      for (i64 i = 0; i < kLanes; ++i) buffer[i] = x[i] + bias[i];
+      x = buffer;
     }
-    if (x != current) __builtin_memcpy(current, x, kLanes * sizeof(S));
+    return x;
   }
 };
 
@@ -271,12 +275,14 @@ struct Lanes {
 template <class S, bool SMOOTH>
 class General {
  public:
-  explicit General(const IFGeneral& p)
+  General(const IFGeneral& p, bool streaming)
       : p_(p),
+        streaming_(streaming),
         x_(p.base.x, p.base.x_rows, p.base.inner, p.base.N, p.base.dtype),
-        spikes_(p.base.spikes, p.base.out_rows, p.base.inner, p.base.N, p.base.spike_bytes, false),
-        v_seq_(p.v_seq, p.base.out_rows, p.base.inner, p.base.N, sizeof(S), false),
-        charge_seq_(p.charge_seq, p.base.out_rows, p.base.inner, p.base.N, sizeof(S), false) {
+        spikes_(p.base.spikes, p.base.out_rows, p.base.inner, p.base.N, p.base.spike_bytes,
+                streaming),
+        v_seq_(p.v_seq, p.base.out_rows, p.base.inner, p.base.N, sizeof(S), streaming),
+        charge_seq_(p.charge_seq, p.base.out_rows, p.base.inner, p.base.N, sizeof(S), streaming) {
     b_.v_reset = S(p.v_reset), b_.alpha = S(p.base.alpha), b_.margin = S(p.margin);
     b_.max_spikes = S(p.max_spikes);
     b_.options = p.options, b_.surrogate = p.surrogate;
@@ -329,15 +335,12 @@ class General {
     __builtin_memset(count_, 0, sizeof count_);
   }
 
-  void current(i64 t) {
-    alignas(64) S buffer[kLanes];
-    b_.currents.from(x_.read(t, lo_, n_, buffer), p_.options, current_);
+  const S* current(i64 t) {
+    if (streaming_ && x_.moves()) x_.prefetch(t, lo_ + kAhead);
+    return b_.currents.from(x_.read(t, lo_, n_, read_), p_.options, current_);
   }
 
-  void step(i64 t) {
-    current(t);
-    b_.step(current_);
-  }
+  void step(i64 t) { b_.step(current(t)); }
 
   void sequential() {
     // Probe steps report no counts.
@@ -381,9 +384,9 @@ class General {
     const i64 T = p_.base.T;
     alignas(64) S fires[kLanes];
     for (i64 t = 0; t < T; ++t) {
-      current(t);
+      const S* x = current(t);
 #pragma omp simd
-      for (i64 i = 0; i < kLanes; ++i) b_.v[i] += current_[i];
+      for (i64 i = 0; i < kLanes; ++i) b_.v[i] += x[i];
     }
     for (i64 i = 0; i < kLanes; ++i) {
       fires[i] = parallel_count(b_.v[i], b_.threshold[i], S(T));
@@ -400,9 +403,16 @@ class General {
   // Spikes, counts and packed bits of step t.
   void emit(i64 t) {
     const IFForward& p = p_.base;
-    alignas(64) S k[kLanes];
+    alignas(64) S audible[kLanes];
+    const S* k = b_.k;
+    if (p_.options & (kMask | kProbeMask)) {
 #pragma omp simd
-    for (i64 i = 0; i < kLanes; ++i) k[i] = select(!silent_[i], b_.k[i]);
+      for (i64 i = 0; i < kLanes; ++i) {
+        const S spikes = b_.k[i];
+        audible[i] = silent_[i] ? S(0) : spikes;
+      }
+      k = audible;
+    }
     if (spikes_) emit_elements(t, k);
     if constexpr (SMOOTH) {
       for (i64 i = 0; i < kLanes; ++i) count_[i] += k[i] != S(0);
@@ -471,31 +481,34 @@ class General {
   }
 
   const IFGeneral& p_;
+  bool streaming_;
   Input<S> x_;
   Output spikes_, v_seq_, charge_seq_;
   Lanes<S, SMOOTH> b_;
   alignas(64) S start_[kLanes];
+  alignas(64) S read_[kLanes];
   alignas(64) S current_[kLanes];
   alignas(64) S weight_[kLanes];
   alignas(64) i32 count_[kLanes];
   alignas(64) u32 words_[kLanes];
   alignas(64) u32 window_[kLanes];
   alignas(64) Elements amplitude_;
-  bool silent_[kLanes];
+  alignas(64) i32 silent_[kLanes];
   i64 lo_, n_, emitted_;
   i32 next_;
 };
 
 template <class S, bool SMOOTH>
-void general_range(const IFGeneral& p, i64 first, i64 last) {
-  General<S, SMOOTH> block(p);
+void general_range(const IFGeneral& p, i64 first, i64 last, bool streaming) {
+  General<S, SMOOTH> block(p, streaming);
   for (i64 lo = first; lo < last; lo += kLanes) block.run(lo, least(kLanes, last - lo));
+  if (streaming) stream_fence();
 }
 
-void general(const IFGeneral& p, i64 first, i64 last) {
-  if (p.base.dtype != kFloat64) return general_range<float, false>(p, first, last);
-  if (p.options & kSmooth) return general_range<double, true>(p, first, last);
-  general_range<double, false>(p, first, last);
+void general(const IFGeneral& p, i64 first, i64 last, bool streaming) {
+  if (p.base.dtype != kFloat64) return general_range<float, false>(p, first, last, streaming);
+  if (p.options & kSmooth) return general_range<double, true>(p, first, last, streaming);
+  general_range<double, false>(p, first, last, streaming);
 }
 
 }  // namespace SNN_ISA

@@ -34,9 +34,10 @@ SNN_HD i64 backward_scratch_bytes(const IFBackward& p) {
 #define SNN_DECLARE(ISA)                                                                  \
   namespace ISA {                                                                         \
   void forward(const IFForward& p, i64 first, i64 last, bool streaming);                  \
-  void general(const IFGeneral& p, i64 first, i64 last);                                  \
+  void general(const IFGeneral& p, i64 first, i64 last, bool streaming);                  \
   void backward(const IFBackward& p, i64 first, i64 last, bool streaming, void* scratch); \
-  void backward_general(const IFBackwardGeneral& p, i64 first, i64 last, void* scratch);  \
+  void backward_general(const IFBackwardGeneral& p, i64 first, i64 last, bool streaming,  \
+                        void* scratch);                                                   \
   }
 SNN_DECLARE(baseline)
 SNN_DECLARE(avx2)
