@@ -14,6 +14,7 @@
 
 #include "bind.h"
 #include "kernels_cpu_api.h"
+#include "maps_cpu_api.h"
 
 namespace py = pybind11;
 using namespace snn;
@@ -115,6 +116,9 @@ void if_backward(const py::bytes& bytes) {
 
 }  // namespace
 
+const char* snn::isa_name() { return g_isa->name; }
+void bind_maps(py::module_& m);
+
 PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.doc() = "snnkernels CPU kernels";
   m.def("if_forward", &if_forward);
@@ -148,4 +152,5 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
 #endif
   });
   m.attr("LAYOUT") = layout();
+  bind_maps(m);
 }

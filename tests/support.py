@@ -169,6 +169,7 @@ class HostShim:
             True,
             lambda params, device: self.module.if_forward(params, 0, 0),
             lambda params, device: self.module.if_backward(params, 0, 0),
+            map=lambda name, params, device: self.module.map(name, params, 0, 0),
         )
 
 
@@ -183,7 +184,8 @@ def build_host_shim(cache: Path) -> HostShim:
     assert command is not None
     here = Path(__file__).resolve().parent / "host_shim"
     sources = sorted([*CSRC.glob("*.h"), *CSRC.glob("*.cuh"), *here.iterdir()])
-    sources += [CSRC / "launch.cu", CSRC / "bind_cuda.cpp"]
+    sources += [CSRC / name for name in ("launch.cu", "bind_cuda.cpp")]
+    sources += [CSRC / name for name in ("maps_launch.cu", "bind_maps_cuda.cpp")]
     digest = hashlib.sha256(repr((command, SHIM_FLAGS, sysconfig.get_platform())).encode())
     for source in sources:
         digest.update(source.read_bytes())
@@ -197,7 +199,9 @@ def build_host_shim(cache: Path) -> HostShim:
         headers = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
         jobs = {
             "launch.o": ["-x", "c++", CSRC / "launch.cu"],
+            "maps_launch.o": ["-x", "c++", CSRC / "maps_launch.cu"],
             "bind.o": [*headers, CSRC / "bind_cuda.cpp"],
+            "bind_maps.o": [*headers, CSRC / "bind_maps_cuda.cpp"],
             "runtime.o": [here / "runtime.cpp"],
         }
         running = [

@@ -21,7 +21,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -47,6 +47,7 @@ class Kernels:
     forward: Callable[[bytes, torch.device], None]
     backward: Callable[[bytes, torch.device], None]
     check: Callable[[torch.device], None] = lambda device: None
+    map: Callable[[str, bytes, torch.device], None] | None = None  # the small kernels, by name
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,7 @@ def _cpu() -> Kernels:
         False,
         lambda params, device: module.if_forward(params),
         lambda params, device: module.if_backward(params),
+        map=lambda name, params, device: module.map(name, params),
     )
 
 
@@ -188,9 +190,13 @@ def _cuda() -> Kernels:
                 f"rebuild snnkernels with SNNKERNELS_ARCHS={arch}",
             )
 
+    def map_(name: str, packed: bytes, device: torch.device) -> None:
+        on_device(partial(module.map, name))(packed, device)
+
     return Kernels(
-        "cuda", "cuda", True, on_device(module.if_forward), on_device(module.if_backward), check
-    )
+        "cuda", "cuda", True, on_device(module.if_forward), on_device(module.if_backward), check,
+        map_,
+    )  # fmt: skip
 
 
 def serves(archs: str, capability: tuple[int, int]) -> bool:
@@ -215,7 +221,9 @@ def _nvrtc() -> Kernels:
     except Exception as error:
         raise Missing(f"CuPy finds no NVRTC: {error}", f"pip install '{package}[ctk]'") from None
     _need_device()
-    return Kernels("nvrtc", "cuda", True, nvrtc.if_forward, nvrtc.if_backward, nvrtc.check)
+    return Kernels(
+        "nvrtc", "cuda", True, nvrtc.if_forward, nvrtc.if_backward, nvrtc.check, nvrtc.map_
+    )
 
 
 _MAKERS: dict[str, Callable[[], Kernels]] = {"cpu": _cpu, "cuda": _cuda, "nvrtc": _nvrtc}

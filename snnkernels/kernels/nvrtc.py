@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from . import backends, params
+from . import backends, maps_params, params
 
-_HEADERS = ("numeric.h", "params.h", "neuron.h", "kernels.cuh")
+_HEADERS = ("numeric.h", "params.h", "neuron.h", "kernels.cuh", "maps.h", "maps.cuh")
 FLAGS = ("-std=c++17", "-fmad=false", "-ftz=false", "-prec-div=true", "-prec-sqrt=true")
 THREADS = 256
 
@@ -159,7 +159,8 @@ def _function(name: str, device: torch.device) -> Any:
 
 def _launch(name: str, record: np.ndarray, device: torch.device) -> None:
     p = record[0]
-    threads = -(-int(p["N"]) // int(p["vec"]))
+    vec = int(p["vec"]) if "vec" in (record.dtype.names or ()) else 1
+    threads = -(-int(p["N"]) // vec)
     blocks = -(-threads // THREADS)
     # CuPy launches on the current device; the stream is torch's.
     with torch.cuda.device(device):
@@ -186,3 +187,9 @@ def if_backward(packed: bytes, device: torch.device) -> None:
     """Launches the backward pass described by ``packed`` (:data:`params.IF_BACKWARD`)."""
     record = np.frombuffer(packed, params.IF_BACKWARD)
     _launch(backward_name(record[0]), record, device)
+
+
+def map_(name: str, packed: bytes, device: torch.device) -> None:
+    """Launches the small kernel ``name`` (:data:`maps_params.RECORDS`)."""
+    record = np.frombuffer(packed, maps_params.RECORDS[name].dtype)
+    _launch(maps_params.instance(name, record[0]), record, device)
