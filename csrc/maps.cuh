@@ -67,8 +67,9 @@ struct Pool {
         for (int j = 0; j < kRows; ++j)
           if (i < p.kh && j < p.kw) tap(i, j, sums[i * kRows + j]);
       } else {
-        for (int i = 0; i < p.kh; ++i)
-          for (int j = 0; j < p.kw; ++j) tap(i, j, sums[i * p.kw + j]);
+        SNN_KEEP_LOOP
+        for (int i = 0; i < p.kh; ++i) SNN_KEEP_LOOP
+        for (int j = 0; j < p.kw; ++j) tap(i, j, sums[i * p.kw + j]);
       }
       store_at<X>(p.out, t * p.N + n, Narrow<X>::from(most - before));
       before = most;
@@ -77,20 +78,22 @@ struct Pool {
   }
 };
 
+// The threshold is read behind the loop: before it, float64 would spill.
 template <class X>
 struct Dsr {
   typedef DsrParams Params;
   typedef State<X> S;
-  static __device__ __forceinline__ void at(const Params& p, i64 i, S threshold) {
-    const X *x = static_cast<const X*>(p.x), *g = static_cast<const X*>(p.grad);
+  static __device__ __forceinline__ void at(const Params& p, i64 i) {
+    const X *x = static_cast<const X*>(p.x) + i, *g = static_cast<const X*>(p.grad) + i;
     const S* weights = static_cast<const S*>(p.weights);
-    S mean = weights ? weights[0] * widen(x[i]) : widen(x[i]);
-    S grad = weights ? weights[0] * widen(g[i]) : widen(g[i]);
-    for (i64 t = 1, at = i + p.N; t < p.T; ++t, at += p.N) {
-      mean = mean + (weights ? weights[t] * widen(x[at]) : widen(x[at]));
-      grad = grad + (weights ? weights[t] * widen(g[at]) : widen(g[at]));
+    S mean = S(0), grad = S(0);
+    for (i64 t = 0; t < p.T; ++t, x += p.N, g += p.N) {
+      const S a = weights ? weights[t] * widen(*x) : widen(*x);
+      const S b = weights ? weights[t] * widen(*g) : widen(*g);
+      mean = t ? mean + a : a;
+      grad = t ? grad + b : b;
     }
-    DsrFinish<X>::at(p, i, threshold, mean, grad);
+    DsrFinish<X>::at(p, i, read<S>(p.threshold, i), mean, grad);
   }
 };
 

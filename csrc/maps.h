@@ -209,28 +209,18 @@ SNN_HD S lowest() {
 
 // ---- dsr: gradients from means over time
 
-template <class S>
-struct DsrSums {
-  S x, grad;
-};
-
 template <class X>
 struct DsrFinish {
   typedef State<X> S;
   static SNN_HD void at(const DsrParams& p, i64 i, S threshold, S x, S grad) {
-    bool inside, above;
-    if (p.weights) {
-      const S bound = S(p.tau) * threshold / S(p.dt);
-      grad = S(p.T) * grad;
-      inside = (x > S(0)) & (x < bound);
-      above = x > bound;
-    } else {
-      x = x / S(p.T);
-      inside = (x >= S(0)) & (x <= threshold);
-      above = x > threshold;
-    }
-    store_at<X>(p.grad_x, i, Narrow<X>::from(inside ? grad / S(p.divisor) : S(0)));
-    store_at<S>(p.grad_threshold, i, above ? grad : S(0));
+    // One division for both kinds: of the mean, or of the bound.
+    const S quotient = (p.weights ? S(p.tau) * threshold : x) / S(p.weights ? p.dt : double(p.T));
+    const S mean = p.weights ? x : quotient, bound = p.weights ? quotient : threshold;
+    if (p.weights) grad = S(p.T) * grad;
+    const bool inside =
+        p.weights ? (mean > S(0)) & (mean < bound) : (mean >= S(0)) & (mean <= bound);
+    store_at<S>(p.grad_threshold, i, mean > bound ? grad : S(0));
+    store_at<X>(p.grad_x, i, Narrow<X>::from((inside ? grad : S(0)) / S(p.divisor)));
   }
 };
 

@@ -73,7 +73,7 @@ struct PoolKernels {
   }
 SNN_BY_DTYPE(qcfs, QcfsParams, shared_map, Qcfs)
 SNN_BY_DTYPE(qcfs_backward, QcfsParams, shared_map, QcfsBackward)
-SNN_BY_DTYPE(dsr_backward, DsrParams, shared_map, Dsr)
+SNN_BY_DTYPE(dsr_backward, DsrParams, map, Dsr)
 SNN_BY_DTYPE(mmse_errors, MmseParams, map, Mmse)
 SNN_BY_DTYPE(histogram_update, HistogramParams, map, Histogram)
 SNN_BY_DTYPE(ttfs_encode, TtfsParams, shared_map, TtfsEncode)

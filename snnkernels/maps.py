@@ -232,13 +232,14 @@ def cumulative_max_pool(
     if x_seq.dim() != 5:
         raise ValueError(f"x_seq has shape {tuple(x_seq.shape)}; it must be [T, B, C, H, W]")
     geometry = pool_geometry(kernel_size, stride, padding, dilation)
+    kernel, steps, around, apart = geometry
     for n, k, s, p, d in zip(x_seq.shape[3:], *geometry, strict=True):
         if _maps.pooled_size(n, k, s, p, d, ceil_mode) < 1:
             raise ValueError(
                 f"kernel_size={kernel_size!r} with dilation={dilation!r} does not fit into x_seq "
                 f"of shape {tuple(x_seq.shape)} with padding={padding!r}"
             )
-    return pool_steps(x_seq, *geometry, bool(ceil_mode), None, None, False)[0]
+    return pool_steps(x_seq, kernel, steps, around, apart, bool(ceil_mode), None, None, False)[0]
 
 
 def pool_geometry(kernel_size: Any, stride: Any, padding: Any, dilation: Any) -> list[list[int]]:
@@ -467,7 +468,7 @@ def ttfs_encode(
     round: bool = False,
     channel_dim: int | None = None,
 ) -> Tensor:
-    """When a neuron with a falling threshold fires: the first t with ``a >= threshold (T - t) / T``.
+    """When a neuron with a falling threshold fires: the first t with a >= threshold (T - t) / T.
 
     Args:
         a: values ``[*shape]``, float32, float64, float16 or bfloat16.
@@ -615,7 +616,7 @@ def unpack_bits(
     _whole("T", T, 1, 2**31 - 1)
     bits = 8 * words.element_size()
     needed = -(-T // 32) if words.dtype == torch.int32 else 1
-    if words.shape[0] != needed or T > bits * needed:
+    if words.shape[0] != needed or bits * needed < T:
         raise ValueError(
             f"words is {words.dtype} {tuple(words.shape)}, which does not hold T={T} steps: "
             f"allowed are one word of at least T bits, or {-(-T // 32)} of int32"

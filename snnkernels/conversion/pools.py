@@ -50,9 +50,10 @@ class CumulativeMaxPool(nn.Module):
         steps = x.reshape(T, x.shape[0] // T, *x.shape[1:])
         if isinstance(self.pool, nn.MaxPool2d) and steps.dim() == 5:
             p = self.pool
-            geometry = pool_geometry(p.kernel_size, p.stride, p.padding, p.dilation)
+            window = pool_geometry(p.kernel_size, p.stride, p.padding, p.dilation)
+            kernel, stride, padding, dilation = window
             out, self.total, self.peak = pool_steps(
-                steps, *geometry, p.ceil_mode, self.total, self.peak, True
+                steps, kernel, stride, padding, dilation, p.ceil_mode, self.total, self.peak, True
             )
         else:
             out = self._by_torch(steps)

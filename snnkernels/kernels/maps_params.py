@@ -105,7 +105,7 @@ RECORDS = {
 _BY_DTYPE = {
     "qcfs": "snn::shared_map<snn::Qcfs<{}>>",
     "qcfs_backward": "snn::shared_map<snn::QcfsBackward<{}>>",
-    "dsr_backward": "snn::shared_map<snn::Dsr<{}>>",
+    "dsr_backward": "snn::map<snn::Dsr<{}>>",
     "mmse_errors": "snn::map<snn::Mmse<{}>>",
     "histogram_update": "snn::map<snn::Histogram<{}>>",
     "ttfs_encode": "snn::shared_map<snn::TtfsEncode<{}>>",
