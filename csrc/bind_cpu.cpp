@@ -15,6 +15,7 @@
 
 #include "bind.h"
 #include "kernels_cpu_api.h"
+#include "maps_cpu_api.h"
 
 namespace py = pybind11;
 using namespace snn;
@@ -211,6 +212,9 @@ void if_backward_general(const py::bytes& bytes) {
 
 }  // namespace
 
+const char* snn::isa_name() { return g_isa->name; }
+void bind_maps(py::module_& m);
+
 PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.doc() = "snnkernels CPU kernels";
   m.def("if_forward", &if_forward);
@@ -246,4 +250,5 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
 #endif
   });
   m.attr("LAYOUT") = layout();
+  bind_maps(m);
 }

@@ -28,6 +28,8 @@ void run(const char* name, int (*launch)(const Params&, int, void*), const py::b
 
 }  // namespace
 
+void bind_maps(py::module_& m);
+
 PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
   m.doc() = "snnkernels CUDA kernels";
   m.def("if_forward", [](const py::bytes& p, int device, std::uintptr_t stream) {
@@ -51,6 +53,7 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
       },
       "CUDA versions of the runtime linked in and of the driver, such as (13000, 12080).");
   m.attr("LAYOUT") = layout();
+  bind_maps(m);
 #if defined(SNN_ARCHS)
   m.attr("ARCHS") = SNN_ARCHS;
 #endif

@@ -169,7 +169,11 @@ class HostShim:
             return lambda packed, device: launch(packed, 0, 0)
 
         launches = backends.entries(self.module, run)
-        return backends.Kernels("host_shim", "cpu", True, **launches)
+
+        def small(name: str, packed: bytes, device: torch.device) -> None:
+            self.module.map(name, packed, 0, 0)
+
+        return backends.Kernels("host_shim", "cpu", True, **launches, map=small)
 
 
 def spy(
@@ -195,7 +199,8 @@ def build_host_shim(cache: Path) -> HostShim:
     assert command is not None
     here = Path(__file__).resolve().parent / "host_shim"
     sources = sorted([*CSRC.glob("*.h"), *CSRC.glob("*.cuh"), *here.iterdir()])
-    sources += [CSRC / "launch.cu", CSRC / "bind_cuda.cpp"]
+    sources += [CSRC / name for name in ("launch.cu", "bind_cuda.cpp")]
+    sources += [CSRC / name for name in ("maps_launch.cu", "bind_maps_cuda.cpp")]
     digest = hashlib.sha256(repr((command, SHIM_FLAGS, sysconfig.get_platform())).encode())
     for source in sources:
         digest.update(source.read_bytes())
@@ -209,7 +214,9 @@ def build_host_shim(cache: Path) -> HostShim:
         headers = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
         jobs = {
             "launch.o": ["-x", "c++", CSRC / "launch.cu"],
+            "maps_launch.o": ["-x", "c++", CSRC / "maps_launch.cu"],
             "bind.o": [*headers, CSRC / "bind_cuda.cpp"],
+            "bind_maps.o": [*headers, CSRC / "bind_maps_cuda.cpp"],
             "runtime.o": [here / "runtime.cpp"],
         }
         running = [

@@ -21,7 +21,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -52,6 +52,7 @@ class Kernels:
     backward: Launch
     backward_general: Launch
     check: Callable[[torch.device], None] = lambda device: None
+    map: Callable[[str, bytes, torch.device], None] | None = None  # the small kernels, by name
 
 
 def entries(module: Any, wrap: Callable[[Any], Launch]) -> dict[str, Any]:
@@ -144,7 +145,10 @@ def _cpu() -> Kernels:
     def run(launch: Callable[[bytes], None]) -> Launch:
         return lambda packed, device: launch(packed)
 
-    return Kernels("cpu", "cpu", False, **entries(module, run))
+    def small(name: str, packed: bytes, device: torch.device) -> None:
+        module.map(name, packed)
+
+    return Kernels("cpu", "cpu", False, **entries(module, run), map=small)
 
 
 def _remedy(tool: str, switch: str) -> str:
@@ -197,7 +201,10 @@ def _cuda() -> Kernels:
                 f"rebuild snnkernels with SNNKERNELS_ARCHS={arch}",
             )
 
-    return Kernels("cuda", "cuda", True, **entries(module, on_device), check=check)
+    def small(name: str, packed: bytes, device: torch.device) -> None:
+        on_device(partial(module.map, name))(packed, device)
+
+    return Kernels("cuda", "cuda", True, **entries(module, on_device), check=check, map=small)
 
 
 def serves(archs: str, capability: tuple[int, int]) -> bool:
@@ -223,7 +230,7 @@ def _nvrtc() -> Kernels:
         raise Missing(f"CuPy finds no NVRTC: {error}", f"pip install '{package}[ctk]'") from None
     _need_device()
     launches = entries(nvrtc, lambda launch: launch)
-    return Kernels("nvrtc", "cuda", True, **launches, check=nvrtc.check)
+    return Kernels("nvrtc", "cuda", True, **launches, check=nvrtc.check, map=nvrtc.map_)
 
 
 _MAKERS: dict[str, Callable[[], Kernels]] = {"cpu": _cpu, "cuda": _cuda, "nvrtc": _nvrtc}

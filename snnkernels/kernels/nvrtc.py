@@ -18,11 +18,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from . import backends, params
+from . import backends, maps_params, params
 
 _HEADERS = (
     *("numeric.h", "params.h", "neuron.h"),
     *("gpu.cuh", "forward.cuh", "general.cuh", "backward.cuh"),
+    *("maps.h", "maps.cuh"),
 )
 FLAGS = ("-std=c++17", "-fmad=false", "-ftz=false", "-prec-div=true", "-prec-sqrt=true")
 THREADS = 256
@@ -254,3 +255,10 @@ def if_backward_general(packed: bytes, device: torch.device) -> None:
     """Launches the backward pass described by ``packed`` (:data:`params.IF_BACKWARD_GENERAL`)."""
     record = np.frombuffer(packed, params.IF_BACKWARD_GENERAL)
     _launch(backward_general_name(record[0]), record, int(record[0]["base"]["N"]), 1, device)
+
+
+def map_(name: str, packed: bytes, device: torch.device) -> None:
+    """Launches the small kernel ``name`` (:data:`maps_params.RECORDS`)."""
+    record = np.frombuffer(packed, maps_params.RECORDS[name].dtype)
+    p = record[0]
+    _launch(maps_params.instance(name, p), record, int(p["N"]), 1, device)
