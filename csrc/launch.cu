@@ -2,6 +2,7 @@
 // Python for NVRTC (kernels/nvrtc.py); a test compares the two.
 #include <cuda_runtime.h>
 
+#include "device_guard.h"
 #include "kernels.cuh"
 #include "launch.h"
 
@@ -12,29 +13,6 @@
 
 namespace snn {
 namespace {
-
-// Makes `device` current for the launch and restores what was current before.
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int device) {
-    error_ = cudaGetDevice(&previous_);
-    if (error_ == cudaSuccess && previous_ != device) {
-      error_ = cudaSetDevice(device);
-      switched_ = error_ == cudaSuccess;
-    }
-  }
-  ~DeviceGuard() {
-    if (switched_) cudaSetDevice(previous_);
-  }
-  DeviceGuard(const DeviceGuard&) = delete;
-  DeviceGuard& operator=(const DeviceGuard&) = delete;
-  int error() const { return int(error_); }
-
- private:
-  cudaError_t error_;
-  int previous_ = 0;
-  bool switched_ = false;
-};
 
 template <class Params>
 int launch(void (*kernel)(Params), const Params& p, i64 N, i32 vec, int device, void* stream) {

@@ -103,12 +103,12 @@ struct Sums {
   static __device__ __forceinline__ void at(const Params& p, i64 n) {
     const i64 row = divide(n, p.segments), first = (n - row * p.segments) * p.length;
     const i64 last = first + p.length < p.each ? first + p.length : p.each;
-    double lanes[kLanes] = {};
+    double lanes[kMapLanes] = {};
     i64 outer = divide(first, p.inner), within = first - outer * p.inner;
     i64 at = (outer * p.rows + row) * p.inner + within;
-    for (i64 j = first; j < last; j += kLanes) {
+    for (i64 j = first; j < last; j += kMapLanes) {
       SNN_UNROLL
-      for (int lane = 0; lane < kLanes; ++lane)
+      for (int lane = 0; lane < kMapLanes; ++lane)
         if (j + lane < last) {
           lanes[lane] += double(load_at<S>(p.values, at));
           ++at;
@@ -135,10 +135,10 @@ struct Mmse {
     const S threshold = load_at<S>(p.candidates, channel * p.K + k), T = S(p.T);
     const S step = threshold / T, fraction = S(p.fraction);
     const X* values = static_cast<const X*>(p.values) + channel * p.each;
-    double lanes[kLanes] = {};
-    for (i64 j = first; j < last; j += kLanes) {
+    double lanes[kMapLanes] = {};
+    for (i64 j = first; j < last; j += kMapLanes) {
       SNN_UNROLL
-      for (int lane = 0; lane < kLanes; ++lane)
+      for (int lane = 0; lane < kMapLanes; ++lane)
         if (j + lane < last)
           lanes[lane] += squared_distance(widen(values[j + lane]), threshold, step, T, fraction);
     }

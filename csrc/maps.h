@@ -53,8 +53,8 @@ struct DsrParams {
   i32 pad;
 };
 
-// Sums of rows in a fixed order: kLanes sums side by side over each segment, then the lanes.
-enum { kLanes = 8 };
+// Sums of rows in a fixed order: kMapLanes sums side by side over each segment, then the lanes.
+enum { kMapLanes = 8 };
 
 struct SumsParams {
   const void*

@@ -205,7 +205,7 @@ inline void sums_of(const SumsParams& given, i64 first, i64 last) {
   for (i64 unit = first; unit < last; ++unit) {
     const i64 row = unit / p.segments, start = unit % p.segments * p.length;
     const i64 stop = smaller(start + p.length, p.each);
-    double lanes[kLanes] = {};
+    double lanes[kMapLanes] = {};
     for (i64 lo = start; lo < stop; lo += kMapBlock) {
       const i64 n = smaller(kMapBlock, stop - lo);
       for (i64 done = 0; done < n;) {
@@ -216,9 +216,9 @@ inline void sums_of(const SumsParams& given, i64 first, i64 last) {
         done += take;
       }
       for (i64 i = n; i < kMapBlock; ++i) block[i] = S(0);
-      for (i64 i = 0; i < kMapBlock; i += kLanes)
+      for (i64 i = 0; i < kMapBlock; i += kMapLanes)
 #pragma omp simd
-        for (i64 lane = 0; lane < kLanes; ++lane) lanes[lane] += double(block[i + lane]);
+        for (i64 lane = 0; lane < kMapLanes; ++lane) lanes[lane] += double(block[i + lane]);
     }
     p.out[unit] = fold(lanes);
   }
@@ -245,11 +245,11 @@ struct MmseUnits {
       const i64 n = smaller(p.length, p.each - start);
       const S threshold = load_at<S>(p.candidates, channel * p.K + k), step = threshold / T;
       const X* values = static_cast<const X*>(p.values) + channel * p.each + start;
-      double lanes[kLanes] = {};
-      const i64 whole = n / kLanes * kLanes;
-      for (i64 i = 0; i < whole; i += kLanes)
+      double lanes[kMapLanes] = {};
+      const i64 whole = n / kMapLanes * kMapLanes;
+      for (i64 i = 0; i < whole; i += kMapLanes)
 #pragma omp simd
-        for (i64 lane = 0; lane < kLanes; ++lane)
+        for (i64 lane = 0; lane < kMapLanes; ++lane)
           lanes[lane] += squared_distance(widen(values[i + lane]), threshold, step, T, fraction);
       for (i64 i = whole; i < n; ++i)
         lanes[i - whole] += squared_distance(widen(values[i]), threshold, step, T, fraction);
