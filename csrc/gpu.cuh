@@ -268,14 +268,6 @@ struct Cursor {
   }
 };
 
-__device__ __forceinline__ i32 ones(u32 word) {
-#if defined(__CUDA_ARCH__)
-  return __popc(word);
-#else
-  return __builtin_popcount(word);
-#endif
-}
-
 // One word of packed steps of each of VEC neurons.
 template <int VEC>
 __device__ __forceinline__ void store_words(void* words, i64 at, i32 bytes, const u32* bits) {

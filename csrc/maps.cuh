@@ -1,7 +1,7 @@
 // The small kernels on GPUs: one thread an output element (or a share of a sum), no thread talks to
 // another; a histogram's counts meet in integer atomics, whose order does not show.
 #pragma once
-#include "kernels.cuh"
+#include "gpu.cuh"
 #include "maps.h"
 
 namespace snn {

@@ -298,16 +298,6 @@ SNN_HD bool plane(S& rest, S h) {
 
 // ---- bits
 
-SNN_HD i32 ones(u32 word) {
-#if defined(__CUDA_ARCH__)
-  return __popc(word);
-#else
-  word = word - ((word >> 1) & 0x55555555u);
-  word = (word & 0x33333333u) + ((word >> 2) & 0x33333333u);
-  return i32((((word + (word >> 4)) & 0x0f0f0f0fu) * 0x01010101u) >> 24);
-#endif
-}
-
 SNN_HD u32 word_at(const void* words, i64 i, i32 bytes) {
   if (bytes == 1) return load_at<u8>(words, i);
   if (bytes == 2) return load_at<u16>(words, i);
