@@ -21,8 +21,39 @@ from torch import Size, Tensor
 from . import surrogate as _surrogate
 from .kernels import operands, ops, reference, run
 from .kernels.run import Neuron
+from .maps import (
+    bit_planes,
+    cumulative_max_pool,
+    dsr_backward,
+    histogram_update,
+    mmse_errors,
+    mmse_threshold,
+    pack_bits,
+    popcount,
+    qcfs,
+    ttfs_decode,
+    ttfs_encode,
+    unpack_bits,
+)
 
-__all__ = ["if_count", "if_multi_step", "if_rate", "if_step"]
+__all__ = [
+    "bit_planes",
+    "cumulative_max_pool",
+    "dsr_backward",
+    "histogram_update",
+    "if_count",
+    "if_multi_step",
+    "if_rate",
+    "if_step",
+    "mmse_errors",
+    "mmse_threshold",
+    "pack_bits",
+    "popcount",
+    "qcfs",
+    "ttfs_decode",
+    "ttfs_encode",
+    "unpack_bits",
+]
 
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _PLAIN = (Tensor, torch.nn.Parameter)
