@@ -23,11 +23,29 @@ from torch import Tensor
 from .kernels import call
 from .kernels.arguments import NO_OPTIONS, Options
 from .kernels.spec import SPIKES, Asked
+from .maps import (
+    bit_planes,
+    cumulative_max_pool,
+    dsr_backward,
+    histogram_update,
+    mmse_errors,
+    mmse_threshold,
+    pack_bits,
+    popcount,
+    qcfs,
+    ttfs_decode,
+    ttfs_encode,
+    unpack_bits,
+)
 from .options import Probe, Signed
 from .packed import PackedSpikes
 
 __all__ = [
     "Run",
+    "bit_planes",
+    "cumulative_max_pool",
+    "dsr_backward",
+    "histogram_update",
     "if_count",
     "if_multi_step",
     "if_packed",
@@ -35,6 +53,14 @@ __all__ = [
     "if_run",
     "if_step",
     "lif_multi_step",
+    "mmse_errors",
+    "mmse_threshold",
+    "pack_bits",
+    "popcount",
+    "qcfs",
+    "ttfs_decode",
+    "ttfs_encode",
+    "unpack_bits",
 ]
 
 _Number = float | int

@@ -79,7 +79,7 @@ def _shared(
     if value.device != device:
         raise ValueError(f"{name} is on {value.device} but the input is on {device}")
     if positive and not torch.compiler.is_compiling():
-        operands.check_threshold(value, name)
+        operands.check_threshold(value.detach(), name)
     return operands.for_broadcast(name, value, shape, channel_dim), 0.0
 
 

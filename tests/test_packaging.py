@@ -159,7 +159,16 @@ def test_public_names_exist_and_are_documented() -> None:
 
 def test_kernel_sources_ship_without_framework_headers() -> None:
     """What a GPU compiles includes only our own headers."""
-    for name in ("numeric.h", "params.h", "neuron.h", "kernels.cuh", "launch.h"):
+    for name in (
+        "numeric.h",
+        "params.h",
+        "neuron.h",
+        "kernels.cuh",
+        "launch.h",
+        "maps.h",
+        "maps.cuh",
+        "maps_launch.h",
+    ):
         included = re.findall(r"#include\s+(\S+)", (CSRC / name).read_text())
         assert all(re.fullmatch(r'"[\w.]+"', i) for i in included), (name, included)
     for path in CSRC.iterdir():
@@ -172,8 +181,8 @@ def test_kernel_sources_ship_without_framework_headers() -> None:
 
 # Data falls through the floors: a module imports its own floor and those below.
 FLOORS = {
-    "surrogate": 0, "options": 0, "kernels.reference": 0,
-    "functional": 1, "kernels": 1, "packed": 1, "memory": 1,
+    "surrogate": 0, "options": 0, "kernels.reference": 0, "kernels.maps_reference": 0,
+    "functional": 1, "maps": 1, "kernels": 1, "packed": 1, "memory": 1,
     "neurons": 2, "monitors": 2, "models": 2, "data": 2,
     "conversion": 3, "metrics": 3,
     "engine": 4,
@@ -364,7 +373,8 @@ def test_sanitized_extension(request: pytest.FixtureRequest, tmp_path: Path) -> 
             check_call(
                 [
                     *(compiler() or []), *flags, *headers, "-DSNN_ISA=baseline", "-shared",
-                    CSRC / "cpu_isa.cpp", CSRC / "bind_cpu.cpp", "-o", part,
+                    CSRC / "cpu_isa.cpp", CSRC / "bind_cpu.cpp", CSRC / "maps_isa.cpp",
+                    CSRC / "bind_maps_cpu.cpp", "-o", part,
                 ]
             )  # fmt: skip
             part.rename(built)

@@ -283,14 +283,15 @@ def cumulative_max_pool(
     OH = pooled_size(H, kh, sh, ph, dh, ceil_mode)
     OW = pooled_size(W, kw, sw, pw, dw, ceil_mode)
     shape = (*x.shape[1:3], OH, OW)
-    nothing = x.new_empty(0, dtype=wide)
+    # Two: outputs of an operator must not share memory.
+    nothing, nothing_too = x.new_empty(0, dtype=wide), x.new_empty(0, dtype=wide)
     if T == 0 or not math.prod(shape):
         before = [x.new_zeros(s, dtype=wide) for s in (x.shape[1:], shape)]
         before = [
             b if t is None else t.to(wide, copy=True)
             for b, t in zip(before, (total, peak), strict=True)
         ]
-        return x.new_empty((T, *shape)), *(before if state else (nothing, nothing))
+        return x.new_empty((T, *shape)), *(before if state else (nothing, nothing_too))
     size = 2 if max(kh, kw) <= 2 else 3 if max(kh, kw) <= 3 else 0
     if kernels is None or (kernels.gpu and size == 0 and kh * kw > _TAPS):
         if total is not None:
@@ -300,7 +301,7 @@ def cumulative_max_pool(
             None if peak is None else peak.to(wide),
         )  # fmt: skip
         if not state:
-            return out.contiguous(), nothing, nothing
+            return out.contiguous(), nothing, nothing_too
         # Copies: of one step the sum is the input itself.
         own = [t.clone(memory_format=torch.contiguous_format) for t in (total, peak)]
         return out.contiguous(), own[0], own[1]
@@ -321,7 +322,7 @@ def cumulative_max_pool(
         size=size,
     )  # fmt: skip
     if not state or total_out is None or peak_out is None:
-        return out, nothing, nothing
+        return out, nothing, nothing_too
     return out, total_out, peak_out
 
 
