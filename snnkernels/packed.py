@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Size, Tensor
 
+from . import maps
 from .kernels import operands, reference
 
 __all__ = ["PackedSpikes"]
@@ -85,28 +86,17 @@ class PackedSpikes:
         ``torch.bool`` and integer types hold 0 and 1 whatever the amplitude.
         """
         dtype = dtype or self.dtype
-        fired = reference.unpack(self.words, self.T)
-        if not dtype.is_floating_point:
-            return fired.to(dtype)
-        if isinstance(self.amplitude, Tensor):
-            weight = self.amplitude.detach().to(dtype)
-            return torch.where(fired, weight, torch.zeros((), dtype=dtype, device=self.device))
-        if self.amplitude == 1.0:
-            return fired.to(dtype)
-        number = operands.rounded(float(self.amplitude), dtype)
-        return torch.where(
-            fired,
-            torch.full((), number, dtype=dtype, device=self.device),
-            torch.zeros((), dtype=dtype, device=self.device),
-        )
+        if self.T == 0:
+            return torch.empty(self.shape, dtype=dtype, device=self.device)
+        if dtype.is_floating_point:
+            weight = self.amplitude
+            weight = weight.detach() if isinstance(weight, Tensor) else weight
+            return maps.unpack_bits(self.words, self.T, dtype, weight)
+        return maps.unpack_bits(self.words, self.T, torch.uint8).to(dtype)
 
     def count(self) -> Tensor:
         """Spikes per neuron, int32 ``[*shape]``."""
-        total = torch.zeros(self.words.shape[1:], dtype=torch.int32, device=self.device)
-        for word in self.words:
-            for k in range(8 * word.element_size()):
-                total += (word.int() >> k) & 1
-        return total
+        return maps.popcount(self.words)
 
     def rate(self) -> Tensor:
         """``amplitude * count / T`` in :attr:`dtype`, ``[*shape]``."""
