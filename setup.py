@@ -217,15 +217,17 @@ class BuildExt(build_ext):
         base = [*self.cxx, *HOST_FLAGS, *self.sanitize]
         objects = [
             file.compile(
-                folder / f"cpu_{isa}.o",
-                source / "cpu_isa.cpp",
+                folder / f"{unit}_{isa}.o",
+                source / f"{unit}_isa.cpp",
                 [*base, f"-DSNN_ISA={isa}", *flags],
             )
+            for unit in ("cpu", "maps")
             for isa, flags in ISA_FLAGS.items()
             if X86 or isa == "baseline"
         ]
         binding = [*base, *(["-DSNN_X86"] if X86 else []), *self.python_headers]
-        objects.append(file.compile(folder / "bind_cpu.o", source / "bind_cpu.cpp", binding))
+        for unit in ("bind_cpu", "bind_maps_cpu"):
+            objects.append(file.compile(folder / f"{unit}.o", source / f"{unit}.cpp", binding))
         # libgomp is torch's own, loaded before this module: never a second OpenMP runtime.
         link = [*self.cxx, "-shared", "-fopenmp", *self.sanitize]
         file.edge("link", out, objects, [*link, *objects, "-o", out])
@@ -235,20 +237,24 @@ class BuildExt(build_ext):
         cuda = Cuda(find_nvcc())
         objects = [
             file.compile(
-                folder / "launch.o",
-                source / "launch.cu",
+                folder / f"{unit}.o",
+                source / f"{unit}.cu",
                 [cuda.nvcc, *DEVICE_FLAGS, "-t2", *cuda.gencode],
-            ),
+            )
+            for unit in ("launch", "maps_launch")
+        ]
+        objects += [
             file.compile(
-                folder / "bind_cuda.o",
-                source / "bind_cuda.cpp",
+                folder / f"{unit}.o",
+                source / f"{unit}.cpp",
                 [
                     *self.cxx,
                     *HOST_FLAGS,
                     f'-DSNN_ARCHS="{" ".join(cuda.archs)}"',
                     *self.python_headers,
                 ],
-            ),
+            )
+            for unit in ("bind_cuda", "bind_maps_cuda")
         ]
         file.edge(
             "link", out, objects, [*self.cxx, "-shared", *objects, "-o", out, *cuda.libraries]

@@ -27,33 +27,49 @@ Params unpack(const pybind11::bytes& bytes) {
   return p;
 }
 
-// {struct: {field: offset}, with "" for the size}.
+// {struct: {field: offset}, with "" for the size}. A nested struct is one field, itself listed.
 inline pybind11::dict layout() {
-  pybind11::dict operand, forward, backward, all;
-#define SNN_OFFSET(d, S, f) d[#f] = offsetof(S, f)
-  operand[""] = sizeof(Operand);
-  SNN_OFFSET(operand, Operand, data);
-  SNN_OFFSET(operand, Operand, inner);
-  SNN_OFFSET(operand, Operand, count);
-  SNN_OFFSET(operand, Operand, value);
-  forward[""] = sizeof(IFForward);
-#define F(f) SNN_OFFSET(forward, IFForward, f)
-  F(x), F(spikes), F(count), F(v), F(v_seq), F(charge_seq), F(v_init), F(threshold), F(amplitude);
-  F(input_scale), F(T), F(N), F(x_stride), F(v_reset), F(alpha), F(amplitude_bits), F(dtype);
-  F(spike_bytes), F(options), F(surrogate), F(vec), F(pad);
-#undef F
-  backward[""] = sizeof(IFBackward);
-#define F(f) SNN_OFFSET(backward, IFBackward, f)
-  F(x), F(grad_spikes), F(grad_v), F(grad_v_seq), F(grad_charge_seq), F(grad_x), F(grad_v_init);
-  F(grad_threshold), F(grad_amplitude), F(grad_input_scale), F(scratch), F(v_init), F(threshold);
-  F(amplitude), F(input_scale), F(T), F(N), F(x_stride), F(grad_stride), F(v_reset), F(alpha);
-  F(grad_scale), F(dtype), F(options), F(surrogate), F(vec);
-#undef F
-#undef SNN_OFFSET
-  all["Operand"] = operand;
-  all["IFForward"] = forward;
-  all["IFBackward"] = backward;
+  pybind11::dict all, fields;
+#define BEGIN(S)                 \
+  {                              \
+    typedef S Struct;            \
+    fields = pybind11::dict();   \
+    fields[""] = sizeof(Struct); \
+    all[#S] = fields;
+#define F(f) fields[#f] = offsetof(Struct, f)
+#define END }
+  // clang-format off
+  BEGIN(Operand)
+    F(data); F(inner); F(count); F(value);
+  END
+  BEGIN(Rows)
+    F(step); F(outer);
+  END
+  BEGIN(IFForward)
+    F(x); F(spikes); F(words); F(window); F(count); F(v); F(v_init); F(threshold); F(amplitude);
+    F(T); F(N); F(inner); F(x_rows); F(out_rows); F(alpha); F(amplitude_bits); F(dtype);
+    F(spike_bytes); F(word_bytes); F(vec);
+  END
+  BEGIN(IFGeneral)
+    F(base); F(counts); F(v_seq); F(charge_seq); F(mask); F(input_scale); F(beta); F(bias);
+    F(fire_level); F(v_reset); F(margin); F(options); F(surrogate); F(max_spikes); F(probe);
+    F(iterations); F(count_low); F(count_high); F(count_times); F(count_at);
+  END
+  BEGIN(IFBackward)
+    F(x); F(charges); F(window); F(words); F(grad_spikes); F(grad_v); F(grad_x); F(grad_v_init);
+    F(grad_threshold); F(grad_amplitude); F(scratch); F(v_init); F(threshold); F(amplitude); F(T);
+    F(N); F(inner); F(x_rows); F(out_rows); F(grad_rows); F(grad_x_rows); F(alpha); F(grad_scale);
+    F(dtype); F(word_bytes); F(options); F(surrogate); F(vec); F(pad);
+  END
+  BEGIN(IFBackwardGeneral)
+    F(base); F(grad_v_seq); F(grad_charge_seq); F(grad_input_scale); F(grad_beta); F(grad_bias);
+    F(grad_fire_level); F(input_scale); F(beta); F(bias); F(fire_level); F(v_reset);
+  END
   return all;
+  // clang-format on
+#undef BEGIN
+#undef F
+#undef END
 }
 
 }  // namespace snn

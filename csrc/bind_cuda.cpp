@@ -28,13 +28,21 @@ void run(const char* name, int (*launch)(const Params&, int, void*), const py::b
 
 }  // namespace
 
+void bind_maps(py::module_& m);
+
 PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
   m.doc() = "snnkernels CUDA kernels";
   m.def("if_forward", [](const py::bytes& p, int device, std::uintptr_t stream) {
     run("if_forward", launch_if_forward, p, device, stream);
   });
+  m.def("if_general", [](const py::bytes& p, int device, std::uintptr_t stream) {
+    run("if_general", launch_if_general, p, device, stream);
+  });
   m.def("if_backward", [](const py::bytes& p, int device, std::uintptr_t stream) {
     run("if_backward", launch_if_backward, p, device, stream);
+  });
+  m.def("if_backward_general", [](const py::bytes& p, int device, std::uintptr_t stream) {
+    run("if_backward_general", launch_if_backward_general, p, device, stream);
   });
   m.def(
       "versions",
@@ -45,6 +53,7 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
       },
       "CUDA versions of the runtime linked in and of the driver, such as (13000, 12080).");
   m.attr("LAYOUT") = layout();
+  bind_maps(m);
 #if defined(SNN_ARCHS)
   m.attr("ARCHS") = SNN_ARCHS;
 #endif

@@ -79,54 +79,129 @@ SNN_HD double surrogate_primitive(i32 kind, double u, double alpha) {
   }
 }
 
-// One step of the general neuron: every option, spikes as numbers so that the smooth twin fits.
+// ---- the general neuron: every option ----------------------------------------------------------
+//
+//   current = x, * input_scale, + bias       each rounded
+//   m = v + current                          beta: round(beta * v) + current
+//   fire at m >= fire_level (the threshold unless given)
+//
+// Burst:  k = min(floor(m / theta), max_spikes) spikes where m >= theta, v = m - round(k * theta).
+// Signed: +1 where m >= theta and the running count is below count_high; otherwise -1 where
+//         m <= -margin (m < 0 if margin is 0) and it is above count_low.
+// k spikes weigh round(k * amplitude).
+
 template <class S, bool SMOOTH>
 struct Neuron {
-  S threshold, v_reset, alpha;
-  i32 options, surrogate;
+  S threshold, fire_level, beta, v_reset, alpha, margin, max_spikes;
+  i32 options, surrogate, count_low, count_high;
 
-  // Returns the spike (0 or 1, or the primitive for the smooth twin); v becomes the membrane after
-  // the step and *charge the membrane before reset.
-  SNN_HD S step(S& v, S current, S* charge) const {
-    const S m = v + current;
-    *charge = m;
-    if constexpr (SMOOTH) {
-      const S s = S(surrogate_primitive(surrogate, double(m - threshold), double(alpha)));
-      v = options & kHardReset ? m * (S(1) - s) + v_reset * s : m - threshold * s;
-      return s;
-    } else {
-      const bool s = fires(m, threshold, (options & kStrict) != 0);
-      v = options & kHardReset ? (s ? v_reset : m) : reset_by_subtraction(m, threshold, s);
-      return select(s, S(1));
-    }
+  SNN_HD S charge(S v, S current) const { return (options & kBeta ? beta * v : v) + current; }
+
+  // The spike (0 or 1; the primitive for the smooth twin) of a neuron that neither bursts nor is
+  // signed.
+  SNN_HD S spike(S m) const {
+    if constexpr (SMOOTH)
+      return S(surrogate_primitive(surrogate, double(m - fire_level), double(alpha)));
+    else
+      return select(fires(m, fire_level, (options & kStrict) != 0), S(1));
   }
 
-  SNN_HD S spike(S charge) const {
+  // How many spikes, signed; `count` is the sum of those before.
+  SNN_HD S spikes(S m, i32 count) const {
+    if (options & kBurst) {
+      const S k = floor_of(m / threshold);
+      return select(m >= threshold, k < max_spikes ? k : max_spikes);
+    }
+    if (options & kSigned) {
+      const bool plus = m >= threshold && count < count_high;
+      const bool low = margin > S(0) ? m <= -margin : m < S(0);
+      return plus ? S(1) : select(low && count > count_low, S(-1));
+    }
+    return spike(m);
+  }
+
+  SNN_HD S reset(S m, S k) const {
     if constexpr (SMOOTH)
-      return S(surrogate_primitive(surrogate, double(charge - threshold), double(alpha)));
-    else
-      return select(fires(charge, threshold, (options & kStrict) != 0), S(1));
+      return options & kHardReset ? m * (S(1) - k) + v_reset * k : m - threshold * k;
+    if (options & kHardReset) return k != S(0) ? v_reset : m;
+    return m - select(k != S(0), k * threshold);
   }
 };
 
-// The adjoint of Neuron::step. `carry` is d loss / d v after the step and becomes d loss / d v
-// before it, which is also d loss / d current.
+// What the probe steps of COS (Hao et al., ICLR 2023) see of a neuron, and where they move its
+// initial membrane: so that it loses a spike it fired too many, or gains one it lacks.
+template <class S>
+struct OffsetProbe {
+  S least_fired, most_silent;
+  i32 count;
+  bool any_silent;
+
+  SNN_HD void start() {
+    count = 0;
+    any_silent = false;
+    least_fired = most_silent = S(0);
+  }
+
+  SNN_HD void see(S m, bool spike) {
+    if (spike) {
+      least_fired = count == 0 || m < least_fired ? m : least_fired;
+      ++count;
+    } else {
+      most_silent = !any_silent || m > most_silent ? m : most_silent;
+      any_silent = true;
+    }
+  }
+
+  SNN_HD S shifted(S v_init, S v_last, S threshold, S below, S above) const {
+    if (v_last < S(0) && count > 0) {
+      const S need = least_fired - below * threshold;
+      return v_init - (need > threshold ? need : threshold);
+    }
+    if (v_last >= threshold && any_silent) {
+      const S need = above * threshold - most_silent;
+      return v_init + (need > threshold ? need : threshold);
+    }
+    return v_init;
+  }
+};
+
+// Spikes of the parallel neuron: `total` is v_init plus the sum of all currents.
+template <class S>
+SNN_HD S parallel_count(S total, S threshold, S steps) {
+  const S k = floor_of(total / threshold);
+  return select(k > S(0), k < steps ? k : steps);
+}
+
+// The adjoint of a step. `carry` is d loss / d v after the step and becomes d loss / d v before it;
+// `grad_current` is d loss / d current.
 template <class S>
 struct Adjoint {
-  S carry, grad_threshold, grad_amplitude;
+  S carry, grad_current, grad_threshold, grad_fire_level, grad_amplitude, grad_beta;
 
+  // v: the membrane before the step. u = m - fire_level has the surrogate's slope `slope`.
   template <bool SMOOTH>
-  SNN_HD void step(const Neuron<S, SMOOTH>& n, S charge, S grad_out, S amplitude, S grad_charge,
+  SNN_HD void step(const Neuron<S, SMOOTH>& n, S v, S m, S grad_out, S amplitude, S grad_charge,
                    S slope) {
-    const S s = n.spike(charge);
+    const S s = n.spike(m);
     const bool hard = (n.options & kHardReset) != 0;
     const S through_reset = n.options & kDetachReset ? S(0)
-                            : hard                   ? carry * (n.v_reset - charge)
+                            : hard                   ? carry * (n.v_reset - m)
                                                      : -(carry * n.threshold);
     const S grad_u = (amplitude * grad_out + through_reset) * slope;
+    const S subtracted = hard ? S(0) : carry * s;
     grad_amplitude += s * grad_out;
-    grad_threshold -= grad_u + (hard ? S(0) : carry * s);
-    carry = grad_u + (hard ? carry * (S(1) - s) : carry) + grad_charge;
+    if (n.options & kFireLevel) {
+      grad_threshold -= subtracted;
+      grad_fire_level -= grad_u;
+    } else {
+      grad_threshold -= grad_u + subtracted;
+    }
+    grad_current = grad_u + (hard ? carry * (S(1) - s) : carry) + grad_charge;
+    carry = grad_current;
+    if (n.options & kBeta) {
+      grad_beta += grad_current * v;
+      carry = grad_current * n.beta;
+    }
   }
 };
 

@@ -143,6 +143,23 @@ struct Narrow<f16> {
 SNN_HD float absolute(float x) { return x < 0 ? -x : x; }
 SNN_HD double absolute(double x) { return x < 0 ? -x : x; }
 
+// Exact for every argument; NaN and infinities pass through.
+SNN_HD float floor_of(float x) {
+#if defined(__CUDA_ARCH__)
+  return floorf(x);
+#else
+  return __builtin_floorf(x);
+#endif
+}
+
+SNN_HD double floor_of(double x) {
+#if defined(__CUDA_ARCH__)
+  return floor(x);
+#else
+  return __builtin_floor(x);
+#endif
+}
+
 SNN_HD double arctan(double x) {
 #if defined(__CUDA_ARCH__)
   return atan(x);

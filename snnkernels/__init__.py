@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from . import functional, surrogate
+from . import functional, options, surrogate
 from .kernels.backends import backend_info, get_backend, set_backend, use_backend
-from .neurons import IFNode, reset_net
+from .memory import tune_malloc
+from .neurons import IFNode, LIFNode, reset_net
+from .packed import PackedSpikes
 
 if TYPE_CHECKING:
     from .conversion import QCFS, ClipReLU, ConversionError, ConvertedNetwork
@@ -19,14 +21,18 @@ __all__ = [
     "ConversionError",
     "ConvertedNetwork",
     "IFNode",
+    "LIFNode",
+    "PackedSpikes",
     "backend_info",
     "convert",
     "functional",
     "get_backend",
     "methods",
+    "options",
     "reset_net",
     "set_backend",
     "surrogate",
+    "tune_malloc",
     "use_backend",
 ]
 

@@ -8,39 +8,52 @@ One neuron, one step (OPI, Bu et al., AAAI 2022; QCFS, Bu et al., ICLR 2022, eq.
     spikes[t] = amplitude * s
 
 All steps run in one kernel launch. Given the same current every back end returns the same bits.
+Currents and outputs may lie in memory as ``[T, N, ...]``, as a transpose of ``[N, T, ...]``, as
+channels_last or as slices of either: kernels walk strides and copy nothing.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Size, Tensor
+from torch import Tensor
 
-from . import surrogate as _surrogate
-from .kernels import operands, ops, reference, run
-from .kernels.run import Neuron
+from .kernels import call
+from .kernels.arguments import NO_OPTIONS, Options
+from .kernels.spec import SPIKES, Asked
+from .options import Probe, Signed
+from .packed import PackedSpikes
 
-__all__ = ["if_count", "if_multi_step", "if_rate", "if_step"]
+__all__ = [
+    "Run",
+    "if_count",
+    "if_multi_step",
+    "if_packed",
+    "if_rate",
+    "if_run",
+    "if_step",
+    "lif_multi_step",
+]
 
-_FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-_PLAIN = (Tensor, torch.nn.Parameter)
 _Number = float | int
+_OUTPUTS = ("spikes", "packed", "count", "rate", "v_seq", "charge_seq")
+_COUNT = Asked(spikes=False, count=True)
+_WORDS = Asked(spikes=False, words=True)
 
 
-class _Config(NamedTuple):
-    """What a run is told besides tensors; ``neuron`` holds its numbers."""
+class Run(NamedTuple):
+    """What :func:`if_run` returns; None where not asked for."""
 
-    T: int | None
-    neuron: Neuron
-    spikes: bool
-    count: bool  # type: ignore[assignment]
-    v_seq: bool
-    charge_seq: bool
-    rate: bool
-    surrogate: _surrogate.Surrogate
-    detach_reset: bool
+    v: Tensor
+    spikes: Tensor | None = None
+    packed: PackedSpikes | None = None
+    count: Tensor | None = None  # type: ignore[assignment]
+    counts: Tensor | None = None
+    rate: Tensor | None = None
+    v_seq: Tensor | None = None
+    charge_seq: Tensor | None = None
 
 
 def if_multi_step(
@@ -60,12 +73,15 @@ def if_multi_step(
     spike_dtype: torch.dtype | None = None,
     store_charge_seq: bool = False,
     out: Tensor | None = None,
+    save: str = "recompute",
+    layout: str = "T,N",
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Runs integrate-and-fire neurons for all time steps in one launch.
 
     Args:
         x_seq: input current ``[T, *shape]``, float32, float64, float16 or bfloat16. With ``T=n``
-            given it is ``[*shape]``, a current held constant for n steps and never expanded.
+            given it is ``[*shape]``, a current held constant for n steps and never expanded (nor is
+            an ``x_seq`` that ``expand`` has repeated over time).
         v: membrane before the first step: a number, a tensor that broadcasts to ``shape``, or
             ``"half"`` for half the threshold (OPI).
         v_threshold: threshold, positive and finite: a number, or a tensor that is scalar, per
@@ -87,7 +103,18 @@ def if_multi_step(
             holds 0 and 1 whatever the amplitude and carries no gradient; an amplitude given rides
             along as the attribute ``amplitude`` (not under torch.compile).
         store_charge_seq: return the membranes before each reset instead of ``v_seq``.
-        out: where the spikes go: contiguous ``[T, *shape]`` of ``spike_dtype``; not with gradients.
+        out: where the spikes go: ``[T, *shape]`` of ``spike_dtype``, contiguous or with the strides
+            of ``x_seq``; not with gradients.
+        save: what a forward pass keeps for its backward pass, per neuron-step beside the graph of
+            ``x_seq`` itself: ``"recompute"`` keeps ``x_seq`` and recomputes the membranes;
+            ``"trace"`` keeps the membranes instead (4 bytes, 8 for float64); ``"bits"``, for the
+            rectangle surrogate, keeps 1 bit (2 with a gradient for threshold or amplitude). The
+            last two are for plain neurons without traces and have no second derivative; with
+            ``T=n`` all are ``"recompute"``, which keeps one row.
+        layout: how time and neurons share the leading dimensions of ``x_seq``: ``"T,N"`` (default),
+            ``"N,T"`` (``[N, T, ...]``), or one merged dimension, ``"T*N"`` or ``"N*T"``, with
+            ``T`` giving the number of steps. Spikes and traces have it as well; ``shape`` is the
+            rest, N first.
 
     Returns:
         ``(spikes, v, v_seq)``: spikes ``[T, *shape]``; the final membrane ``[*shape]``; and the
@@ -100,11 +127,47 @@ def if_multi_step(
     """
     if store_v_seq and store_charge_seq:
         raise ValueError("store_v_seq and store_charge_seq exclude each other")
-    spikes, _, v_last, v_seq, charge_seq = _run(
-        x_seq, v, v_threshold, v_reset, surrogate_function, detach_reset, T, channel_dim, amplitude,
-        input_scale, tie, spike_dtype, True, False, store_v_seq, store_charge_seq, False, out,
+    asked = SPIKES
+    if store_v_seq or store_charge_seq:
+        asked = Asked(v_seq=bool(store_v_seq), charge_seq=bool(store_charge_seq))
+    run = call.run(
+        x_seq, asked, v, v_threshold, v_reset, surrogate_function, detach_reset, T, channel_dim,
+        amplitude, input_scale, tie, spike_dtype, False, out, save, layout,
     )  # fmt: skip
-    return spikes, v_last, v_seq if store_v_seq else charge_seq if store_charge_seq else None
+    return run[0], run[4], run[5] if store_v_seq else run[6]
+
+
+def lif_multi_step(
+    x_seq: Tensor,
+    v: Tensor | _Number | str = 0.0,
+    beta: Tensor | _Number = 0.9,
+    v_threshold: Tensor | _Number = 1.0,
+    v_reset: _Number | None = None,
+    surrogate_function: Any = None,
+    detach_reset: bool = False,
+    *,
+    T: int | None = None,
+    channel_dim: int | None = None,
+    amplitude: Tensor | _Number | str | None = None,
+    input_scale: Tensor | _Number | None = None,
+    tie: str = ">=",
+    spike_dtype: torch.dtype | None = None,
+    layout: str = "T,N",
+) -> tuple[Tensor, Tensor]:
+    """Leaky integrate-and-fire: ``m = round(beta * v) + round(input_scale * x)``, the rest as IF.
+
+    ``beta`` (and every other operand) is a number or a tensor as ``v_threshold`` is, with a
+    gradient. A time constant ``tau`` is ``beta = 1 - 1 / tau``, with ``input_scale = 1 / tau``
+    where the input decays as well. Other arguments as in :func:`if_multi_step`.
+
+    Returns:
+        ``(spikes, v)``.
+    """
+    run = call.run(
+        x_seq, SPIKES, v, v_threshold, v_reset, surrogate_function, detach_reset, T, channel_dim,
+        amplitude, input_scale, tie, spike_dtype, False, None, "recompute", layout, Options(beta),
+    )  # fmt: skip
+    return run[0], run[4]
 
 
 def if_count(
@@ -119,6 +182,7 @@ def if_count(
     tie: str = ">=",
     surrogate_function: Any = None,
     detach_reset: bool = False,
+    layout: str = "T,N",
 ) -> tuple[Tensor, Tensor]:
     """Counts spikes without a ``[T, ...]`` tensor; arguments as in :func:`if_multi_step`.
 
@@ -126,11 +190,11 @@ def if_count(
         ``(count, v)``: int32 spike counts and final membranes, both ``[*shape]``. Gradients flow
         through ``v`` only; :func:`if_rate` is the differentiable form.
     """
-    _, count, v_last, _, _ = _run(
-        x_seq, v, v_threshold, v_reset, surrogate_function, detach_reset, T, channel_dim, None,
-        input_scale, tie, None, False, True, False, False, False, None,
+    run = call.run(
+        x_seq, _COUNT, v, v_threshold, v_reset, surrogate_function, detach_reset, T, channel_dim,
+        None, input_scale, tie, None, False, None, "recompute", layout,
     )  # fmt: skip
-    return count, v_last
+    return run[2], run[4]
 
 
 def if_rate(
@@ -146,6 +210,8 @@ def if_rate(
     tie: str = ">=",
     surrogate_function: Any = None,
     detach_reset: bool = False,
+    save: str = "recompute",
+    layout: str = "T,N",
 ) -> tuple[Tensor, Tensor]:
     """Mean output ``amplitude * count / T`` without a ``[T, ...]`` tensor, differentiable.
 
@@ -157,11 +223,37 @@ def if_rate(
     Raises:
         ValueError: also when ``x_seq`` has no time steps.
     """
-    rate, _, v_last, _, _ = _run(
-        x_seq, v, v_threshold, v_reset, surrogate_function, detach_reset, T, channel_dim, amplitude,
-        input_scale, tie, None, False, True, False, False, True, None,
+    run = call.run(
+        x_seq, _COUNT, v, v_threshold, v_reset, surrogate_function, detach_reset, T, channel_dim,
+        amplitude, input_scale, tie, None, True, None, save, layout,
     )  # fmt: skip
-    return rate, v_last
+    return run[0], run[4]
+
+
+def if_packed(
+    x_seq: Tensor,
+    v: Tensor | _Number | str = 0.0,
+    v_threshold: Tensor | _Number = 1.0,
+    v_reset: _Number | None = None,
+    *,
+    T: int | None = None,
+    channel_dim: int | None = None,
+    amplitude: Tensor | _Number | str | None = None,
+    input_scale: Tensor | _Number | None = None,
+    tie: str = ">=",
+    layout: str = "T,N",
+) -> tuple[PackedSpikes, Tensor]:
+    """Spikes as one bit each; arguments as in :func:`if_multi_step`.
+
+    Returns:
+        ``(spikes, v)``: :class:`snnkernels.PackedSpikes` of shape ``[T, *shape]`` and the final
+        membranes. Gradients flow through ``v`` only.
+    """
+    run = call.run(
+        x_seq, _WORDS, v, v_threshold, v_reset, None, False, T, channel_dim, amplitude,
+        input_scale, tie, None, False, None, "recompute", layout,
+    )  # fmt: skip
+    return call.packed(run[1], x_seq, T, layout, amplitude, v_threshold, channel_dim), run[4]
 
 
 def if_step(
@@ -182,287 +274,100 @@ def if_step(
 
     Arguments as in :func:`if_multi_step`.
     """
-    spikes, _, v_last, _, _ = _run(
-        x, v, v_threshold, v_reset, surrogate_function, detach_reset, 1, channel_dim, amplitude,
-        input_scale, tie, spike_dtype, True, False, False, False, False, None,
+    run = call.run(
+        x, SPIKES, v, v_threshold, v_reset, surrogate_function, detach_reset, 1, channel_dim,
+        amplitude, input_scale, tie, spike_dtype, False, None,
     )  # fmt: skip
-    return first_step(spikes), v_last
+    return call.first_step(run[0]), run[4]
 
 
-def first_step(spikes: Tensor) -> Tensor:
-    """The only row of ``spikes``, with the amplitude that integer spikes carry along."""
-    row = spikes[0]
-    if spikes.dtype == torch.uint8 and hasattr(spikes, "amplitude"):
-        row.amplitude = spikes.amplitude  # type: ignore[attr-defined]
-    return row
+def if_run(
+    x_seq: Tensor,
+    v: Tensor | _Number | str = 0.0,
+    v_threshold: Tensor | _Number = 1.0,
+    v_reset: _Number | None = None,
+    surrogate_function: Any = None,
+    detach_reset: bool = False,
+    *,
+    outputs: Sequence[str] | str = ("spikes",),
+    count_at: Sequence[int] = (),
+    T: int | None = None,
+    channel_dim: int | None = None,
+    amplitude: Tensor | _Number | str | None = None,
+    input_scale: Tensor | _Number | None = None,
+    tie: str = ">=",
+    spike_dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
+    save: str = "recompute",
+    layout: str = "T,N",
+    beta: Tensor | _Number | None = None,
+    bias: Tensor | _Number | None = None,
+    fire_level: Tensor | _Number | None = None,
+    max_spikes: int | None = None,
+    signed: Signed | None = None,
+    mask: Tensor | None = None,
+    probe: Probe | None = None,
+    parallel: bool = False,
+) -> Run:
+    """Every output and every option of the neuron, in one launch.
 
+    ``m = round(beta * v) + round(round(x * input_scale) + bias)``. Arguments that
+    :func:`if_multi_step` has mean what they mean there.
 
-def _run(
-    x: Tensor,
-    v: Any,
-    v_threshold: Any,
-    v_reset: Any,
-    surrogate_function: Any,
-    detach_reset: bool,
-    T: int | None,
-    channel_dim: int | None,
-    amplitude: Any,
-    input_scale: Any,
-    tie: str,
-    spike_dtype: torch.dtype | None,
-    spikes: bool,
-    count: bool,
-    v_seq: bool,
-    charge_seq: bool,
-    rate: bool,
-    out: Tensor | None,
-) -> Any:
-    """Checks the arguments, then takes the shortest way to a kernel that they allow."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x_seq must be a torch.Tensor, got {type(x).__name__}")
-    if x.dtype not in _FLOATS:
-        raise TypeError(
-            f"x_seq has dtype {x.dtype}; allowed are float32, float64, float16 and bfloat16"
-        )
-    if T is None:
-        if x.dim() == 0:
-            raise ValueError("x_seq has no dimensions; it is [T, *shape], or [*shape] with T=n")
-        shape = x.shape[1:]
-        if rate and x.shape[0] == 0:
-            raise ValueError("x_seq has no time steps: a rate of no steps is undefined")
-    else:
-        if not isinstance(T, (int, torch.SymInt)) or isinstance(T, bool):
-            raise TypeError(f"T={T!r} must be an int")
-        if T < 1:
-            raise ValueError(f"T={T} must be at least 1")
-        shape = x.shape
-    if tie != ">=" and tie != ">":
-        raise ValueError(f"tie={tie!r} is unknown; allowed are '>=' and '>'")
-    if spike_dtype is None:
-        spike_dtype = x.dtype
-    elif spike_dtype != x.dtype and spike_dtype != torch.uint8:
+    Args:
+        outputs: any of ``"spikes"``, ``"packed"``, ``"count"``, ``"rate"``, ``"v_seq"`` and
+            ``"charge_seq"``; a rate has a gradient and excludes spikes.
+        count_at: up to 16 ascending times in 1..T: ``counts`` ``[len(count_at), *shape]`` holds the
+            counts after each, for accuracy-against-T curves from one pass.
+        beta: leak. With a gradient, as ``bias`` and ``fire_level``; each a number or a tensor as
+            for ``v_threshold``.
+        bias: added to the current at every step.
+        fire_level: the neuron fires at it and subtracts ``v_threshold`` (DSR, Meng et al., CVPR
+            2022: ``alpha * v_threshold``).
+        max_spikes: bursts of ``min(floor(m / v_threshold), max_spikes)`` spikes (AdaFire, Wang et
+            al., AAAI 2025; a group neuron of m members, Lv et al., ICASSP 2024, has a threshold of
+            ``theta / m``). Spikes and uint8 spikes hold how many.
+        signed: spikes of -1 as well; ``spike_dtype`` may be ``torch.int8``.
+        mask: bool or uint8 ``[*shape]``; where 0 a neuron emits nothing.
+        probe: the probe steps of SRP or COS.
+        parallel: ``clip(floor((v + sum x) / v_threshold), 0, T)`` spikes, in the first steps
+            (Parallel conversion, Hao et al., ICML 2025): the QCFS network with L = T, without
+            unevenness. No traces.
+
+    ``max_spikes``, ``signed``, ``mask``, ``probe`` and ``parallel`` are for inference.
+
+    Returns:
+        A :class:`Run`.
+    """
+    names = (outputs,) if isinstance(outputs, str) else tuple(outputs)
+    for name in names:
+        if name not in _OUTPUTS:
+            raise ValueError(f"outputs={outputs!r}: {name!r} is unknown; allowed: {_OUTPUTS}")
+    if "rate" in names and "spikes" in names:
         raise ValueError(
-            f"spike_dtype={spike_dtype} is not offered for {x.dtype} input; allowed are {x.dtype} "
-            "and torch.uint8"
+            f"outputs={outputs!r}: 'rate' and 'spikes' exclude each other; ask for 'count'"
         )
-    if v_reset is not None:
-        v_reset = operands.number("v_reset", v_reset)
-        if math.isinf(v_reset):
-            raise ValueError(f"v_reset={v_reset!r} must be finite or None")
-    if surrogate_function is not None:
-        surrogate_function = _surrogate.resolve(surrogate_function)
-    if channel_dim is not None and type(channel_dim) is not int:
-        raise TypeError(f"channel_dim={channel_dim!r} must be an int or None")
-
-    compiling = torch.compiler.is_compiling()
-    th, th_value = _operand("v_threshold", v_threshold, shape, channel_dim, x)
-    if th is not None:
-        if not compiling:
-            operands.check_threshold(th)
-    elif not 0.0 < th_value < math.inf:
-        raise ValueError(f"v_threshold={th_value!r} must be positive and finite")
-    if isinstance(v, str):
-        if v != "half":
-            raise ValueError(f"v={v!r} is unknown; the only string allowed is 'half'")
-        v_tensor, v_value = (None, th_value / 2) if th is None else (th * 0.5, 0.0)
-    else:
-        v_tensor, v_value = _operand("v", v, shape, channel_dim, x)
-    if amplitude is None:
-        amp, amp_value = None, 1.0
-    elif isinstance(amplitude, str):
-        if amplitude != "threshold":
-            raise ValueError(
-                f"amplitude={amplitude!r} is unknown; the only string allowed is 'threshold'"
-            )
-        amp, amp_value = th, th_value
-    else:
-        amp, amp_value = _operand("amplitude", amplitude, shape, channel_dim, x)
-    scale = None
-    if input_scale is not None:
-        scale, scale_value = _operand("input_scale", input_scale, shape, channel_dim, x)
-        if scale is None:
-            state = reference.state_dtype(x.dtype)
-            scale = x.new_full((), operands.rounded(scale_value, state), dtype=state)
-
-    needs_grad = torch.is_grad_enabled() and (
-        x.requires_grad
-        or (v_tensor is not None and v_tensor.requires_grad)
-        or (th is not None and th.requires_grad)
-        or (amp is not None and amp.requires_grad)
-        or (scale is not None and scale.requires_grad)
-    )
-    if out is not None:
-        _check_out(out, x, shape, T, spike_dtype, needs_grad)
-        read = {"x_seq": x, "v": v_tensor, "v_threshold": th, "amplitude": amp}
-        _check_no_overlap(out, {**read, "input_scale": scale})
-    strict = tie == ">"
-    if not needs_grad and not rate:
-        neuron = Neuron(
-            v_tensor, v_value, th, th_value, amp, amp_value, scale, v_reset, strict, spike_dtype
-        )
-        if compiling or _through_operator(x):
-            result = ops.if_forward(x, T, *neuron, spikes, count, v_seq, charge_seq, -1, 1.0)
-            if out is not None:
-                out.copy_(result[0])
-                result = (out, *result[1:])
-        else:
-            result = run.if_forward(x, T, neuron, spikes, count, v_seq, charge_seq, out=out)
-    else:
-        numbers = Neuron(
-            None, v_value, None, th_value, None, amp_value, None, v_reset, strict, spike_dtype
-        )
-        surrogate = _surrogate.resolve(surrogate_function)
-        config = _Config(
-            T, numbers, spikes, count, v_seq, charge_seq, rate, surrogate, bool(detach_reset)
-        )
-        result = _IntegrateAndFire.apply(*_distinct(x, v_tensor, th, amp, scale), config)
-    if spikes and spike_dtype == torch.uint8 and amplitude is not None and not compiling:
-        result[0].amplitude = amp_value if amp is None else amp
-    return result
-
-
-def _distinct(*tensors: Tensor | None) -> list[Tensor | None]:
-    """Replaces repeated tensors by views: torch.compile refuses one tensor given twice."""
-    seen: list[Tensor] = []
-    out: list[Tensor | None] = []
-    for tensor in tensors:
-        repeated = tensor is not None and any(tensor is t for t in seen)
-        out.append(tensor.view_as(tensor) if repeated and tensor is not None else tensor)
-        if tensor is not None:
-            seen.append(tensor)
-    return out
-
-
-def _operand(
-    name: str, value: Any, shape: Size, channel_dim: int | None, x: Tensor
-) -> tuple[Tensor | None, float]:
-    """``value`` as (tensor that broadcasts to shape, 0.0) or (None, number)."""
-    if type(value) is float and value == value:
-        return None, value
-    if not isinstance(value, Tensor):
-        return None, operands.number(name, value)
-    if not value.dtype.is_floating_point:
-        operands.check_real(name, value)
-        value = value.to(reference.state_dtype(x.dtype))
-    if value.device != x.device:
-        if value.dim() == 0 and value.device.type == "cpu" and not value.requires_grad:
-            return None, float(value)
-        raise ValueError(f"{name} is on {value.device} but x_seq is on {x.device}")
-    return operands.for_broadcast(name, value, shape, channel_dim), 0.0
-
-
-def _check_out(
-    out: Tensor, x: Tensor, shape: Size, T: int | None, dtype: torch.dtype, needs_grad: bool
-) -> None:
-    full = (x.shape[0] if T is None else T, *shape)
-    if not isinstance(out, Tensor):
-        raise TypeError(f"out must be a torch.Tensor, got {type(out).__name__}")
-    if needs_grad or out.requires_grad:
-        raise ValueError("out cannot be combined with gradients; use torch.no_grad() or drop it")
-    if tuple(out.shape) != full or out.dtype != dtype or out.device != x.device:
-        raise ValueError(
-            f"out is {out.dtype} {tuple(out.shape)} on {out.device}; expected {dtype} {full} on "
-            f"{x.device}"
-        )
-    if not out.is_contiguous():
-        raise ValueError("out must be contiguous")
-
-
-def _check_no_overlap(out: Tensor, read: dict[str, Tensor | None]) -> None:
-    # Threads would read what others have overwritten with spikes.
-    start, end = out.data_ptr(), out.data_ptr() + out.numel() * out.element_size()
-    for name, tensor in read.items():
-        if tensor is None or not tensor.numel() or tensor.device != out.device:
-            continue
-        first = tensor.data_ptr()
-        elements = 1 + sum(s * (n - 1) for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-        if first < end and start < first + elements * tensor.element_size():
-            raise ValueError(f"out shares memory with {name}")
-
-
-def _with_tensors(
-    numbers: Neuron,
-    v: Tensor | None,
-    threshold: Tensor | None,
-    amplitude: Tensor | None,
-    input_scale: Tensor | None,
-) -> Neuron:
-    return Neuron(
-        v, numbers.v_value, threshold, numbers.threshold_value, amplitude, numbers.amplitude_value,
-        input_scale, numbers.v_reset, numbers.strict, numbers.spike_dtype,
+    asked = Asked(
+        "spikes" in names, "packed" in names, "count" in names or "rate" in names,
+        "v_seq" in names, "charge_seq" in names, False, tuple(count_at),
     )  # fmt: skip
-
-
-class _IntegrateAndFire(torch.autograd.Function):
-    """Autograd around the two operators; of size [T, ...] it keeps nothing but x."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        v: Tensor | None,
-        threshold: Tensor | None,
-        amplitude: Tensor | None,
-        input_scale: Tensor | None,
-        c: _Config,
-    ) -> tuple[Tensor | None, ...]:
-        neuron = _with_tensors(c.neuron, v, threshold, amplitude, input_scale)
-        asked = (c.spikes, c.count, c.v_seq, c.charge_seq)
-        outputs: Any
-        if _through_operator(x):
-            outputs = ops.if_forward(x, c.T, *neuron, *asked, -1, 1.0)
-        else:
-            outputs = run.if_forward(x, c.T, neuron, *asked)
-        spikes, count, v_last, v_seq, charge_seq = outputs
-        if c.rate:
-            steps = x.shape[0] if c.T is None else c.T
-            if amplitude is None:
-                weight: Any = operands.rounded(neuron.amplitude_value, x.dtype)
-            else:
-                weight = amplitude.to(x.dtype).to(v_last.dtype)
-            spikes = (weight * count.to(v_last.dtype) / steps).to(x.dtype)
-        ctx.save_for_backward(x, v, threshold, amplitude, input_scale)
-        ctx.config = c
-        ctx.set_materialize_grads(False)
-        whole = (t for t in (spikes, count) if t is not None and not t.dtype.is_floating_point)
-        ctx.mark_non_differentiable(*whole)
-        return spikes, count, v_last, v_seq, charge_seq
-
-    @staticmethod
-    def backward(
-        ctx: Any,
-        grad_spikes: Tensor | None,
-        grad_count: None,
-        grad_v: Tensor | None,
-        grad_v_seq: Tensor | None,
-        grad_charge_seq: Tensor | None,
-    ) -> tuple[Tensor | None, ...]:
-        c: _Config = ctx.config
-        x, v, threshold, amplitude, input_scale = ctx.saved_tensors
-        neuron = _with_tensors(c.neuron, v, threshold, amplitude, input_scale)
-        given = run.Grads(
-            grad_spikes if c.spikes or c.rate else None,
-            c.rate,
-            grad_v,
-            grad_v_seq if c.v_seq else None,
-            grad_charge_seq if c.charge_seq else None,
-        )
-        needs = list(ctx.needs_input_grad[:5])
-        how = (c.surrogate.kind, c.surrogate.alpha, c.detach_reset, False, needs)
-        grads: Any
-        if _through_operator(x):
-            grads = ops.if_backward(x, c.T, *neuron, *given, *how)
-        elif torch.is_grad_enabled():
-            grads = run.differentiable_backward(x, c.T, neuron, given, *how)
-        else:
-            grads = run.if_backward(x, c.T, neuron, given, *how)
-        return (*(g if need else None for g, need in zip(grads, needs, strict=True)), None)
-
-
-def _through_operator(x: Tensor) -> bool:
-    """Whether something beside eager mode has to see the call: compile, export, a subclass."""
-    return (
-        torch.compiler.is_compiling()
-        or type(x) not in _PLAIN
-        or bool(torch._C._len_torch_dispatch_stack())
+    more = Options(beta, bias, fire_level, max_spikes, signed, mask, probe, parallel)
+    if all(value is None or value is False for value in more):
+        more = NO_OPTIONS
+    run = call.run(
+        x_seq, asked, v, v_threshold, v_reset, surrogate_function, detach_reset, T, channel_dim,
+        amplitude, input_scale, tie, spike_dtype, "rate" in names, out, save, layout, more,
+    )  # fmt: skip
+    packed = None
+    if asked.words:
+        packed = call.packed(run[1], x_seq, T, layout, amplitude, v_threshold, channel_dim)
+    return Run(
+        run[4],
+        run[0] if "spikes" in names else None,
+        packed,
+        run[2] if "count" in names else None,
+        run[3],
+        run[0] if "rate" in names else None,
+        run[5],
+        run[6],
     )

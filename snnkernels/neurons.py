@@ -9,12 +9,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import functional
 from . import surrogate as _surrogate
-from .kernels import operands
+from .kernels import arguments, call, operands
+from .kernels.arguments import NO_OPTIONS, Options
+from .kernels.spec import SPIKES, Asked
+from .options import Probe, Signed
 
-_OUTPUTS = ("spikes", "count", "rate")
+_OUTPUTS = ("spikes", "packed", "count", "rate")
 _STEP_MODES = ("s", "m")
+_ASKED: dict[tuple[str, bool, bool], Asked] = {
+    (output, v_seq, count): Asked(
+        spikes=output == "spikes",
+        words=output == "packed",
+        count=count or output in ("count", "rate"),
+        v_seq=v_seq,
+    )
+    for output in _OUTPUTS
+    for v_seq in (False, True)
+    for count in (False, True)
+}
+_ASKED["spikes", False, False] = SPIKES
 # A learned threshold never falls below this fraction of where it started.
 _FLOOR = 1e-3
 
@@ -42,10 +56,19 @@ class IFNode(nn.Module):
         tie: ``">="`` fires at the threshold, ``">"`` only above.
         learn_threshold, learn_v_init: make them parameters. The threshold in force is
             ``max(v_threshold, 0.001 * its start)``.
-        output: ``"spikes"`` ``[T, *shape]``; ``"count"`` (int32) or ``"rate"``
-            (``amplitude * count / T``), both ``[*shape]`` with no ``[T, ...]`` tensor in between.
+        output: ``"spikes"`` ``[T, *shape]``; ``"packed"``, :class:`snnkernels.PackedSpikes` of that
+            shape, a bit a spike; ``"count"`` (int32) or ``"rate"`` (``amplitude * count / T``),
+            both ``[*shape]`` with no ``[T, ...]`` tensor in between.
         spike_dtype: dtype of the spikes: the input's (default) or ``torch.uint8``.
         store_v_seq: keep the membranes after each step in ``v_seq``.
+        store_count: keep the spike counts of the last call in ``count``, int32 ``[*shape]``.
+        save: what is kept for the backward pass, see
+            :func:`snnkernels.functional.if_multi_step`.
+        layout: where time is in inputs and outputs of step mode ``"m"``: ``"T,N"`` (default),
+            ``"N,T"`` (Sinabs, Rockpool), ``"T*N"`` or ``"N*T"`` (merged, with ``T``).
+        T: number of steps of merged layouts.
+        bias, fire_level, max_spikes, signed, probe, parallel: what methods ask of a neuron, see
+            :func:`snnkernels.functional.if_run`.
 
     Thresholds and initial membranes keep their float32 through ``.half()`` and ``.bfloat16()``.
     Given as numbers they belong to the code, like every other argument, and are not in the state
@@ -61,6 +84,9 @@ class IFNode(nn.Module):
     v_init: Any
     amplitude: Any
     input_scale: Any
+    beta: Any
+    bias: Any
+    fire_level: Any
     _floor: Tensor
     _v: Any
 
@@ -82,6 +108,16 @@ class IFNode(nn.Module):
         output: str = "spikes",
         spike_dtype: torch.dtype | None = None,
         store_v_seq: bool = False,
+        store_count: bool = False,
+        save: str = "recompute",
+        layout: str = "T,N",
+        T: int | None = None,
+        bias: float | Tensor | None = None,
+        fire_level: float | Tensor | None = None,
+        max_spikes: int | None = None,
+        signed: Signed | None = None,
+        probe: Probe | None = None,
+        parallel: bool = False,
     ) -> None:
         super().__init__()
         if output not in _OUTPUTS:
@@ -96,13 +132,21 @@ class IFNode(nn.Module):
             raise ValueError(f"v_reset={v_reset!r} must be finite or None")
         if channel_dim is not None and type(channel_dim) is not int:
             raise TypeError(f"channel_dim={channel_dim!r} must be an int or None")
-        if spike_dtype not in (None, torch.uint8, *functional._FLOATS):
+        whole = (torch.uint8,) if signed is None else (torch.int8,)
+        if spike_dtype not in (None, *whole, *arguments.FLOATS):
             raise ValueError(
                 f"spike_dtype={spike_dtype!r} is not offered; allowed are None (the input's) and "
-                "torch.uint8"
+                f"{whole[0]}"
             )
-        if output != "spikes" and store_v_seq:
-            raise ValueError(f"store_v_seq=True needs output='spikes', not {output!r}")
+        if save not in arguments.SAVES:
+            raise ValueError(f"save={save!r} is unknown; allowed: {', '.join(arguments.SAVES)}")
+        if layout not in arguments.LAYOUTS:
+            allowed = ", ".join(arguments.LAYOUTS)
+            raise ValueError(f"layout={layout!r} is unknown; allowed: {allowed}")
+        if T is not None:
+            arguments.check_steps(T)
+            if "*" not in layout:
+                raise ValueError(f"T={T} is for merged layouts, not layout={layout!r}")
         self.step_mode = step_mode
         self.v_reset = None if v_reset is None else float(v_reset)
         self.surrogate_function = _surrogate.resolve(surrogate_function)
@@ -112,7 +156,17 @@ class IFNode(nn.Module):
         self.output = output
         self.spike_dtype = spike_dtype
         self.store_v_seq = store_v_seq
+        self.store_count = store_count
+        self.save = save
+        self.layout = layout
+        self.T = T
+        self.max_spikes = max_spikes
+        self.signed = signed
+        self.probe = probe
+        self.parallel = parallel
+        self.mask: Tensor | None = None
         self.v_seq: Tensor | None = None
+        self.count: Tensor | None = None
         self._v = None
         self._carried = False  # _v comes from a call
         self.learn_threshold = learn_threshold
@@ -126,6 +180,9 @@ class IFNode(nn.Module):
         self._hold("v_init", v_init, learn_v_init)
         self._hold("amplitude", amplitude, False)
         self._hold("input_scale", input_scale, False)
+        self._hold("beta", None, False)
+        self._hold("bias", bias, False)
+        self._hold("fire_level", fire_level, False)
 
     def _hold(self, name: str, value: Any, learn: bool) -> None:
         """Keeps numbers as attributes, tensors as buffers, learned ones as parameters."""
@@ -179,50 +236,76 @@ class IFNode(nn.Module):
 
     def reset(self) -> None:
         """Forgets the membrane: the next call starts at ``v_init``."""
-        self._v = None
-        self._carried = False
-        self.v_seq = None
+        # Not through nn.Module.__setattr__, which costs more than the kernel of a small layer.
+        self.__dict__.update(_v=None, _carried=False, v_seq=None, count=None)
 
     def detach(self) -> None:
         """Cuts the membrane from the graph of earlier calls (truncated back-propagation)."""
         if isinstance(self._v, Tensor):
             self._v = self._v.detach()
 
-    def forward(self, x: Tensor, T: int | None = None) -> Tensor:
+    def forward(self, x: Tensor, T: int | None = None) -> Any:
         """Runs the neurons.
 
         Args:
-            x: current ``[T, *shape]`` (step mode ``"m"``) or ``[*shape]`` (``"s"``).
-            T: with step mode ``"m"``: ``x`` is ``[*shape]``, held constant for T steps.
+            x: current ``[T, *shape]``, or as ``layout`` says (step mode ``"m"``); ``[*shape]``
+                (``"s"``).
+            T: with step mode ``"m"``: ``x`` is ``[*shape]``, held constant for T steps; with a
+                merged layout the steps it holds.
 
         Returns:
             What ``output`` says.
         """
         single = self._step_mode == "s"
+        layout = "T,N" if single else self.layout
         if single:
             if T is not None:
                 raise ValueError("T is for step_mode='m'; step_mode='s' takes one step a call")
             T = 1
+        elif "*" in layout and T is None:
+            T = self.T
         v = self._v
-        if v is None or (self._carried and v.shape != (x.shape[1:] if T is None else x.shape)):
+        if v is None or (self._carried and v.shape != _neurons(x, T, layout)):
             v = self.v_init
         threshold = self.threshold if self.learn_threshold else self.v_threshold
-        store = self.store_v_seq
         output = self.output
-        result, count, last, v_seq, _ = functional._run(
-            x, v, threshold, self.v_reset, self.surrogate_function, self.detach_reset, T,
-            self.channel_dim, self.amplitude, self.input_scale, self.tie, self.spike_dtype,
-            output == "spikes", output != "spikes", store, False, output == "rate", None,
+        run = call.run(
+            x, _ASKED[output, self.store_v_seq, self.store_count], v, threshold, self.v_reset,
+            self.surrogate_function, self.detach_reset, T, self.channel_dim, self.amplitude,
+            self.input_scale, self.tie, self.spike_dtype, output == "rate", None, self.save, layout,
+            self._options(),
         )  # fmt: skip
         # Not through nn.Module.__setattr__, which costs as much as the kernel of a small layer.
-        object.__setattr__(self, "_v", last)
+        object.__setattr__(self, "_v", run[4])
         if not self._carried:
             object.__setattr__(self, "_carried", True)
-        if store:
-            self.v_seq = v_seq
+        if self.store_v_seq:
+            self.v_seq = run[5]
+        if self.store_count:
+            self.count = run[2]
         if output == "count":
-            return count
-        return functional.first_step(result) if single and output == "spikes" else result
+            return run[2]
+        if output == "packed":
+            return call.packed(run[1], x, T, layout, self.amplitude, threshold, self.channel_dim)
+        return call.first_step(run[0]) if single and output == "spikes" else run[0]
+
+    def _options(self) -> Options:
+        """What only the general neuron knows; the same object for a plain one."""
+        if (
+            self.beta is None
+            and self.bias is None
+            and self.fire_level is None
+            and self.max_spikes is None
+            and self.signed is None
+            and self.mask is None
+            and self.probe is None
+            and not self.parallel
+        ):
+            return NO_OPTIONS
+        return Options(
+            self.beta, self.bias, self.fire_level, self.max_spikes, self.signed, self.mask,
+            self.probe, self.parallel,
+        )  # fmt: skip
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> IFNode:
         kept = {
@@ -274,6 +357,62 @@ class IFNode(nn.Module):
         if self.output != "spikes":
             parts.append(f"output={self.output!r}")
         return ", ".join([*parts, f"surrogate_function={self.surrogate_function!r}"])
+
+
+class LIFNode(IFNode):
+    """Leaky integrate-and-fire neurons: ``m = round(beta * v) + round(input_scale * x)``.
+
+    The rest as :class:`IFNode`, arguments too.
+
+    Args:
+        beta: leak, what is left of the membrane after a step: a number in [0, 1], or a tensor as
+            for ``v_threshold``. A time constant ``tau`` is ``beta = 1 - 1 / tau`` (SpikingJelly's
+            ``decay_input=True`` has ``input_scale = 1 / tau`` as well).
+        learn_beta: make it a parameter.
+
+    Raises:
+        ValueError: a beta outside [0, 1].
+    """
+
+    def __init__(
+        self,
+        beta: float | Tensor = 0.9,
+        v_threshold: float | Tensor = 1.0,
+        *args: Any,
+        learn_beta: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        _check_beta(beta)
+        super().__init__(v_threshold, *args, **kwargs)
+        if self.parallel:
+            raise ValueError("parallel cannot be combined with beta")
+        del self.beta
+        self._hold("beta", beta, learn_beta)
+
+    def extra_repr(self) -> str:
+        """The arguments that differ between nodes."""
+        beta = f"Tensor{tuple(self.beta.shape)}" if isinstance(self.beta, Tensor) else self.beta
+        return f"beta={beta}, {super().extra_repr()}"
+
+
+def _check_beta(beta: Any) -> None:
+    if isinstance(beta, Tensor):
+        operands.check_real("beta", beta)
+        held = beta.detach().cpu()
+        bad = held[~((held >= 0) & (held <= 1))]
+        if bad.numel():
+            raise ValueError(f"beta must be within [0, 1]; it holds {bad.reshape(-1)[0].item()}")
+    elif not 0.0 <= operands.number("beta", beta) <= 1.0:
+        raise ValueError(f"beta={beta!r} must be within [0, 1]")
+
+
+def _neurons(x: Tensor, T: int | None, layout: str) -> tuple[int, ...]:
+    """The neurons' shape of an input."""
+    if layout == "T,N":
+        return x.shape[1:] if T is None else x.shape
+    if layout == "N,T":
+        return (x.shape[0], *x.shape[2:])
+    return (x.shape[0] // (T or 1), *x.shape[1:])
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from support import PACKAGE, PURE, Backend, HostShim, build_host_shim, compiler, extension
 
 import snnkernels
-from snnkernels.kernels import backends
+from snnkernels.kernels import backends, plan
 
 hypothesis.settings.register_profile(
     "default",
@@ -82,11 +82,13 @@ def _clean_backend() -> Iterator[None]:
 
 
 def _ready(given: Backend, request: pytest.FixtureRequest) -> Iterator[Backend]:
-    before = None
+    before, full = None, plan.FULL
     if given.name == "host_shim":
         shim = request.getfixturevalue("host_shim")
         backends._MAKERS["host_shim"] = shim.kernels
         backends._made.pop("host_shim", None)
+        # Wide threads wherever they fit: small tests would never see them.
+        plan.FULL = 0
     elif given.isa is not None:
         before = extension("_cpu").isa()
         extension("_cpu").set_isa(given.isa)
@@ -98,6 +100,7 @@ def _ready(given: Backend, request: pytest.FixtureRequest) -> Iterator[Backend]:
         raise
     yield given
     backends.set_backend(_DEFAULT)
+    plan.FULL = full
     if given.name == "host_shim":
         backends._MAKERS.pop("host_shim")
         backends._made.pop("host_shim")

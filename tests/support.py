@@ -156,20 +156,36 @@ class HostShim:
         names = {}
         for line in check_call(["nm", "-C", self.path]).splitlines():
             address, _, name = line.partition(" ")
-            found = re.search(r"\bsnn::if_\w+<[^()]*>(?=\(snn::IF)", name)
+            # g++ may split a cold part off, marked as a clone.
+            found = re.search(r"\bsnn::if_\w+<[^()]*>(?=\(snn::IF\w+\)$)", name)
             if found and address.strip():
                 names[int(address, 16)] = found[0]
         return names
 
     def kernels(self) -> backends.Kernels:
         """The back end "host_shim": GPU launch plans, CPU tensors."""
-        return backends.Kernels(
-            "host_shim",
-            "cpu",
-            True,
-            lambda params, device: self.module.if_forward(params, 0, 0),
-            lambda params, device: self.module.if_backward(params, 0, 0),
-        )
+
+        def run(launch: Any) -> backends.Launch:
+            return lambda packed, device: launch(packed, 0, 0)
+
+        launches = backends.entries(self.module, run)
+
+        def small(name: str, packed: bytes, device: torch.device) -> None:
+            self.module.map(name, packed, 0, 0)
+
+        return backends.Kernels("host_shim", "cpu", True, **launches, map=small)
+
+
+def spy(
+    name: str, note: Callable[[str, bytes, torch.device], object], gpu: bool
+) -> backends.Kernels:
+    """A back end for CPU tensors that tells ``note`` which kernel was launched with what."""
+
+    def launch(kernel: str) -> backends.Launch:
+        return lambda packed, device: note(kernel, packed, device) and None
+
+    kernels = ("forward", "general", "backward", "backward_general")
+    return backends.Kernels(name, "cpu", gpu, *map(launch, kernels))
 
 
 SHIM_FLAGS = "-O1 -std=c++17 -fPIC -fvisibility=hidden -g0 -Wall -Wextra -Werror -ffp-contract=off"
@@ -183,7 +199,8 @@ def build_host_shim(cache: Path) -> HostShim:
     assert command is not None
     here = Path(__file__).resolve().parent / "host_shim"
     sources = sorted([*CSRC.glob("*.h"), *CSRC.glob("*.cuh"), *here.iterdir()])
-    sources += [CSRC / "launch.cu", CSRC / "bind_cuda.cpp"]
+    sources += [CSRC / name for name in ("launch.cu", "bind_cuda.cpp")]
+    sources += [CSRC / name for name in ("maps_launch.cu", "bind_maps_cuda.cpp")]
     digest = hashlib.sha256(repr((command, SHIM_FLAGS, sysconfig.get_platform())).encode())
     for source in sources:
         digest.update(source.read_bytes())
@@ -197,7 +214,9 @@ def build_host_shim(cache: Path) -> HostShim:
         headers = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
         jobs = {
             "launch.o": ["-x", "c++", CSRC / "launch.cu"],
+            "maps_launch.o": ["-x", "c++", CSRC / "maps_launch.cu"],
             "bind.o": [*headers, CSRC / "bind_cuda.cpp"],
+            "bind_maps.o": [*headers, CSRC / "bind_maps_cuda.cpp"],
             "runtime.o": [here / "runtime.cpp"],
         }
         running = [

@@ -32,7 +32,8 @@ from torch import Tensor
 
 from snnkernels import surrogate
 from snnkernels.functional import if_count, if_multi_step, if_rate, if_step
-from snnkernels.kernels import backends, reference, run
+from snnkernels.kernels import backends, backward, params, reference, run
+from snnkernels.kernels.spec import Asked, Grads, Neuron, Saved
 
 ALL = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 # Around the two chunk sizes: 8 steps on GPUs, 64 on CPUs.
@@ -470,23 +471,33 @@ class _Smooth(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, v: Tensor, th: Tensor, amp: Tensor, scale: Any, c: Any) -> Any:
         steps, v_reset, kind, alpha, _ = c
-        neuron = run.Neuron(v, 0.0, th, 0.0, amp, 0.0, scale, v_reset, False, torch.float64)
-        spikes, _, last, v_seq, charge_seq = run.if_forward(
-            x, steps, neuron, True, False, True, True, kind, alpha
-        )
+        asked = Asked(v_seq=True, charge_seq=True)
+        made = run.if_forward(x, steps, _neuron(v, th, amp, scale, v_reset), asked, kind, alpha)
         ctx.save_for_backward(x, v, th, amp, scale)
         ctx.c = c
-        return spikes, last, v_seq, charge_seq
+        return made.spikes, made.v, made.v_seq, made.charge_seq
 
     @staticmethod
     def backward(ctx: Any, g_s: Tensor, g_v: Tensor, g_seq: Tensor, g_charge: Tensor) -> Any:  # type: ignore[override]
         steps, v_reset, kind, alpha, detach = ctx.c
         x, v, th, amp, scale = ctx.saved_tensors
-        needs = list(ctx.needs_input_grad[:5])
-        neuron = run.Neuron(v, 0.0, th, 0.0, amp, 0.0, scale, v_reset, False, torch.float64)
-        given = run.Grads(g_s, False, g_v, g_seq, g_charge)
-        grads = run.if_backward(x, steps, neuron, given, kind, alpha, detach, True, needs)
-        return (*(g if n else None for g, n in zip(grads, needs, strict=True)), None)
+        needs = [*ctx.needs_input_grad[:5], False, False, False]
+        neuron = _neuron(v, th, amp, scale, v_reset)
+        given = Grads(g_s, False, g_v, g_seq, g_charge)
+        saved = Saved(
+            x, None, None, None, steps is not None, len(x) if steps is None else steps, x.dtype
+        )
+        grads = backward.if_backward(saved, neuron, given, kind, alpha, detach, True, needs)
+        return (*(g if n else None for g, n in zip(grads[:5], needs, strict=False)), None)
+
+
+def _neuron(v: Tensor, th: Tensor, amp: Tensor, scale: Any, v_reset: float | None) -> Neuron:
+    options = (0 if scale is None else params.INPUT_SCALE) | (
+        0 if v_reset is None else params.HARD_RESET
+    )
+    return Neuron(
+        v, th, amp, scale, options=options, v_reset=v_reset or 0.0, spike_dtype=torch.float64
+    )
 
 
 def smooth_arguments(T: int, constant: bool, scaled: bool, device: str) -> tuple[Any, ...]:

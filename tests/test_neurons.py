@@ -460,8 +460,11 @@ NODES = [
     ({"v_reset": INF}, ValueError, "v_reset=inf must be finite or None"),
     ({"v_reset": NAN}, ValueError, "v_reset=nan must be finite or None"),
     ({"step_mode": "multi"}, ValueError, "step_mode='multi' is unknown; allowed are 's' and 'm'"),
-    ({"output": "spike"}, ValueError, "output='spike' is unknown; allowed are spikes, count, rate"),
-    ({"output": "rate", "store_v_seq": True}, ValueError, "store_v_seq=True needs output='spikes'"),
+    ({"output": "spike"}, ValueError,
+     "output='spike' is unknown; allowed are spikes, packed, count, rate"),
+    ({"save": "bit"}, ValueError, "save='bit' is unknown; allowed: recompute, trace, bits"),
+    ({"layout": "TN"}, ValueError, "layout='TN' is unknown; allowed: T,N, N,T"),
+    ({"T": 3}, ValueError, "T=3 is for merged layouts, not layout='T,N'"),
     ({"spike_dtype": torch.int8}, ValueError, "spike_dtype=torch.int8"),
     ({"channel_dim": 1.5}, TypeError, "channel_dim=1.5"),
 ]  # fmt: skip

@@ -27,11 +27,23 @@ def layout_of(dtype: np.dtype) -> dict[str, int]:
     return {"": dtype.itemsize, **{name: field[1] for name, field in dtype.fields.items()}}
 
 
+def flat_fields(dtype: np.dtype, path: tuple[str | int, ...] = ()) -> list[tuple[str | int, ...]]:
+    """The way to every number of a record, in order."""
+    if dtype.names:
+        return [p for name in dtype.names for p in flat_fields(dtype[name], (*path, name))]
+    if dtype.shape:
+        return [(*path, i) for i in range(dtype.shape[0])]
+    return [path]
+
+
 def same_layout(module: ModuleType) -> None:
     assert {
         "Operand": layout_of(params.OPERAND),
+        "Rows": layout_of(params.ROWS),
         "IFForward": layout_of(params.IF_FORWARD),
+        "IFGeneral": layout_of(params.IF_GENERAL),
         "IFBackward": layout_of(params.IF_BACKWARD),
+        "IFBackwardGeneral": layout_of(params.IF_BACKWARD_GENERAL),
     } == module.LAYOUT
 
 
@@ -49,21 +61,27 @@ def test_layout_of_the_sources(host_shim: HostShim) -> None:
 
 
 def test_packed_bytes_are_the_numpy_records() -> None:
-    for pack, dtype in (
-        (params.pack_forward, params.IF_FORWARD),
-        (params.pack_backward, params.IF_BACKWARD),
+    plain, backward = params.pack_forward, params.pack_backward
+    for packs, dtype in (
+        ((plain,), params.IF_FORWARD),
+        ((plain, params.pack_general), params.IF_GENERAL),
+        ((backward,), params.IF_BACKWARD),
+        ((backward, params.pack_backward_general), params.IF_BACKWARD_GENERAL),
     ):
-        flat: list[tuple[str, ...]] = []
+        paths = flat_fields(dtype)
+        record = np.zeros((), dtype)
         values: list[float] = []
-        for name in dtype.names or ():
-            inner = dtype[name].names
-            flat += [(name, field) for field in inner] if inner else [(name,)]
-        for i, path in enumerate(flat):
-            kind = dtype[path[0]] if len(path) == 1 else dtype[path[0]][path[1]]
-            values.append(i + 0.5 if kind.kind == "f" else i + 1)
-        record = np.frombuffer(pack(*values), dtype)[0]
-        for path, value in zip(flat, values, strict=True):
-            assert (record[path[0]] if len(path) == 1 else record[path[0]][path[1]]) == value
+        for i, path in enumerate(paths):
+            inner = record
+            for step in path[:-1]:
+                inner = inner[step]
+            values.append(i + 0.5 if np.asarray(inner[path[-1]]).dtype.kind == "f" else i + 1)
+            inner[path[-1]] = values[-1]
+        # A general struct is the plain one and what follows it.
+        base = len(flat_fields(dtype["base"])) if len(packs) > 1 else 0
+        parts = (values[:base], values[base:]) if base else (values,)
+        packed = b"".join(pack(*part) for pack, part in zip(packs, parts, strict=True))
+        assert packed == record.tobytes()
 
 
 def test_codes_are_those_of_params_h() -> None:
@@ -76,11 +94,16 @@ def test_codes_are_those_of_params_h() -> None:
         ("kBFloat16", torch.bfloat16),
     ):
         assert params.DTYPE_CODES[dtype] == code[name]
-    assert (
-        code["kStrict"], code["kHardReset"], code["kInputScale"],
-    ) == (params.STRICT, params.HARD_RESET, params.INPUT_SCALE)  # fmt: skip
-    assert (code["kDetachReset"], code["kSmooth"]) == (params.DETACH_RESET, params.SMOOTH)
+    options = (
+        "Strict HardReset InputScale DetachReset Smooth Beta Bias FireLevel Burst Signed Mask "
+        "ProbeMask ProbeShift Parallel"
+    )
+    for option in options.split():
+        name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", option).upper()
+        assert getattr(params, name) == code[f"k{option}"]
     assert code["kChunk"] == params.CHUNK
+    assert code["kCountTimes"] == params.COUNT_TIMES
+    assert code["kWordSteps"] == reference.WORD_STEPS
     from snnkernels import surrogate
 
     for cls in surrogate.BY_KIND:
@@ -149,8 +172,8 @@ def test_kernel_sources_ship_without_framework_headers() -> None:
 
 # Data falls through the floors: a module imports its own floor and those below.
 FLOORS = {
-    "surrogate": 0, "kernels.reference": 0,
-    "functional": 1, "kernels": 1,
+    "surrogate": 0, "options": 0, "kernels.reference": 0,
+    "functional": 1, "kernels": 1, "packed": 1, "memory": 1,
     "neurons": 2, "monitors": 2, "models": 2, "data": 2,
     "conversion": 3, "metrics": 3,
     "engine": 4,
@@ -224,7 +247,7 @@ def test_floors_only_import_downwards(name: str) -> None:
 
 def test_the_floor_walker_sees_imports() -> None:
     found = {target for _, target in imports("functional", MODULES["functional"])}
-    assert {"surrogate", "kernels.ops", "kernels.operands"} <= found
+    assert {"options", "packed", "kernels.call", "kernels.spec"} <= found
     inner = {target for _, target in imports("kernels.backends", MODULES["kernels.backends"])}
     assert "kernels.nvrtc" in inner
 
@@ -362,7 +385,7 @@ def test_sanitized_extension(request: pytest.FixtureRequest, tmp_path: Path) -> 
 
 def test_reference_needs_only_torch_and_surrogates() -> None:
     used = {target for _, target in imports("kernels.reference", Path(reference.__file__))}
-    assert used <= {"surrogate", "kernels", ""}
+    assert used <= {"surrogate", "options", "kernels", ""}
 
 
 def test_backend_names_are_documented() -> None:

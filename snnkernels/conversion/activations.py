@@ -5,23 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..maps import qcfs_unchecked
+
 __all__ = ["QCFS", "ClipReLU"]
-
-
-class _FloorSTE(torch.autograd.Function):
-    """floor with the straight-through gradient: d floor(y) / dy = 1."""
-
-    @staticmethod
-    def forward(y: Tensor) -> Tensor:
-        return torch.floor(y)
-
-    @staticmethod
-    def setup_context(ctx: object, inputs: tuple[Tensor], output: Tensor) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: object, grad: Tensor) -> Tensor:
-        return grad
 
 
 def _check_positive(name: str, value: float) -> float:
@@ -93,9 +79,7 @@ class QCFS(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Quantise ``x`` (any shape) to multiples of ``lam / L`` in ``[0, lam]``."""
-        lam = self.lam.to(x.dtype)
-        step = _FloorSTE.apply(x * self.levels / lam + 0.5)
-        return lam * torch.clamp(step / self.levels, 0, 1)
+        return qcfs_unchecked(x, self.lam, 0.0, self.levels, 0.5, clip_first=False)
 
     def extra_repr(self) -> str:
         """Show the number of levels and the current ceiling."""

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from ..maps import histogram_update
+
 __all__ = ["Histogram"]
 
 
@@ -42,13 +44,8 @@ class Histogram:
         self.maximum = torch.maximum(self.maximum, largest)
         self.total += values.shape[1]
         self._widen(largest)
-        channel, place = torch.nonzero(values > 0, as_tuple=True)
-        positive = values[channel, place].double()
-        index = (positive * (self.bins / self.range[channel])).long().clamp_(max=self.bins - 1)
-        index += channel * self.bins
-        size = self.counts.numel()
-        self.counts += torch.bincount(index, minlength=size).view_as(self.counts)
-        self.sums += torch.bincount(index, positive, minlength=size).view_as(self.sums)
+        # A channel without a positive value has no range and nothing to count.
+        histogram_update(self.counts, self.sums, values, self.bins / self.range)
 
     def _widen(self, largest: Tensor) -> None:
         self.range = torch.where(self.range == 0, largest, self.range)

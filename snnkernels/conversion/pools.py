@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from ..maps import pool_geometry, pool_steps
 from .errors import ConversionError
 from .graphs import add_module, first_input, module_of
 from .ops import MAX_POOL_MODULES, Activation
@@ -46,20 +47,32 @@ class CumulativeMaxPool(nn.Module):
 
     def forward(self, x: Tensor, T: int) -> Tensor:
         """Pool T steps of currents."""
-        wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        steps = wide.reshape(T, x.shape[0] // T, *x.shape[1:])
+        steps = x.reshape(T, x.shape[0] // T, *x.shape[1:])
+        if isinstance(self.pool, nn.MaxPool2d) and steps.dim() == 5:
+            p = self.pool
+            window = pool_geometry(p.kernel_size, p.stride, p.padding, p.dilation)
+            kernel, stride, padding, dilation = window
+            out, self.total, self.peak = pool_steps(
+                steps, kernel, stride, padding, dilation, p.ceil_mode, self.total, self.peak, True
+            )
+        else:
+            out = self._by_torch(steps)
+        return out.flatten(0, 1)
+
+    def _by_torch(self, steps: Tensor) -> Tensor:
+        wide = steps.float() if steps.dtype in (torch.float16, torch.bfloat16) else steps
         # Step after step in order, so that a run cut into pieces gives the same bits.
-        total = steps[0] if self.total is None else self.total + steps[0]
+        total = wide[0] if self.total is None else self.total + wide[0]
         totals = [total]
-        for step in steps[1:]:
+        for step in wide[1:]:
             total = total + step
             totals.append(total)
         peaks = self.pool(torch.stack(totals).flatten(0, 1))
-        peaks = peaks.reshape(T, -1, *peaks.shape[1:])
+        peaks = peaks.reshape(len(steps), -1, *peaks.shape[1:])
         before = torch.zeros_like(peaks[:1]) if self.peak is None else self.peak[None]
         out = peaks - torch.cat([before, peaks[:-1]])
         self.total, self.peak = total, peaks[-1]
-        return out.flatten(0, 1).to(x.dtype)
+        return out.to(steps.dtype)
 
 
 def check_pools(net: nn.Module, graph: fx.Graph) -> None:

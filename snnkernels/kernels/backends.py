@@ -21,7 +21,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -33,9 +33,12 @@ _VARIABLE = "SNNKERNELS_BACKEND"
 _FOLDER = Path(__file__).resolve().parents[1]
 
 
+Launch = Callable[[bytes, torch.device], None]
+
+
 @dataclass(frozen=True)
 class Kernels:
-    """One compiled implementation.
+    """One compiled implementation: the four kernels, each told what to do by packed params.
 
     ``gpu``: it runs csrc/kernels.cuh and needs its launch plan. ``check`` raises :class:`Missing`
     for a device it cannot serve.
@@ -44,9 +47,18 @@ class Kernels:
     name: str
     device_type: str
     gpu: bool
-    forward: Callable[[bytes, torch.device], None]
-    backward: Callable[[bytes, torch.device], None]
+    forward: Launch
+    general: Launch
+    backward: Launch
+    backward_general: Launch
     check: Callable[[torch.device], None] = lambda device: None
+    map: Callable[[str, bytes, torch.device], None] | None = None  # the small kernels, by name
+
+
+def entries(module: Any, wrap: Callable[[Any], Launch]) -> dict[str, Any]:
+    """The four kernels of a binding, as the fields of :class:`Kernels`."""
+    fields = ("forward", "general", "backward", "backward_general")
+    return {field: wrap(getattr(module, f"if_{field}")) for field in fields}
 
 
 @dataclass(frozen=True)
@@ -129,13 +141,14 @@ def _cpu() -> Kernels:
         module = extension("_cpu")
     except Missing as error:
         raise Missing(error.reason, error.remedy or _remedy("a C++17 compiler", "CPU")) from None
-    return Kernels(
-        "cpu",
-        "cpu",
-        False,
-        lambda params, device: module.if_forward(params),
-        lambda params, device: module.if_backward(params),
-    )
+
+    def run(launch: Callable[[bytes], None]) -> Launch:
+        return lambda packed, device: launch(packed)
+
+    def small(name: str, packed: bytes, device: torch.device) -> None:
+        module.map(name, packed)
+
+    return Kernels("cpu", "cpu", False, **entries(module, run), map=small)
 
 
 def _remedy(tool: str, switch: str) -> str:
@@ -151,7 +164,7 @@ def _stream(device: torch.device) -> int:
     return torch._C._cuda_getCurrentRawStream(device.index)
 
 
-def on_device(launch: Callable[[bytes, int, int], None]) -> Callable[[bytes, torch.device], None]:
+def on_device(launch: Callable[[bytes, int, int], None]) -> Launch:
     """``launch(params, device index, stream)`` on torch's current stream of the tensors' device."""
 
     def run(packed: bytes, device: torch.device) -> None:
@@ -188,9 +201,10 @@ def _cuda() -> Kernels:
                 f"rebuild snnkernels with SNNKERNELS_ARCHS={arch}",
             )
 
-    return Kernels(
-        "cuda", "cuda", True, on_device(module.if_forward), on_device(module.if_backward), check
-    )
+    def small(name: str, packed: bytes, device: torch.device) -> None:
+        on_device(partial(module.map, name))(packed, device)
+
+    return Kernels("cuda", "cuda", True, **entries(module, on_device), check=check, map=small)
 
 
 def serves(archs: str, capability: tuple[int, int]) -> bool:
@@ -215,7 +229,8 @@ def _nvrtc() -> Kernels:
     except Exception as error:
         raise Missing(f"CuPy finds no NVRTC: {error}", f"pip install '{package}[ctk]'") from None
     _need_device()
-    return Kernels("nvrtc", "cuda", True, nvrtc.if_forward, nvrtc.if_backward, nvrtc.check)
+    launches = entries(nvrtc, lambda launch: launch)
+    return Kernels("nvrtc", "cuda", True, **launches, check=nvrtc.check, map=nvrtc.map_)
 
 
 _MAKERS: dict[str, Callable[[], Kernels]] = {"cpu": _cpu, "cuda": _cuda, "nvrtc": _nvrtc}

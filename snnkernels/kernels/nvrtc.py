@@ -9,7 +9,6 @@ disk: a kernel compiles in a fraction of a second, once per process and device.
 from __future__ import annotations
 
 import importlib
-import itertools
 import re
 import threading
 from functools import lru_cache
@@ -19,9 +18,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from . import backends, params
+from . import backends, maps_params, params
 
-_HEADERS = ("numeric.h", "params.h", "neuron.h", "kernels.cuh")
+_HEADERS = (
+    *("numeric.h", "params.h", "neuron.h"),
+    *("gpu.cuh", "forward.cuh", "general.cuh", "backward.cuh"),
+    *("maps.h", "maps.cuh"),
+)
 FLAGS = ("-std=c++17", "-fmad=false", "-ftz=false", "-prec-div=true", "-prec-sqrt=true")
 THREADS = 256
 
@@ -43,54 +46,98 @@ def _bool(value: Any) -> str:
     return "true" if value else "false"
 
 
-def _forward(dtype: int, spike_bytes: int, vec: int, constant: bool, uniform: bool) -> str:
-    flags = f"{_bool(constant)}, {_bool(uniform)}"
-    return f"snn::if_forward<{_TYPES[dtype][0]}, {spike_bytes}, {vec}, {flags}>"
+# What a plain forward kernel writes (enum Output).
+SPIKES, BYTE, WORDS, SPIKES_COUNT, TRAINING = range(5)
+# Numbers of steps with kernels of their own: for wide threads, and for threads of one neuron.
+STEPS, STEPS_OF_ONE = (1, 2, 4, 8, 16, 32), (8, 16, 32)
+
+
+def is_plain_forward(p: np.void) -> bool:
+    """Whether a plain kernel writes what ``p`` (an ``IF_FORWARD`` record) asks for."""
+    native = not p["spikes"] or p["spike_bytes"] == _TYPES[int(p["dtype"])][1]
+    if p["T"] > 2**31 - 1:
+        return False
+    if p["window"]:
+        return bool(native)
+    return not p["spikes"] or (not p["words"] and bool(native or p["spike_bytes"] == 1))
 
 
 def forward_name(p: np.void) -> str:
-    """The instance for ``p`` (an ``IF_FORWARD`` record); the same choice as in csrc/launch.cu."""
-    dtype = int(p["dtype"])
-    if p["options"] or p["v_seq"] or p["charge_seq"]:
-        smooth = bool(p["options"] & params.SMOOTH)
-        return f"snn::if_forward_general<{_TYPES[dtype][0]}, {_bool(smooth)}>"
-    uniform = p["threshold"]["count"] == 1 and p["amplitude"]["count"] == 1
-    vec = int(p["vec"])
-    return _forward(dtype, int(p["spike_bytes"]), vec, p["x_stride"] == 0, uniform)
+    """The instance for a plain ``p``; the same choice as in csrc/launch.cu."""
+    name, size, _ = _TYPES[int(p["dtype"])]
+    vec, T = int(p["vec"]), int(p["T"])
+    if p["window"]:
+        out = TRAINING
+    elif not p["spikes"]:
+        out = WORDS
+    elif p["spike_bytes"] == 1:
+        out = BYTE
+    else:
+        out = SPIKES_COUNT if p["count"] else SPIKES
+
+    def shared(operand: np.void) -> bool:
+        return bool(operand["count"] == 1 or operand["inner"] % vec == 0)
+
+    each = vec > 1 and not (shared(p["threshold"]) and (out == WORDS or shared(p["amplitude"])))
+    own_steps = size < 8 and out in (SPIKES, WORDS) and not each
+    if own_steps and T in (STEPS if vec > 1 else STEPS_OF_ONE):
+        return f"snn::if_forward_steps<{name}, {out}, {vec}, {T}>"
+    return f"snn::if_forward<{name}, {out}, {vec}, {_bool(each or out == TRAINING)}>"
+
+
+def general_name(p: np.void) -> str:
+    """The instance for ``p``, an ``IF_GENERAL`` record."""
+    smooth = bool(p["options"] & params.SMOOTH)
+    return f"snn::if_general<{_TYPES[int(p['base']['dtype'])][0]}, {_bool(smooth)}>"
+
+
+def is_plain_backward(p: np.void) -> bool:
+    """Whether a plain kernel serves ``p``, an ``IF_BACKWARD`` record: no sum over the steps."""
+    return not p["grad_x"] or p["grad_x_rows"]["step"] != 0
 
 
 def backward_name(p: np.void) -> str:
-    """The instance for ``p`` (an ``IF_BACKWARD`` record); the same choice as in csrc/launch.cu."""
-    dtype = int(p["dtype"])
-    general = (
-        p["options"] & ~params.DETACH_RESET
-        or p["x_stride"] == 0
-        or p["grad_v_seq"]
-        or p["grad_charge_seq"]
-        or p["grad_threshold"]
-        or p["grad_amplitude"]
-    )
-    if general:
-        smooth = bool(p["options"] & params.SMOOTH)
-        return f"snn::if_backward_general<{_TYPES[dtype][0]}, {_bool(smooth)}>"
-    return f"snn::if_backward<{_TYPES[dtype][0]}, {int(p['surrogate'])}, {int(p['vec'])}>"
+    """The instance for a plain ``p``; the same choice as in csrc/launch.cu."""
+    name, vec = _TYPES[int(p["dtype"])][0], int(p["vec"])
+    if p["window"]:
+        return f"snn::if_backward_bits<{name}, {vec}>"
+    return f"snn::if_backward<{name}, {int(p['surrogate'])}, {vec}>"
+
+
+def backward_general_name(p: np.void) -> str:
+    """The instance for ``p``, an ``IF_BACKWARD_GENERAL`` record."""
+    smooth = bool(p["base"]["options"] & params.SMOOTH)
+    return f"snn::if_backward_general<{_TYPES[int(p['base']['dtype'])][0]}, {_bool(smooth)}>"
+
+
+def plain_instances() -> list[str]:
+    """The kernels of the plain neuron: a closed list of at most 150."""
+    names = []
+    for name, size, state in _TYPES.values():
+        wide = 16 // size
+        for out in (SPIKES, BYTE, WORDS, SPIKES_COUNT):
+            forms = ((1, False), (wide, False), (wide, True))
+            names += [f"snn::if_forward<{name}, {out}, {vec}, {_bool(e)}>" for vec, e in forms]
+        names += [f"snn::if_forward<{name}, {TRAINING}, {vec}, true>" for vec in (1, wide)]
+        for out in (SPIKES, WORDS) if size < 8 else ():
+            counts = [(wide, T) for T in STEPS] + [(1, T) for T in STEPS_OF_ONE]
+            names += [f"snn::if_forward_steps<{name}, {out}, {vec}, {T}>" for vec, T in counts]
+        for vec in (1, 16 // state):
+            names += [f"snn::if_backward<{name}, {kind}, {vec}>" for kind in range(4)]
+            names.append(f"snn::if_backward_bits<{name}, {vec}>")
+    return names
+
+
+def general_instances() -> list[str]:
+    """The kernels that know every option."""
+    types = [(name, False) for name, _, _ in _TYPES.values()] + [("double", True)]
+    kernels = ("if_general", "if_backward_general")
+    return [f"snn::{k}<{name}, {_bool(smooth)}>" for k in kernels for name, smooth in types]
 
 
 def instances() -> list[str]:
-    """Every instance there is: a closed list, compiled by the tests for every architecture."""
-    names = []
-    for dtype, (name, size, state) in _TYPES.items():
-        widths = sorted({1, size})
-        for bytes_, vec, constant, uniform in itertools.product(
-            widths, (1, 16 // size), (True, False), (True, False)
-        ):
-            names.append(_forward(dtype, bytes_, vec, constant, uniform))
-        names.append(f"snn::if_forward_general<{name}, false>")
-        for kind, vec in itertools.product(range(4), (1, 16 // state)):
-            names.append(f"snn::if_backward<{name}, {kind}, {vec}>")
-        names.append(f"snn::if_backward_general<{name}, false>")
-    names += ["snn::if_forward_general<double, true>", "snn::if_backward_general<double, true>"]
-    return names
+    """Every instance there is, compiled by the tests for every architecture."""
+    return [*plain_instances(), *general_instances()]
 
 
 def compile_cubin(names: list[str], arch: str) -> tuple[bytes, list[str]]:
@@ -157,10 +204,11 @@ def _function(name: str, device: torch.device) -> Any:
     return kernel[1]
 
 
-def _launch(name: str, record: np.ndarray, device: torch.device) -> None:
-    p = record[0]
-    threads = -(-int(p["N"]) // int(p["vec"]))
+def _launch(name: str, record: np.ndarray, N: int, vec: int, device: torch.device) -> None:
+    threads = -(-N // vec)
     blocks = -(-threads // THREADS)
+    if blocks > 2**31 - 1:
+        raise RuntimeError(f"{name}: more neurons than one launch can cover")
     # CuPy launches on the current device; the stream is torch's.
     with torch.cuda.device(device):
         function = _function(name, device)
@@ -179,10 +227,38 @@ def _stream(device: torch.device) -> Any:
 def if_forward(packed: bytes, device: torch.device) -> None:
     """Launches the forward pass described by ``packed`` (:data:`params.IF_FORWARD`)."""
     record = np.frombuffer(packed, params.IF_FORWARD)
-    _launch(forward_name(record[0]), record, device)
+    p = record[0]
+    if is_plain_forward(p):
+        _launch(forward_name(p), record, int(p["N"]), int(p["vec"]), device)
+    else:
+        if_general(packed + bytes(params.IF_GENERAL.itemsize - len(packed)), device)
+
+
+def if_general(packed: bytes, device: torch.device) -> None:
+    """Launches the forward pass described by ``packed`` (:data:`params.IF_GENERAL`)."""
+    record = np.frombuffer(packed, params.IF_GENERAL)
+    _launch(general_name(record[0]), record, int(record[0]["base"]["N"]), 1, device)
 
 
 def if_backward(packed: bytes, device: torch.device) -> None:
     """Launches the backward pass described by ``packed`` (:data:`params.IF_BACKWARD`)."""
     record = np.frombuffer(packed, params.IF_BACKWARD)
-    _launch(backward_name(record[0]), record, device)
+    p = record[0]
+    if is_plain_backward(p):
+        _launch(backward_name(p), record, int(p["N"]), int(p["vec"]), device)
+    else:
+        rest = bytes(params.IF_BACKWARD_GENERAL.itemsize - len(packed))
+        if_backward_general(packed + rest, device)
+
+
+def if_backward_general(packed: bytes, device: torch.device) -> None:
+    """Launches the backward pass described by ``packed`` (:data:`params.IF_BACKWARD_GENERAL`)."""
+    record = np.frombuffer(packed, params.IF_BACKWARD_GENERAL)
+    _launch(backward_general_name(record[0]), record, int(record[0]["base"]["N"]), 1, device)
+
+
+def map_(name: str, packed: bytes, device: torch.device) -> None:
+    """Launches the small kernel ``name`` (:data:`maps_params.RECORDS`)."""
+    record = np.frombuffer(packed, maps_params.RECORDS[name].dtype)
+    p = record[0]
+    _launch(maps_params.instance(name, p), record, int(p["N"]), 1, device)

@@ -92,7 +92,7 @@ def _bits(number: float, dtype: torch.dtype) -> int:
 
 def rounded(number: float, dtype: torch.dtype) -> float:
     """``number`` rounded once to ``dtype``; integer spikes weigh 1 inside the kernels."""
-    if not dtype.is_floating_point:
+    if number == 1.0 or not dtype.is_floating_point:
         return 1.0
     if dtype == torch.float64:
         return number
@@ -133,20 +133,34 @@ def check_real(name: str, value: Tensor) -> None:
         raise TypeError(f"{name} has dtype {value.dtype}; allowed are real numbers")
 
 
-def check_threshold(value: Any, name: str = "v_threshold") -> None:
-    """Raises ValueError unless every threshold is positive and finite.
+def check_threshold(
+    value: Any, name: str = "v_threshold", dtype: torch.dtype = torch.float32
+) -> None:
+    """Raises ValueError unless every threshold, rounded to the state of ``dtype``, is positive.
 
-    CUDA tensors are not looked at: that would wait for the device at every call.
+    It must be finite as well. CUDA tensors are not looked at: that would wait for the device at
+    every call.
     """
+    state = torch.float64 if dtype == torch.float64 else torch.float32
     if isinstance(value, Tensor):
         if value.device.type != "cpu" or value.numel() == 0:
             return
-        bad = ~((value > 0) & torch.isfinite(value)).detach().reshape(-1)
+        held = value.detach()
+        held = held.to(state) if held.dtype == torch.float64 != state else held
+        bad = ~((held > 0) & torch.isfinite(held)).reshape(-1)
         if bool(bad.any()):
             i = int(bad.nonzero()[0])
+            given = value.detach().reshape(-1)[i].item()
             raise ValueError(
                 f"{name} must be positive and finite; element {i} of {value.numel()} is "
-                f"{value.detach().reshape(-1)[i].item()}"
+                f"{given}{_becomes(given, state)}"
             )
-    elif not 0.0 < value < math.inf:
-        raise ValueError(f"{name}={value!r} must be positive and finite")
+    elif not 0.0 < rounded(value, state) < math.inf:
+        raise ValueError(f"{name}={value!r} must be positive and finite{_becomes(value, state)}")
+
+
+def _becomes(value: float, state: torch.dtype) -> str:
+    """What rounding made of a value that was fine before."""
+    if not 0.0 < value < math.inf:
+        return ""
+    return f"; in {str(state).removeprefix('torch.')} it is {rounded(value, state)}"

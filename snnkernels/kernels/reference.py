@@ -7,12 +7,16 @@ run: inside an operator.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import surrogate as _surrogate
+from ..options import Probe, Signed
+
+WORD_STEPS = 32
 
 
 class Result(NamedTuple):
@@ -23,6 +27,7 @@ class Result(NamedTuple):
     v: Tensor
     v_seq: Tensor
     charge_seq: Tensor
+    counts: Tensor  # [len(count_at), *shape]
 
 
 class _Choose(torch.autograd.Function):
@@ -46,6 +51,85 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def word_dtype(T: int) -> torch.dtype:
+    """The narrowest integer that holds T packed steps; int32 words of 32 steps beyond."""
+    return torch.uint8 if T <= 8 else torch.int16 if T <= 16 else torch.int32
+
+
+def pack(bits: Tensor) -> Tensor:
+    """Packs bool ``[T, *shape]`` along time into words ``[ceil(T / 32), *shape]``."""
+    T = bits.shape[0]
+    words = []
+    for t0 in range(0, T, WORD_STEPS):
+        word = torch.zeros(bits.shape[1:], dtype=torch.int32, device=bits.device)
+        for k, row in enumerate(bits[t0 : t0 + WORD_STEPS]):
+            word |= row.to(torch.int32) << k
+        words.append(word.to(word_dtype(T)))
+    return torch.stack(words) if words else bits.new_empty(bits.shape, dtype=word_dtype(T))
+
+
+def unpack(words: Tensor, T: int) -> Tensor:
+    """The inverse of :func:`pack`: bool ``[T, *shape]``."""
+    rows = [(words[t // WORD_STEPS].int() >> t % WORD_STEPS) & 1 for t in range(T)]
+    return torch.stack(rows).bool() if rows else words.new_empty(words.shape, dtype=torch.bool)
+
+
+class _Stepper:
+    """One step of the neuron, with every option; tensors in the state dtype."""
+
+    def __init__(
+        self,
+        threshold: Tensor,
+        beta: Tensor | None,
+        fire_level: Tensor | None,
+        v_reset: Tensor | None,
+        strict: bool,
+        surrogate: _surrogate.Surrogate,
+        detach_reset: bool,
+        smooth: bool,
+        max_spikes: int | None,
+        signed: Signed | None,
+    ) -> None:
+        self.threshold, self.beta, self.v_reset = threshold, beta, v_reset
+        self.fire_level = threshold if fire_level is None else fire_level
+        self.strict, self.surrogate, self.smooth = strict, surrogate, smooth
+        self.detach_reset, self.max_spikes, self.signed = detach_reset, max_spikes, signed
+        self.zero = torch.zeros_like(threshold)
+
+    def charge(self, v: Tensor, current: Tensor) -> Tensor:
+        return (v if self.beta is None else self.beta * v) + current
+
+    def spike(self, m: Tensor, count: Tensor) -> Tensor:
+        """How many spikes the charged membrane ``m`` emits, after ``count`` so far."""
+        if self.max_spikes is not None:
+            k = torch.floor(m / self.threshold).clamp(max=self.max_spikes)
+            return torch.where(m >= self.threshold, k, self.zero)
+        if self.signed is not None:
+            low, high, margin = self.signed
+            plus = m >= self.threshold
+            if high is not None:
+                plus = plus & (count < high)
+            minus = (m <= -margin if margin > 0 else m < 0) & (count > low) & ~plus
+            return plus.to(m.dtype) - minus.to(m.dtype)
+        u = m - self.fire_level
+        if self.smooth:
+            return self.surrogate.primitive(u)
+        fired = m > self.fire_level if self.strict else m >= self.fire_level
+        return _surrogate.spike(u, fired, self.surrogate)
+
+    def reset(self, m: Tensor, k: Tensor) -> Tensor:
+        kept = k.detach() if self.detach_reset else k
+        if self.max_spikes is not None or self.signed is not None:
+            return m - torch.where(k != 0, k * self.threshold, self.zero)
+        if self.smooth:
+            if self.v_reset is None:
+                return m - self.threshold * kept
+            return m * (1 - kept) + self.v_reset * kept
+        if self.v_reset is None:
+            return m - _Choose.apply(kept, self.threshold, self.zero)
+        return _Choose.apply(kept, self.v_reset, m)
+
+
 def if_forward(
     x: Tensor,
     v: Tensor,
@@ -54,20 +138,39 @@ def if_forward(
     *,
     T: int | None = None,
     input_scale: Tensor | None = None,
+    beta: Tensor | None = None,
+    bias: Tensor | None = None,
+    fire_level: Tensor | None = None,
     v_reset: float | None = None,
     strict: bool = False,
     spike_dtype: torch.dtype | None = None,
     surrogate: _surrogate.Surrogate = _surrogate.DEFAULT,
     detach_reset: bool = False,
     smooth: bool = False,
+    max_spikes: int | None = None,
+    signed: Signed | None = None,
+    mask: Tensor | None = None,
+    probe: Probe | None = None,
+    parallel: bool = False,
+    count_at: Sequence[int] = (),
 ) -> Result:
     """Runs integrate-and-fire neurons over all time steps.
 
     Args:
         x: input current ``[T, *shape]``, or ``[*shape]`` held constant for ``T`` steps.
-        v, threshold, amplitude, input_scale: broadcast to ``shape``; rounded to the state dtype.
-        strict: fire at ``m > threshold`` instead of ``m >= threshold``.
+        v, threshold, amplitude, input_scale, beta, bias, fire_level: broadcast to ``shape``;
+            rounded to the state dtype. ``current = x * input_scale + bias``,
+            ``m = beta * v + current``, each operation rounded; fire at ``fire_level`` (default: the
+            threshold).
+        strict: fire at ``m > level`` instead of ``m >= level``.
         smooth: spikes become the surrogate's primitive (for gradcheck).
+        max_spikes: burst: ``floor(m / threshold)`` spikes a step, at most so many (GN, AdaFire).
+        signed: spikes of -1 too.
+        mask: bool ``[*shape]``; where False nothing is emitted while the membrane goes on.
+        probe: probe steps of SRP or COS.
+        parallel: all currents first, then ``clip(floor(v / threshold), 0, T)`` spikes in the first
+            steps (Hao et al., ICML 2025). No traces.
+        count_at: times whose counts are returned; after the probe with ``Probe(kind="mask")``.
 
     Returns:
         Spikes and counts, the final membrane, and the membranes after and before each reset.
@@ -79,47 +182,98 @@ def if_forward(
     current = x.to(state)
     if input_scale is not None:
         current = current * input_scale.to(state)
-    v = v.to(state).expand(shape)
+    if bias is not None:
+        current = current + bias.to(state)
+    start = v.to(state).expand(shape)
     threshold = threshold.to(state)
     # Rounded once to the type of the spikes; integer spikes are plain 0 and 1.
     weight = amplitude if spike_dtype.is_floating_point else torch.ones_like(amplitude)
     weight = weight.to(spike_dtype).to(state)
-    reset = x.new_full((), 0.0 if v_reset is None else v_reset, dtype=state)
-    zero = torch.zeros((), dtype=state, device=x.device)
+    neuron = _Stepper(
+        threshold,
+        None if beta is None else beta.to(state),
+        None if fire_level is None else fire_level.to(state),
+        None if v_reset is None else x.new_full((), v_reset, dtype=state),
+        strict, surrogate, detach_reset, smooth, max_spikes, signed,
+    )  # fmt: skip
+    none = torch.zeros(shape, dtype=torch.int32, device=x.device)
 
-    count = torch.zeros(shape, dtype=torch.int32, device=x.device)
-    spikes, v_seq, charge_seq = [], [], []
+    def at(t: int) -> Tensor:
+        return current if T is not None else current[t]
+
+    if probe is not None and probe.kind == "shift":
+        start = _shifted_start(neuron, start, at, probe, none)
+    v, guard, count = start, none, none
+    if parallel:
+        for t in range(steps):
+            v = v + at(t)
+        total = torch.floor(v / threshold).clamp(max=steps)
+        total = torch.where(total > 0, total, torch.zeros_like(total))
+        v = v - torch.where(total != 0, total * threshold, torch.zeros_like(total))
+    emitting = torch.ones(shape, dtype=torch.bool, device=x.device) if mask is None else mask != 0
+    masks = mask is not None
+    spikes, v_seq, charge_seq, counts = [], [], [], []
+    first = 0
     for t in range(steps):
-        m = v + (current if T is not None else current[t])
-        u = m - threshold
-        if smooth:
-            s = surrogate.primitive(u)
-            out = weight * s
+        if probe is not None and probe.kind == "mask" and t == probe.steps:
+            emitting, masks = emitting & (v / threshold > probe.margin), True
+            v, guard, count, first = start, none, none, t
+        if parallel:
+            k = (t < total).to(state)
         else:
-            s = _surrogate.spike(u, m > threshold if strict else m >= threshold, surrogate)
-            out = _Choose.apply(s, weight, zero)
-        kept = s.detach() if detach_reset else s
+            m = neuron.charge(v, at(t))
+            k = neuron.spike(m, guard)
+            v = neuron.reset(m, k)
+            guard = guard + k.detach().to(torch.int32)
+            v_seq.append(v)
+            charge_seq.append(m)
+        if masks:
+            k = torch.where(emitting, k, torch.zeros_like(k))
         if smooth:
-            v = m - threshold * kept if v_reset is None else m * (1 - kept) + reset * kept
-        elif v_reset is None:
-            v = m - _Choose.apply(kept, threshold, zero)
+            spikes.append(weight * k)
+        elif max_spikes is not None or signed is not None:
+            spikes.append(torch.where(k != 0, k * weight, torch.zeros_like(weight)))
         else:
-            v = _Choose.apply(kept, reset, m)
-        count = count + (s.detach() != 0)
-        spikes.append(out)
-        v_seq.append(v)
-        charge_seq.append(m)
+            spikes.append(_Choose.apply(k, weight, torch.zeros_like(weight)))
+        fired = k.detach()
+        count = count + (fired != 0 if smooth else fired).to(torch.int32)
+        if t + 1 - first in count_at and (first or probe is None or probe.kind == "shift"):
+            counts.append(count)
 
-    def stacked(rows: list[Tensor]) -> Tensor:
-        return torch.stack(rows) if rows else x.new_empty((0, *shape), dtype=state)
+    def stacked(rows: list[Tensor], dtype: torch.dtype) -> Tensor:
+        return torch.stack(rows).to(dtype) if rows else x.new_empty((0, *shape), dtype=dtype)
 
     return Result(
-        stacked(spikes).to(spike_dtype),
-        count.to(torch.int32),
+        stacked(spikes, spike_dtype),
+        count,
         v,
-        stacked(v_seq),
-        stacked(charge_seq),
+        stacked(v_seq, state),
+        stacked(charge_seq, state),
+        stacked(counts, torch.int32),
     )
+
+
+def _shifted_start(neuron: _Stepper, start: Tensor, at: Any, probe: Probe, none: Tensor) -> Tensor:
+    """Where the probe steps of COS move the initial membrane (Hao et al., ICLR 2023)."""
+    threshold = neuron.threshold
+    below, above = (threshold.new_full((), 1 + sign * probe.margin) for sign in (-1, 1))
+    for _ in range(probe.iterations):
+        v, count = start, none
+        least_fired, most_silent = (torch.full_like(v, s * torch.inf) for s in (1, -1))
+        for t in range(probe.steps):
+            m = neuron.charge(v, at(t))
+            k = neuron.spike(m, none)
+            fired = k != 0
+            least_fired = torch.where(fired & (m < least_fired), m, least_fired)
+            most_silent = torch.where(~fired & (m > most_silent), m, most_silent)
+            count = count + fired
+            v = neuron.reset(m, k)
+        less = start - torch.maximum(least_fired - below * threshold, threshold)
+        more = start + torch.maximum(above * threshold - most_silent, threshold)
+        remove = (v < 0) & (count > 0)
+        add = (v >= threshold) & (count < probe.steps)
+        start = torch.where(remove, less, torch.where(add, more, start))
+    return start
 
 
 def if_backward(
@@ -134,38 +288,46 @@ def if_backward(
     grad_charge_seq: Tensor | None = None,
     T: int | None = None,
     input_scale: Tensor | None = None,
+    beta: Tensor | None = None,
+    bias: Tensor | None = None,
+    fire_level: Tensor | None = None,
     v_reset: float | None = None,
     strict: bool = False,
     spike_dtype: torch.dtype | None = None,
     surrogate: _surrogate.Surrogate = _surrogate.DEFAULT,
     detach_reset: bool = False,
     smooth: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """The adjoint of :func:`if_forward`, step by step from the last.
 
     Arguments as there; each ``grad_*`` has the shape of its output (spikes' and traces' with T).
 
     Returns:
-        Gradients for x (its shape) and, each ``[*shape]``, for v, threshold, amplitude and
-        input_scale before summing over neurons that share them; all in the state dtype.
+        Gradients for x (its shape) and, each ``[*shape]``, for v, threshold, amplitude,
+        input_scale, beta, bias and fire_level before summing over neurons that share them; all in
+        the state dtype.
     """
     run = if_forward(
-        x, v, threshold, amplitude, T=T, input_scale=input_scale, v_reset=v_reset, strict=strict,
-        spike_dtype=spike_dtype, surrogate=surrogate, smooth=smooth,
+        x, v, threshold, amplitude, T=T, input_scale=input_scale, beta=beta, bias=bias,
+        fire_level=fire_level, v_reset=v_reset, strict=strict, spike_dtype=spike_dtype,
+        surrogate=surrogate, smooth=smooth,
     )  # fmt: skip
     state = state_dtype(x.dtype)
+    start = v.to(state).expand(run.v.shape)
     threshold = threshold.to(state)
+    level = threshold if fire_level is None else fire_level.to(state)
     weight = amplitude if (spike_dtype or x.dtype).is_floating_point else torch.ones_like(amplitude)
     weight = weight.to(spike_dtype or x.dtype).to(state)
     scale = None if input_scale is None else input_scale.to(state)
 
-    carry = torch.zeros_like(run.v) if grad_v is None else grad_v.to(state).clone()
-    grad_threshold, grad_amplitude = torch.zeros_like(run.v), torch.zeros_like(run.v)
-    grad_scale, grad_x = torch.zeros_like(run.v), []
+    zero = torch.zeros_like(run.v)
+    carry = zero if grad_v is None else grad_v.to(state).clone()
+    grad_threshold, grad_amplitude, grad_level = zero, zero, zero
+    grad_scale, grad_beta, grad_bias, grad_x = zero, zero, zero, []
     for t in reversed(range(run.charge_seq.shape[0])):
         m = run.charge_seq[t]
-        u = m - threshold
-        s = surrogate.primitive(u) if smooth else (m > threshold if strict else m >= threshold)
+        u = m - level
+        s = surrogate.primitive(u) if smooth else (m > level if strict else m >= level)
         s = s.to(state)
         grad_out = torch.zeros_like(m) if grad_spikes is None else grad_spikes[t].to(state)
         if grad_v_seq is not None:
@@ -175,18 +337,69 @@ def if_backward(
             through_reset = torch.zeros_like(carry)
         grad_u = (weight * grad_out + through_reset) * surrogate.derivative(u)
         grad_amplitude = grad_amplitude + s * grad_out
-        grad_threshold = grad_threshold - grad_u - (carry * s if v_reset is None else 0)
+        subtracted = carry * s if v_reset is None else zero
+        if fire_level is None:
+            grad_threshold = grad_threshold - (grad_u + subtracted)
+        else:
+            grad_threshold, grad_level = grad_threshold - subtracted, grad_level - grad_u
         carry = grad_u + (carry if v_reset is None else carry * (1 - s))
         if grad_charge_seq is not None:
             carry = carry + grad_charge_seq[t]
+        grad_bias = grad_bias + carry
         if scale is not None:
             grad_scale = grad_scale + carry * (x if T is not None else x[t]).to(state)
         grad_x.append(carry if scale is None else carry * scale)
+        if beta is not None:
+            grad_beta = grad_beta + carry * (run.v_seq[t - 1] if t else start)
+            carry = carry * beta.to(state)
     grads = torch.stack(grad_x[::-1]) if grad_x else x.new_zeros((0, *run.v.shape), dtype=state)
     return (
         grads if T is None else grads.sum(0),
-        carry,
-        grad_threshold,
-        grad_amplitude,
-        grad_scale,
-    )
+        carry, grad_threshold, grad_amplitude, grad_scale, grad_beta, grad_bias, grad_level,
+    )  # fmt: skip
+
+
+def if_backward_saved(
+    charges: Tensor | None,
+    bits: tuple[Tensor, Tensor] | None,
+    steps: int,
+    dtype: torch.dtype,
+    *,
+    threshold: Tensor,
+    amplitude: Tensor,
+    spike_dtype: torch.dtype,
+    grad_spikes: Tensor | None,
+    grad_v: Tensor | None,
+    surrogate: _surrogate.Surrogate,
+    detach_reset: bool,
+) -> tuple[Tensor, ...]:
+    """:func:`if_backward` of the plain neuron without its currents.
+
+    From the charged membranes ``[T, *shape]``, or from two bool ``[T, *shape]``: where the
+    rectangle's slope is not 0 and, for the gradients of threshold and amplitude, where it fired.
+    """
+    state = state_dtype(dtype)
+    threshold = threshold.to(state)
+    weight = amplitude if spike_dtype.is_floating_point else torch.ones_like(amplitude)
+    weight = weight.to(spike_dtype).to(state)
+    like = charges if charges is not None else bits[0]  # type: ignore[index]
+    zero = torch.zeros(like.shape[1:], dtype=state, device=like.device)
+    carry = zero if grad_v is None else grad_v.to(state).clone()
+    grad_threshold, grad_amplitude, grad_x = zero, zero, []
+    for t in reversed(range(steps)):
+        if charges is not None:
+            slope = surrogate.derivative(charges[t] - threshold)
+            s = (charges[t] >= threshold).to(state)
+        else:
+            inside, fired = (b[t] for b in bits)  # type: ignore[union-attr]
+            slope, s = inside * zero.new_full((), surrogate.alpha), fired.to(state)
+        grad_out = zero if grad_spikes is None else grad_spikes[t].to(state)
+        through_reset = zero if detach_reset else -carry * threshold
+        grad_u = (weight * grad_out + through_reset) * slope
+        grad_amplitude = grad_amplitude + s * grad_out
+        grad_threshold = grad_threshold - (grad_u + carry * s)
+        carry = grad_u + carry
+        grad_x.append(carry)
+    return (
+        torch.stack(grad_x[::-1]), carry, grad_threshold, grad_amplitude, zero, zero, zero, zero
+    )  # fmt: skip

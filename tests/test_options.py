@@ -1,0 +1,467 @@
+"""What methods ask of the neuron: worked examples, and every back end against the reference."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from typing import Any
+
+import pytest
+import torch
+from support import (
+    DTYPES,
+    Backend,
+    assert_close,
+    assert_same_bits,
+    currents,
+    dtype_id,
+    dyadic,
+    generator,
+    moved,
+)
+from torch import Tensor
+
+from snnkernels import LIFNode, use_backend
+from snnkernels.functional import Run, if_run, lif_multi_step
+from snnkernels.kernels import backward, params, run
+from snnkernels.kernels.spec import Asked, Grads, Neuron, Saved
+from snnkernels.options import Probe, Signed
+
+OUTPUTS = ("spikes", "packed", "count", "v_seq", "charge_seq")
+
+
+def row(values: list[float], **given: Any) -> Run:
+    """One neuron; v 1/2 and threshold 1 unless told otherwise."""
+    x = torch.tensor(values, dtype=torch.float32).reshape(-1, 1)
+    return if_run(x, outputs=("spikes", "count"), **{"v": 0.5, **given})
+
+
+def spikes_of(run: Run) -> list[float]:
+    assert run.spikes is not None
+    return run.spikes.flatten().tolist()
+
+
+# ---- by hand -------------------------------------------------------------------------------------
+
+
+def test_probe_mask_by_hand(backend: Backend) -> None:
+    """SRP, theta 1, tau 4: who ends the probe with nothing left is silenced."""
+    for probe, last, active in (
+        ([1, 1, -1, -1], -1.5, False),
+        ([0.3] * 4, 0.7, True),
+        ([-0.2] * 4, -0.3, False),
+        # Fires at t = 4 and ends at 0: SRP silences it although its mean is positive.
+        ([0.125] * 4, 0.0, False),
+    ):
+        x = moved(torch.tensor([probe + [0.25] * 6]).T.contiguous(), backend.device)
+        run = if_run(x, 0.5, outputs=("spikes", "count", "v_seq"), probe=Probe(4))
+        assert run.v_seq is not None
+        assert run.v_seq[3].item() == pytest.approx(last, abs=1e-6)
+        alone = if_run(x[4:], 0.5, outputs=("spikes", "count", "v_seq"))
+        want = alone.spikes if active else torch.zeros_like(alone.spikes)
+        assert_same_bits(run.spikes[4:], want)
+        assert_same_bits(run.spikes[:4], if_run(x[:4], 0.5).spikes)
+        assert_same_bits(run.count, alone.count if active else torch.zeros_like(alone.count))
+        # The membrane goes on, masked or not.
+        assert_same_bits(run.v, alone.v)
+
+
+def test_probe_shift_by_hand(backend: Backend) -> None:
+    """COS, theta 1, rho = T = 4."""
+    cases: list[tuple[list[float], int, list[float]]] = [
+        ([1, 1, -1, -1], 1, [0, 1, 0, 0]),
+        ([1, 1, -1, -1], 2, [0, 0, 0, 0]),
+        ([-2, 1, 1, 2], 1, [0, 0, 1, 1]),
+        ([-3, 0.25, 0.25, 4], 1, [0, 0, 1, 1]),
+        ([0.3] * 4, 1, [0, 1, 0, 0]),
+    ]
+    for x, iterations, want in cases:
+        assert spikes_of(row(x, probe=Probe(4, "shift", iterations=iterations))) == want
+    # Fires at every step and ends above the threshold: nothing to add, no infinite membrane.
+    always = row([2.0] * 4, probe=Probe(4, "shift"))
+    assert spikes_of(always) == [1, 1, 1, 1]
+    assert always.v.item() == 4.5
+
+
+def test_burst_by_hand(backend: Backend) -> None:
+    # AdaFire: floor(m / theta), at most m; a group neuron of 4 has a quarter of the threshold.
+    run = row([0.7, 0.7], v=0.125, v_threshold=0.25, max_spikes=4, amplitude=0.25)
+    assert spikes_of(run) == [0.75, 0.75]
+    assert run.count.item() == 6
+    assert spikes_of(row([9.0, -9.0], max_spikes=3)) == [3, 0]
+
+
+def test_signed_by_hand(backend: Backend) -> None:
+    fast = Signed(margin=1e-3)
+    run = row([1, 1, -1, -1], signed=fast)
+    assert spikes_of(run) == [1, 1, -1, -1]
+    assert (run.count.item(), run.v.item()) == (0, 0.5)
+    run = row([-2, 1, 1, 2], signed=fast)
+    assert spikes_of(run) == [0, 0, 0, 1]
+    assert run.v.item() == 1.5
+    bif = Signed(high=4)
+    run = row([-2, 1, 1, 2, 0], signed=bif)
+    assert (run.count.item(), run.v.item()) == (2, 0.5)
+    run = row([2.6, 0, 0, 0, 0], signed=bif)
+    assert spikes_of(run) == [1, 1, 1, 0, 0]
+    assert run.count.item() == 3
+    assert run.v.item() == pytest.approx(0.1, abs=1e-6)
+
+
+def test_parallel_by_hand(backend: Backend) -> None:
+    assert spikes_of(row([1, 1, -1, -1], parallel=True)) == [0, 0, 0, 0]
+    assert spikes_of(row([-2, 1, 1, 2], parallel=True)) == [1, 1, 0, 0]
+
+
+@pytest.mark.parametrize("T", [1, 4, 8, 33])
+def test_parallel_is_the_quantised_network(backend: Backend, T: int) -> None:
+    """clip(floor(mean x * T / theta + 1/2), 0, T): QCFS with L = T, exact on dyadic data."""
+    x = dyadic(T, 77, seed=T).float()
+    run = if_run(moved(x, backend.device), 1.0, 2.0, outputs=("count", "spikes"), parallel=True)
+    want = torch.floor((x.double().sum(0) + 1.0) / 2.0).clamp(0, T)
+    assert torch.equal(run.count.cpu().double(), want)
+    assert_same_bits(run.spikes.sum(0), run.count.float())
+    # Spikes come first, then silence.
+    assert bool((run.spikes.diff(dim=0) <= 0).all())
+
+
+def test_fire_level_by_hand(backend: Backend) -> None:
+    """DSR: v from 0, fires at theta/2, subtracts theta; OPI's spikes with v lower by theta/2."""
+    run = row([0.4] * 4, v=0.0, fire_level=0.5)
+    assert spikes_of(run) == [0, 1, 0, 1]
+    assert run.v.item() == pytest.approx(-0.4, abs=1e-6)
+
+
+def test_dsr_lif_by_hand(backend: Backend) -> None:
+    """Vth 1, tau 1, dt 1/2, x = 2: v = beta v + (1 - beta) x, fires at 1/2."""
+    beta = math.exp(-0.5)
+    run = row([2.0] * 8, v=0.0, beta=beta, input_scale=1 - beta, fire_level=0.5, amplitude=2.0)
+    assert spikes_of(run) == [2, 2, 2, 2, 2, 0, 2, 2]
+    assert run.v.item() == pytest.approx(-0.1636968, abs=1e-6)
+
+
+def test_bias_by_hand(backend: Backend) -> None:
+    """Deng & Gu: theta/2T at every step; the same count as theta/2 at the start, later spikes."""
+    spread = row([0.55] * 4, v=0.0, v_threshold=2.0, bias=0.25)
+    ahead = row([0.55] * 4, v=1.0, v_threshold=2.0)
+    assert spikes_of(spread) == [0, 0, 1, 0]
+    assert spikes_of(ahead) == [0, 1, 0, 0]
+    for made in (spread, ahead):
+        assert made.v.item() == pytest.approx(1.2, abs=1e-6)
+
+
+def test_mask_by_hand(backend: Backend) -> None:
+    x = torch.full((3, 2), 0.75)
+    for mask in (torch.tensor([True, False]), torch.tensor([7, 0], dtype=torch.uint8)):
+        run = if_run(x, 0.5, outputs=("spikes", "count"), mask=mask)
+        assert run.spikes[:, 0].tolist() == [1, 1, 0]
+        assert not run.spikes[:, 1].any()
+        assert run.count.tolist() == [2, 0]
+        assert run.v[0] == run.v[1]
+
+
+# ---- every back end against the reference --------------------------------------------------------
+
+EXTRAS: dict[str, Any] = {
+    "beta": {"beta": 0.9},
+    "channels": {"beta": "channel", "bias": "channel", "fire_level": "full", "input_scale": 0.7},
+    "everything": {"beta": "full", "bias": 0.1, "fire_level": "channel", "v_reset": -0.1},
+    "strict": {"tie": ">", "fire_level": 0.75, "bias": "full"},
+    "burst": {"max_spikes": 3},
+    "burst leaky": {"max_spikes": 255, "beta": 0.75, "bias": 0.125},
+    "signed": {"signed": Signed(margin=1e-3)},
+    "st-bif": {"signed": Signed(-2, 3), "input_scale": 1.5},
+    "signed leaky": {"signed": Signed(-100, None, 0.5), "beta": "channel"},
+    "mask": {"mask": True},
+    "masked burst": {"mask": True, "max_spikes": 2},
+    "srp": {"probe": Probe(2)},
+    "srp masked": {"probe": Probe(3, margin=0.25), "mask": True, "bias": 0.1},
+    "srp leaky": {"probe": Probe(1, margin=0.0), "beta": 0.9, "tie": ">"},
+    "cos": {"probe": Probe(3, "shift")},
+    "cos twice": {"probe": Probe(4, "shift", iterations=2), "input_scale": "channel"},
+    "cos leaky": {"probe": Probe(2, "shift", margin=0.1), "beta": 0.95},
+    "parallel": {"parallel": True},
+    "parallel scaled": {"parallel": True, "input_scale": 0.3, "bias": 0.05},
+}
+TRACELESS = ("parallel", "parallel scaled")
+
+
+def arguments_of(extra: dict[str, Any], shape: tuple[int, ...], seed: int) -> dict[str, Any]:
+    g = generator(seed)
+    draw = lambda *s: 0.5 + torch.randint(0, 5, s, generator=g) / 8  # noqa: E731
+    made: dict[str, Any] = {"channel_dim": 1}
+    for name, value in extra.items():
+        if name == "mask":
+            value = torch.rand(shape, generator=g) < 0.7
+        elif isinstance(value, str) and value == "channel":
+            value = draw(shape[1])
+        elif isinstance(value, str) and value == "full":
+            value = draw(*shape)
+        made[name] = value
+    return made
+
+
+def both(backend: Backend, x: Tensor, arguments: dict[str, Any]) -> tuple[Run, Run]:
+    there = {k: moved(v, backend.device) for k, v in arguments.items()}
+    got = if_run(moved(x, backend.device), **there)
+    with use_backend("reference"):
+        want = if_run(x.clone(memory_format=torch.contiguous_format), **arguments)
+    return got, want
+
+
+def same(got: Run, want: Run, label: str = "") -> None:
+    for name, a, b in zip(Run._fields, got, want, strict=True):
+        if a is None or b is None:
+            assert a is b is None, f"{label} {name}"
+        elif name == "packed":
+            assert a.shape == b.shape
+            assert torch.equal(a.words.cpu(), b.words), f"{label} {name}"
+        else:
+            assert_same_bits(a, b)
+
+
+@pytest.mark.parametrize("name", EXTRAS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+def test_options_are_the_references(level: Backend, dtype: torch.dtype, name: str) -> None:
+    r = random.Random(name)
+    for shape, steps in itertools.product(((2, 3), (3, 5, 2, 4), (1, 129)), (5, 9, 16, 33, 40)):
+        extra = EXTRAS[name]
+        seed = r.randrange(1 << 30)
+        x = currents(steps, *shape, seed=seed, dtype=dtype) * r.choice((1, 1, 3))
+        if r.random() < 0.3:
+            flat = x.reshape(-1)
+            for value in (math.nan, math.inf, -math.inf, -0.0):
+                flat[r.randrange(flat.numel())] = value
+        arguments = arguments_of(extra, shape, seed)
+        arguments["v"] = r.choice((0.0, 0.5, "half", -0.0))
+        arguments["v_threshold"] = r.choice((1.0, 0.75, 1 + torch.arange(shape[1]) / 8))
+        arguments["amplitude"] = r.choice((None, 0.3, "threshold"))
+        traces = () if name in TRACELESS or r.random() < 0.3 else ("v_seq", "charge_seq")
+        arguments["outputs"] = ("spikes", "packed", "count", *traces)
+        counted = steps - (
+            extra["probe"].steps if name.startswith("srp") and "probe" in extra else 0
+        )
+        arguments["count_at"] = tuple(sorted(r.sample(range(1, counted + 1), min(3, counted))))
+        if "signed" in extra and r.random() < 0.5:
+            arguments["spike_dtype"] = torch.int8
+        elif "signed" not in extra and r.random() < 0.3:
+            arguments["spike_dtype"] = torch.uint8
+        label = f"{name} {shape} T={steps} seed={seed}"
+        same(*both(level, x, arguments), label)
+        # A constant current.
+        constant = {**arguments, "T": steps}
+        same(*both(level, x[0], constant), label + " constant")
+
+
+def test_counts_at_several_times_are_prefix_counts(level: Backend) -> None:
+    x = moved(currents(70, 3, 50), level.device)
+    at = (1, 2, 4, 8, 16, 31, 32, 33, 64, 70)
+    run = if_run(x, "half", outputs="spikes", count_at=at)
+    for t, counts in zip(at, run.counts, strict=True):
+        assert_same_bits(counts, run.spikes[:t].sum(0).int())
+    alone = if_run(x, "half", outputs=(), count_at=at)
+    assert alone.spikes is None
+    assert_same_bits(alone.counts, run.counts)
+
+
+# ---- LIF -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=dtype_id)
+def test_lif_against_a_loop(level: Backend, dtype: torch.dtype) -> None:
+    x = currents(40, 6, dtype=dtype)
+    beta, gain, threshold = (torch.tensor(n, dtype=dtype) for n in (0.8, 0.6, 0.75))
+    v = torch.full((6,), 0.25, dtype=dtype)
+    want = []
+    for current in x:
+        m = beta * v + gain * current
+        fired = m >= threshold
+        v = torch.where(fired, m - threshold, m)
+        want.append(fired.to(dtype))
+    spikes, last = lif_multi_step(moved(x, level.device), 0.25, 0.8, 0.75, input_scale=float(gain))
+    assert_same_bits(spikes, torch.stack(want))
+    assert_same_bits(last, v)
+
+
+def test_lif_without_leak_is_if(backend: Backend) -> None:
+    x = moved(currents(12, 4, 5), backend.device)
+    plain = if_run(x, "half", outputs=("spikes",))
+    leaky = if_run(x, "half", outputs=("spikes",), beta=1.0)
+    assert_same_bits(plain.spikes, leaky.spikes)
+    assert_same_bits(plain.v, leaky.v)
+
+
+def test_lif_node_carries_and_learns(backend: Backend) -> None:
+    x = moved(currents(8, 3, 4), backend.device)
+    node = LIFNode(0.75, v_init="half", learn_beta=True, learn_threshold=True).to(backend.device)
+    whole = node(x)
+    node.reset()
+    assert_same_bits(torch.cat([node(x[:3]), node(x[3:])]), whole)
+    node.reset()
+    node(x).sum().backward()
+    assert node.beta.grad is not None
+    assert float(node.beta.grad.abs()) > 0
+    assert set(node.state_dict()) == {"beta", "v_threshold", "_floor"}
+    assert "beta=Tensor()" in repr(node)
+
+
+# ---- what is refused -----------------------------------------------------------------------------
+
+X = torch.zeros(4, 2, 3)
+
+REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"max_spikes": 0}, ValueError, "max_spikes=0 is not in 1..255"),
+    ({"max_spikes": 1.5}, TypeError, "max_spikes=1.5 must be an int"),
+    ({"max_spikes": 2, "parallel": True}, ValueError, "max_spikes and parallel exclude"),
+    ({"max_spikes": 2, "v_reset": 0.0}, ValueError, "max_spikes cannot be combined with v_reset"),
+    ({"max_spikes": 2, "tie": ">"}, ValueError, "max_spikes cannot be combined with tie='>'"),
+    ({"signed": Signed(), "fire_level": 0.5}, ValueError, "signed cannot be combined with fire_l"),
+    ({"signed": True}, TypeError, "signed=True must be a snnkernels.options.Signed"),
+    ({"signed": Signed(2, 1)}, ValueError, "signed.high=1 is below signed.low=2"),
+    ({"signed": Signed(margin=-1)}, ValueError, "signed.margin=-1 must be at least 0"),
+    ({"signed": Signed(), "spike_dtype": torch.uint8}, ValueError, "use torch.int8"),
+    ({"spike_dtype": torch.int8}, ValueError, "spike_dtype=torch.int8 is not offered"),
+    ({"parallel": True, "beta": 0.5}, ValueError, "parallel cannot be combined with beta"),
+    ({"parallel": True, "outputs": "v_seq"}, ValueError, "parallel neurons have no traces"),
+    ({"parallel": True, "probe": Probe(2)}, ValueError, "parallel cannot be combined with probe"),
+    ({"probe": 3}, TypeError, "probe=3 must be a snnkernels.options.Probe"),
+    ({"probe": Probe(4)}, ValueError, "probe.steps=4 must be fewer than the 4 steps"),
+    ({"probe": Probe(5, "shift")}, ValueError, "probe.steps=5 must be at most the 4 steps"),
+    ({"probe": Probe(0)}, ValueError, "probe.steps=0 must be at least 1"),
+    ({"probe": Probe(2, "srp")}, ValueError, "probe.kind='srp' is unknown"),
+    ({"probe": Probe(2, iterations=2)}, ValueError, "probe.iterations=2 is for kind='shift'"),
+    ({"probe": Probe(2, margin=math.nan)}, ValueError, "probe.margin=nan must be at least 0"),
+    ({"mask": [1, 0]}, TypeError, "mask must be a tensor of torch.bool or torch.uint8"),
+    ({"mask": torch.ones(5, dtype=torch.bool)}, ValueError, "mask of shape"),
+    ({"beta": "0.9"}, TypeError, "beta='0.9'"),
+    ({"bias": math.nan}, ValueError, "bias is NaN"),
+    ({"fire_level": torch.ones(4)}, ValueError, "fire_level of shape"),
+    ({"outputs": "spike"}, ValueError, "'spike' is unknown"),
+    ({"outputs": ("rate", "spikes")}, ValueError, "'rate' and 'spikes' exclude each other"),
+    ({"count_at": (0,)}, ValueError, "0 is not in 1..4"),
+    ({"count_at": (2, 1)}, ValueError, "must ascend"),
+    ({"count_at": (1.0,)}, TypeError, "must hold ints"),
+    ({"count_at": (3,), "probe": Probe(2)}, ValueError, "3 is not in 1..2"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "error", "says"), REFUSED, ids=lambda v: str(v)[:60])
+def test_bad_options(arguments: dict[str, Any], error: type[Exception], says: str) -> None:
+    with pytest.raises(error, match=says):
+        if_run(X, **arguments)
+
+
+def test_seventeen_times_are_too_many() -> None:
+    with pytest.raises(ValueError, match="at most 16"):
+        if_run(torch.zeros(20, 2), count_at=tuple(range(1, 18)))
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [{"max_spikes": 2}, {"signed": Signed()}, {"parallel": True}, {"probe": Probe(2)},
+     {"mask": torch.ones(2, 3, dtype=torch.bool)}],
+    ids=str,
+)  # fmt: skip
+def test_inference_options_refuse_gradients(extra: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="are for inference"):
+        if_run(X.clone().requires_grad_(), **extra)
+    with torch.no_grad():
+        if_run(X.clone().requires_grad_(), **extra)
+
+
+@pytest.mark.parametrize("beta", [-0.1, 1.5, torch.tensor([0.5, 2.0])], ids=str)
+def test_beta_of_a_node_is_a_fraction(beta: Any) -> None:
+    with pytest.raises(ValueError, match="beta"):
+        LIFNode(beta)
+
+
+# ---- gradients of what has them ------------------------------------------------------------------
+
+OPERANDS = ("v", "threshold", "amplitude", "input_scale", "beta", "bias", "fire_level")
+LEAKY = params.INPUT_SCALE | params.BETA | params.BIAS | params.FIRE_LEVEL
+
+
+class _Smooth(torch.autograd.Function):
+    """Both operators with the surrogate's primitive in place of the spike, every operand."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *rest: Any) -> Any:
+        operands, (T, options, kind, detach) = rest[:-1], rest[-1]
+        neuron = Neuron(*operands, options=options, v_reset=-0.125, spike_dtype=torch.float64)
+        made = run.if_forward(x, T, neuron, Asked(v_seq=True, charge_seq=True), kind, 1.5)
+        ctx.save_for_backward(x, *operands)
+        ctx.c = (T, neuron.with_tensors([None] * 7), kind, detach)
+        return made.spikes, made.v, made.v_seq, made.charge_seq
+
+    @staticmethod
+    def backward(ctx: Any, g_s: Tensor, g_v: Tensor, g_seq: Tensor, g_charge: Tensor) -> Any:  # type: ignore[override]
+        T, neuron, kind, detach = ctx.c
+        x, *operands = ctx.saved_tensors
+        saved = Saved(x, None, None, None, T is not None, len(x) if T is None else T, x.dtype)
+        grads = backward.if_backward(
+            saved, neuron.with_tensors(operands), Grads(g_s, False, g_v, g_seq, g_charge), kind,
+            1.5, detach, True, [True] * 8,
+        )  # fmt: skip
+        return (*grads, None)
+
+
+@pytest.mark.parametrize("T", [1, 2, 5, 19])
+@pytest.mark.parametrize("hard", [False, True])
+@pytest.mark.parametrize("constant", [False, True])
+def test_gradcheck_of_every_operand(kernel: Backend, T: int, hard: bool, constant: bool) -> None:
+    g = generator(T)
+    options = LEAKY | (params.HARD_RESET if hard else 0)
+    x = torch.rand((2, 3) if constant else (T, 2, 3), generator=g, dtype=torch.float64)
+    sizes = ((2, 3), (3,), (1,), (2, 1), (2, 3), (3,), (2, 3))
+    drawn = [0.2 + 0.7 * torch.rand(s, generator=g, dtype=torch.float64) for s in sizes]
+    leaves = [t.to(kernel.device).requires_grad_() for t in (x, *drawn)]
+    for kind in (0, 1):
+        how = (T if constant else None, options, kind, False)
+        call = lambda *a, how=how: _Smooth.apply(*a, how)  # noqa: E731
+        assert torch.autograd.gradcheck(call, leaves, fast_mode=T > 5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=dtype_id)
+@pytest.mark.parametrize("names", [("beta",), ("bias",), ("fire_level",), OPERANDS[3:]], ids=str)
+@pytest.mark.parametrize("detach", [False, True])
+def test_gradients_are_autograds(
+    level: Backend, dtype: torch.dtype, names: tuple[str, ...], detach: bool
+) -> None:
+    """Through the kernels against autograd through the reference."""
+    state = torch.float64 if dtype == torch.float64 else torch.float32
+    g = generator(len(names))
+    x = currents(23, 2, 5, 7, seed=1, dtype=dtype)
+    weights = currents(23, 2, 5, 7, seed=2, dtype=state)
+    forms = {"v": (2, 5, 7), "v_threshold": (5,), "amplitude": (), "beta": (5,), "bias": (5, 7)}
+    found = []
+    for where in (level.device, "reference"):
+        device = "cpu" if where == "reference" else where
+        leaves = {"x_seq": moved(x, device).requires_grad_()}
+        g.manual_seed(7)
+        for name in ("v", "v_threshold", "amplitude", *names):
+            size = forms.get(name, (5,))
+            value = 0.5 + 0.4 * torch.rand(size, generator=g, dtype=torch.float64)
+            leaves[name] = value.to(state).to(device).requires_grad_()
+        x_leaf, others = leaves["x_seq"], {k: t for k, t in leaves.items() if k != "x_seq"}
+        given = {"channel_dim": 1, "detach_reset": detach, "outputs": ("spikes", "v_seq")}
+        if where == "reference":
+            with use_backend("reference"):
+                made = if_run(x_leaf, **others, **given)
+        else:
+            made = if_run(x_leaf, **others, **given)
+        w = weights.to(device)
+        loss = (made.spikes.to(state) * w).sum() + (made.v_seq * w.flip(0)).sum()
+        found.append(torch.autograd.grad(loss, list(leaves.values())))
+    rtol = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 2e-2)
+    for name, a, b in zip(leaves, *found, strict=True):
+        assert_close(a, b, rtol, name)
+
+
+def test_double_backward_of_a_leaky_neuron(backend: Backend) -> None:
+    x = moved(currents(6, 4, dtype=torch.float64), backend.device).requires_grad_()
+    beta = torch.full((4,), 0.8, dtype=torch.float64, device=backend.device, requires_grad=True)
+    run_ = if_run(x, "half", beta=beta, surrogate_function="sigmoid")
+    (g,) = torch.autograd.grad(run_.spikes.sum(), x, create_graph=True)
+    second = torch.autograd.grad(g.square().sum(), (x, beta))
+    assert all(torch.isfinite(t).all() and t.any() for t in second)
