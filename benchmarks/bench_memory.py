@@ -27,7 +27,7 @@ import ours
 import rivals
 import torch
 from cases import DTYPES, Case, Entry
-from common import arguments, save, short, start, table
+from common import arguments, late, save, short, start, table
 from memory import taken
 
 SHAPE = {"cpu": (16, 200_000), "cuda": (16, 1 << 22)}
@@ -88,6 +88,8 @@ def rows(args: argparse.Namespace) -> list[dict[str, Any]]:
     found = []
     for dtype in args.dtype:
         for entry in entries():
+            if late(args, f"{entry.name}, {dtype}"):
+                continue
             torch._dynamo.reset()
             row: dict[str, Any] = dict.fromkeys(COLUMNS, "")
             row |= {"implementation": entry.name, "T": T, "N": N, "dtype": dtype}
@@ -100,7 +102,14 @@ def rows(args: argparse.Namespace) -> list[dict[str, Any]]:
                 except Exception as error:
                     row["note"] = (str(error).splitlines() or [type(error).__name__])[0][:200]
                     print(f"left out: {entry.name}, {fill.__name__}: {row['note']}")
+            keep(found, args)
     return found
+
+
+def keep(found: list[dict[str, Any]], args: argparse.Namespace) -> str:
+    """Saves what there is: a run that is cut off loses nothing."""
+    name = f"memory_{args.device}"
+    return str(save(name, found, folder=args.out, device=args.device))
 
 
 def main() -> None:
@@ -110,7 +119,7 @@ def main() -> None:
     args = start(parser.parse_args())
     result = rows(args)
     print(table(result, COLUMNS))
-    print("rows:", save(f"memory_{args.device}", result, folder=args.out, device=args.device))
+    print("rows:", keep(result, args))
 
 
 if __name__ == "__main__":

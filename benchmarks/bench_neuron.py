@@ -49,6 +49,10 @@ _GPU_COMPILE_T, _GPU_COMPILE_N = (8,), (1 << 12, 1 << 20, 1 << 24)
 def cases(section: str, args: argparse.Namespace) -> list[Case]:
     """The sizes of a section."""
     training = section == "training"
+    if args.size:
+        shapes = [tuple(map(int, size.split("x"))) for size in args.size]
+        names = ("float64", "float16", "bfloat16") if section == "dtypes" else ("float32",)
+        return [Case(T, N, name, args.device, training) for T, N in shapes for name in names]
     if args.quick:
         dtypes = ("float64", "float16", "bfloat16") if section == "dtypes" else ("float32",)
         return [Case(*s, d, args.device, training) for s in _QUICK for d in dtypes]
@@ -144,6 +148,7 @@ def main() -> None:
     """Runs the sections asked for, prints one table, saves rows and a picture."""
     parser = arguments(__doc__)
     parser.add_argument("--section", nargs="+", choices=SECTIONS, default=list(SECTIONS))
+    parser.add_argument("--size", nargs="+", metavar="TxN", help="these alone, not the whole grid")
     parser.add_argument("--all", action="store_true", help="nobody is skipped for taking long")
     parser.add_argument("--case-seconds", type=float, default=20.0, help="timing of one case")
     parser.add_argument(

@@ -22,7 +22,7 @@ from typing import Any
 import rivals
 import torch
 from cases import Case
-from common import Skip, arguments, save, short, start, table
+from common import Skip, arguments, late, save, short, start, table
 from timing import measure
 
 import snnkernels
@@ -151,17 +151,25 @@ def rows(kind: str, case: Case, args: argparse.Namespace) -> list[dict[str, Any]
 def main() -> None:
     """Runs everything, prints a table, saves rows."""
     args = start(arguments(__doc__).parse_args())
-    result = []
+    result: list[dict[str, Any]] = []
     for kind in KINDS:
         shapes = [s for s in SHAPES if s[0] == 1] if kind == "one step" else SHAPES
         for T, N in shapes[:1] if args.quick else shapes:
+            if late(args, f"{kind}, T={T}, N={N}"):
+                continue
             grad = kind.startswith("module,")
             with torch.set_grad_enabled(grad):
                 result += rows(kind, Case(T, N, device=args.device, training=grad), args)
+            path = keep(result, args)
     print(table(result, COLUMNS))
+    print("rows:", path)
+
+
+def keep(result: list[dict[str, Any]], args: argparse.Namespace) -> str:
+    """Saves what there is: a run that is cut off loses nothing."""
+    told = [{**row, "malloc": args.malloc} for row in result]
     name = f"overhead_{args.device}"
-    result = [{**row, "malloc": args.malloc} for row in result]
-    print("rows:", save(name, result, key=("malloc",), folder=args.out, device=args.device))
+    return str(save(name, told, key=("malloc",), folder=args.out, device=args.device))
 
 
 if __name__ == "__main__":

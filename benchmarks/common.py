@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import csv
 import logging
+import math
 import os
 import platform
 import statistics
@@ -28,6 +29,8 @@ import snnkernels
 RESULTS = Path(__file__).parent / "results"
 PEERS = ("spikingjelly", "snntorch", "norse", "sinabs", "triton", "cupy-cuda13x")
 ROUNDS = 15
+# Processes that ran beside this one when it began: rows of a busy machine are no results.
+_LOAD = os.getloadavg()[0] if hasattr(os, "getloadavg") else math.nan
 
 
 class Skip(Exception):
@@ -91,6 +94,7 @@ def machine(device: str = "cpu") -> dict[str, str]:
         "threads": str(torch.get_num_threads()),
         "torch": torch.__version__,
         "peers": peers(),
+        "load": f"{_LOAD:.1f}",
         "commit": _commit(),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "command": " ".join(["python", *_shown(sys.argv)]),
@@ -235,6 +239,8 @@ def start(args: argparse.Namespace) -> argparse.Namespace:
         torch.set_num_threads(args.threads)
     if args.malloc == "tuned":
         tune_malloc()
+    if args.device == "cpu" and _LOAD > 0.5:
+        print(f"NOTE: load {_LOAD:.1f} at the start: other programs run, rows will be noise")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("--device cuda: torch sees no CUDA device")
     return args

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 _SOURCE = Path(__file__).parent / "copy_limit.cpp"
+_PARALLEL_FROM = 1 << 20
 COPIES = ("copy, non-temporal stores", "copy, plain stores", "torch copy_")
 
 
@@ -50,7 +51,8 @@ def copies(nbytes: int, device: str) -> dict[str, Callable[[torch.Tensor], None]
     found: dict[str, Callable[[torch.Tensor], None]] = {}
     library = _library() if device == "cpu" else None
     if library is not None:
-        threads = torch.get_num_threads()
+        # A team of threads costs more than a small copy.
+        threads = torch.get_num_threads() if nbytes >= _PARALLEL_FROM else 1
 
         def run(streaming: int) -> Callable[[torch.Tensor], None]:
             def copy(_: torch.Tensor) -> None:

@@ -42,7 +42,7 @@ def picture(rows: Path) -> Path | str:
     )
     for axis, (direction, dtype) in zip(axes[0], panels, strict=True):
         _panel(axis, found, direction, dtype)
-    axes[0, 0].set_ylabel("needed bytes / time, share of the best copy")
+    axes[0, 0].set_ylabel("share of the best copy's speed")
     handles = dict[str, object]()
     for axis in axes[0]:
         lines, names = axis.get_legend_handles_labels()

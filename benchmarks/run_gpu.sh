@@ -103,7 +103,7 @@ if [ -n "${PEERS:-}" ]; then
 fi
 
 gpu_step "device" 20 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv
-step "build" 150 "${build[@]}" "$PYTHON" setup.py -q build_ext --inplace
+step "build" 200 "${build[@]}" "$PYTHON" setup.py -q build_ext --inplace
 step "info" 20 "$PYTHON" -m snnkernels info
 step "gpu tests" 110 "$PYTHON" -m pytest -m gpu -q -p no:cacheprovider \
   ${collect[@]+"${collect[@]}"}
@@ -118,9 +118,9 @@ bench() {
 bench bench_neuron 200 --seconds 180 --case-seconds 1 --rounds 7 \
   --section forward outputs training dtypes limits ${sj14[@]+"${sj14[@]}"}
 keep "neuron_$device.csv" "neuron_$device.png"
-bench bench_overhead 40 --rounds 7
+bench bench_overhead 45 --seconds 35 --rounds 7
 keep "overhead_$device.csv"
-bench bench_memory 40
+bench bench_memory 60 --seconds 45 --dtype float32
 keep "memory_$device.csv"
 if [ -f benchmarks/bench_maps.py ]; then
   bench bench_maps 40
