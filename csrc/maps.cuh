@@ -84,6 +84,11 @@ struct Pool {
         if (i < p.kh && j < p.kw && window.inside(p, i, j)) mask |= u32(1) << k;
       });
     S sums[kTaps];
+    taps(p, [&](int i, int j, int k) {
+      sums[k] = S(-0.0);  // which changes nothing it is added to
+      if (!p.total_in || (SIZE ? !(mask >> k & 1) : !window.inside(p, i, j))) return;
+      sums[k] = load_at<S>(p.total_in, start + i * (p.dh * p.W) + j * i64(p.dw));
+    });
     S before = p.peak_in ? load_at<S>(p.peak_in, n) : S(0);
     const X* x = static_cast<const X*>(p.x) + start;
     for (i64 t = 0; t < p.T; ++t, x += p.planes * p.H * p.W) {
@@ -91,11 +96,7 @@ struct Pool {
       taps(p, [&](int i, int j, int k) {
         if (SIZE ? !(mask >> k & 1) : !window.inside(p, i, j)) return;
         const i64 offset = i * (p.dh * p.W) + j * i64(p.dw);
-        const S current = widen(x[offset]);
-        if (t)
-          sums[k] = sums[k] + current;
-        else
-          sums[k] = p.total_in ? load_at<S>(p.total_in, start + offset) + current : current;
+        sums[k] = sums[k] + widen(x[offset]);
         most = larger(most, sums[k]);
       });
       store_at<X>(p.out, t * p.N + n, Narrow<X>::from(most - before));
