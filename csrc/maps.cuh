@@ -35,46 +35,81 @@ template <class X, int SIZE>
 struct Pool {
   typedef PoolParams Params;
   typedef State<X> S;
+  static constexpr int kTaps = SIZE ? SIZE * SIZE : kPoolTaps;
+
+  // Where a window lies, and what it is asked of its taps.
+  struct Window {
+    i64 oh, ow, h0, w0;
+
+    __device__ __forceinline__ bool inside(const Params& p, int i, int j) const {
+      const i64 h = h0 + i * i64(p.dh), w = w0 + j * i64(p.dw);
+      return h >= 0 && h < p.H && w >= 0 && w < p.W;
+    }
+    __device__ __forceinline__ bool owns(const Params& p, int i, int j) const {
+      return (oh < p.owner_mh || i + p.owner_jh >= p.kh) &&
+             (ow < p.owner_mw || j + p.owner_jw >= p.kw);
+    }
+  };
+
+  // Calls run(i, j, tap) for the taps of the window.
+  template <class Run>
+  static __device__ __forceinline__ void taps(const Params& p, Run run) {
+    if constexpr (SIZE) {
+      SNN_UNROLL
+      for (int i = 0; i < SIZE; ++i) {
+        SNN_UNROLL
+        for (int j = 0; j < SIZE; ++j) run(i, j, i * SIZE + j);
+      }
+    } else {
+      SNN_KEEP_LOOP
+      for (int i = 0; i < p.kh; ++i) {
+        SNN_KEEP_LOOP
+        for (int j = 0; j < p.kw; ++j) run(i, j, i * p.kw + j);
+      }
+    }
+  }
 
   static __device__ __forceinline__ void at(const Params& p, i64 n) {
-    constexpr int kRows = SIZE ? SIZE : 1, kTaps = SIZE ? SIZE * SIZE : kPoolTaps;
-    const i64 row = divide(n, p.OW), ow = n - row * p.OW;
-    const i64 plane = divide(row, p.OH), oh = row - plane * p.OH;
-    const i64 h0 = oh * p.sh - p.ph, w0 = ow * p.sw - p.pw;
-    const i64 start = (plane * p.H + h0) * p.W + w0, step = p.planes * p.H * p.W;
+    const i64 row = divide(n, p.OW), plane = divide(row, p.OH);
+    Window window;
+    window.ow = n - row * p.OW;
+    window.oh = row - plane * p.OH;
+    window.h0 = window.oh * p.sh - p.ph;
+    window.w0 = window.ow * p.sw - p.pw;
+    const i64 start = (plane * p.H + window.h0) * p.W + window.w0;
+    // Small windows note once which taps are inside: asked anew at every step they would spill.
+    u32 mask = 0;
+    if constexpr (SIZE)
+      taps(p, [&](int i, int j, int k) {
+        if (i < p.kh && j < p.kw && window.inside(p, i, j)) mask |= u32(1) << k;
+      });
     S sums[kTaps];
+    taps(p, [&](int i, int j, int k) {
+      sums[k] = S(-0.0);  // which changes nothing it is added to
+      if (!p.total_in || (SIZE ? !(mask >> k & 1) : !window.inside(p, i, j))) return;
+      sums[k] = load_at<S>(p.total_in, start + i * (p.dh * p.W) + j * i64(p.dw));
+    });
     S before = p.peak_in ? load_at<S>(p.peak_in, n) : S(0);
-    for (i64 t = 0; t < p.T; ++t) {
+    const X* x = static_cast<const X*>(p.x) + start;
+    for (i64 t = 0; t < p.T; ++t, x += p.planes * p.H * p.W) {
       S most = lowest<S>();
-      auto tap = [&](int i, int j, S& sum) {
-        const i64 h = h0 + i * i64(p.dh), w = w0 + j * i64(p.dw);
-        if (h < 0 || h >= p.H || w < 0 || w >= p.W) return;
-        const i64 at = start + i * i64(p.dh) * p.W + j * i64(p.dw);
-        const S x = widen(load_at<X>(p.x, t * step + at));
-        if (t)
-          sum = sum + x;
-        else
-          sum = p.total_in ? load_at<S>(p.total_in, at) + x : x;
-        most = larger(most, sum);
-        if (t != p.T - 1 || !p.total) return;
-        const bool first = (oh < p.owner_mh || i + p.owner_jh >= p.kh) &&
-                           (ow < p.owner_mw || j + p.owner_jw >= p.kw);
-        if (first) store_at<S>(p.total, at, sum);
-      };
-      if constexpr (SIZE) {
-        SNN_UNROLL
-        for (int i = 0; i < kRows; ++i) SNN_UNROLL
-        for (int j = 0; j < kRows; ++j)
-          if (i < p.kh && j < p.kw) tap(i, j, sums[i * kRows + j]);
-      } else {
-        SNN_KEEP_LOOP
-        for (int i = 0; i < p.kh; ++i) SNN_KEEP_LOOP
-        for (int j = 0; j < p.kw; ++j) tap(i, j, sums[i * p.kw + j]);
-      }
+      taps(p, [&](int i, int j, int k) {
+        if (SIZE ? !(mask >> k & 1) : !window.inside(p, i, j)) return;
+        const i64 offset = i * (p.dh * p.W) + j * i64(p.dw);
+        sums[k] = sums[k] + widen(x[offset]);
+        most = larger(most, sums[k]);
+      });
       store_at<X>(p.out, t * p.N + n, Narrow<X>::from(most - before));
       before = most;
     }
-    if (p.peak && p.T) store_at<S>(p.peak, n, before);
+    if (!p.T) return;
+    if (p.peak) store_at<S>(p.peak, n, before);
+    if (!p.total) return;
+    taps(p, [&](int i, int j, int k) {
+      if (SIZE ? !(mask >> k & 1) : !window.inside(p, i, j)) return;
+      const i64 offset = i * (p.dh * p.W) + j * i64(p.dw);
+      if (window.owns(p, i, j)) store_at<S>(p.total, start + offset, sums[k]);
+    });
   }
 };
 

@@ -204,7 +204,7 @@ SNN_HD S larger(S most, S value) {
 
 template <class S>
 SNN_HD S lowest() {
-  return S(-__builtin_inf());
+  return S(from_bits(0xff800000u));  // -infinity: NVRTC knows no builtin for it
 }
 
 // ---- dsr: gradients from means over time

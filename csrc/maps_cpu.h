@@ -30,9 +30,9 @@ inline void gather(T* out, const Operand& o, T number, i64 lo, i64 n) {
 inline i64 smaller(i64 a, i64 b) { return a < b ? a : b; }
 
 // Calls run(lo, n) for the blocks of a range.
-template <class Run>
+template <i64 BLOCK = kMapBlock, class Run>
 inline void blocks(i64 first, i64 last, Run run) {
-  for (i64 lo = first; lo < last; lo += kMapBlock) run(lo, smaller(kMapBlock, last - lo));
+  for (i64 lo = first; lo < last; lo += BLOCK) run(lo, smaller(BLOCK, last - lo));
 }
 
 // Maps whose elements need nothing but their threshold.
@@ -159,30 +159,40 @@ void cumulative_max_pool(const PoolParams& p, i64 first, i64 last) {
 
 // ---- dsr
 
+// Pieces of two rows a step: long ones, for the sake of the prefetchers.
+constexpr i64 kRow = 8 * kMapBlock;
+
 template <class X>
 struct DsrElements {
   static void run(const DsrParams& given, i64 first, i64 last) {
     typedef State<X> S;
     const DsrParams p = given;
     const S* weights = static_cast<const S*>(p.weights);
-    blocks(first, last, [&](i64 lo, i64 n) {
-      alignas(64) S threshold[kMapBlock], mean[kMapBlock], grad[kMapBlock];
+    blocks<kRow>(first, last, [&](i64 lo, i64 n) {
+      alignas(64) S threshold[kRow], mean[kRow], grad[kRow];
       gather(threshold, p.threshold, S(p.threshold.value), lo, n);
       const X *x = static_cast<const X*>(p.x) + lo, *g = static_cast<const X*>(p.grad) + lo;
-      for (i64 t = 0; t < p.T; ++t, x += p.N, g += p.N) {
+      // The first row is copied, not added to 0: -0.0 stays.
+      const S first_weight = weights ? weights[0] : S(1);
+#pragma omp simd
+      for (i64 i = 0; i < n; ++i) {
+        mean[i] = first_weight * widen(x[i]);
+        grad[i] = first_weight * widen(g[i]);
+      }
+      for (i64 t = 1; t < p.T; ++t) {
+        x += p.N, g += p.N;
         if (weights) {
           const S weight = weights[t];
 #pragma omp simd
           for (i64 i = 0; i < n; ++i) {
-            const S a = weight * widen(x[i]), b = weight * widen(g[i]);
-            mean[i] = t ? mean[i] + a : a;
-            grad[i] = t ? grad[i] + b : b;
+            mean[i] += weight * widen(x[i]);
+            grad[i] += weight * widen(g[i]);
           }
         } else {
 #pragma omp simd
           for (i64 i = 0; i < n; ++i) {
-            mean[i] = t ? mean[i] + widen(x[i]) : widen(x[i]);
-            grad[i] = t ? grad[i] + widen(g[i]) : widen(g[i]);
+            mean[i] += widen(x[i]);
+            grad[i] += widen(g[i]);
           }
         }
       }

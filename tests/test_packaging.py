@@ -294,7 +294,7 @@ module = importlib.util.module_from_spec(spec)
 sys.modules["snnkernels._cpu"] = module
 spec.loader.exec_module(module)
 sys.path.insert(0, {tests!r})
-import support, test_backward, test_forward
+import support, test_backward, test_forward, test_maps
 import snnkernels
 from snnkernels.kernels import backends
 assert backends.extension("_cpu") is module
@@ -312,6 +312,21 @@ for isa in module.isas():
         x = support.currents(4, size).requires_grad_()
         spikes = snnkernels.functional.if_multi_step(x)[0]
         torch.autograd.grad(spikes.sum(), x)
+    for dtype in support.DTYPES:
+        for shape, layout, form in test_maps.CASES[:-2:2]:
+            for check in (
+                test_maps.test_qcfs_bits, test_maps.test_dsr_bits, test_maps.test_ttfs_bits,
+                test_maps.test_bit_plane_bits,
+            ):
+                check(backend, shape, layout, form, dtype)
+        for pool in test_maps.POOLS:
+            test_maps.test_pool_bits(backend, pool, dtype)
+        test_maps.test_mmse_bits(backend, dtype)
+        test_maps.test_histogram_bits(backend, dtype)
+        for T in (7, 33, 64):
+            test_maps.test_pack_and_unpack_bits(backend, T, dtype)
+    test_maps.test_histogram_stays_inside_its_table(backend)
+    test_maps.test_sums_over_whatever_is_shared(backend)
 print("clean")
 """
 
