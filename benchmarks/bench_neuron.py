@@ -61,7 +61,9 @@ def cases(section: str, args: argparse.Namespace) -> list[Case]:
             both = (False, True)
             names = ("float64", "float16", "bfloat16")
             return [Case(*s, d, "cpu", t) for d in names for s in _CPU_DTYPES for t in both]
-        return [Case(*shape, "float32", "cpu", training) for shape in _CPU]
+        # The largest would need more than 24 GiB for rivals that keep every step.
+        shapes = _CPU[:-1] if training and not args.all else _CPU
+        return [Case(*shape, "float32", "cpu", training) for shape in shapes]
     names = _GPU_DTYPES[1:] if section == "dtypes" else _GPU_DTYPES[:1]
     both = (False, True) if section == "dtypes" else (training,)
     return [

@@ -53,7 +53,8 @@ def picture(rows: Path) -> Path | str:
     figure.suptitle(found[0]["device"])
     figure.subplots_adjust(bottom=0.3, top=0.87, wspace=0.06, left=0.1, right=0.97)
     path = rows.with_suffix(".png")
-    figure.savefig(path, dpi=120)
+    # Tight: the legend is wider than one panel.
+    figure.savefig(path, dpi=120, bbox_inches="tight")
     pyplot.close(figure)
     return path
 
