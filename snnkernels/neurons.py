@@ -354,8 +354,12 @@ class IFNode(nn.Module):
             parts.append(f"amplitude={short(self.amplitude)}")
         if self.channel_dim is not None:
             parts.append(f"channel_dim={self.channel_dim}")
-        if self.output != "spikes":
-            parts.append(f"output={self.output!r}")
+        usual = {"output": "spikes", "layout": "T,N", "save": "recompute", "parallel": False}
+        options = ("bias", "fire_level", "max_spikes", "signed", "probe")
+        for name, value in {**usual, **dict.fromkeys(options)}.items():
+            given = getattr(self, name)
+            if given is not value and (isinstance(given, Tensor) or given != value):
+                parts.append(f"{name}={short(given)}")
         return ", ".join([*parts, f"surrogate_function={self.surrogate_function!r}"])
 
 

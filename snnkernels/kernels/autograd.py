@@ -125,7 +125,7 @@ class _IntegrateAndFire(torch.autograd.Function):
         outputs = forward(x, c.T, neuron, asked, c.surrogate.alpha, None)
         steps = x.shape[0] if c.T is None else c.T
         if c.rate:
-            outputs = outputs._replace(spikes=_rate(outputs, neuron, steps, x.dtype))
+            outputs = outputs._replace(spikes=rate(outputs, neuron, steps, x.dtype))
         if save == "recompute":
             ctx.save_for_backward(x, *operands_)
         else:
@@ -181,7 +181,7 @@ class _IntegrateAndFire(torch.autograd.Function):
         return (None, *wanted)
 
 
-def _rate(outputs: Outputs, neuron: Neuron, steps: int, dtype: torch.dtype) -> Tensor:
+def rate(outputs: Outputs, neuron: Neuron, steps: int, dtype: torch.dtype) -> Tensor:
     """``amplitude * count / T``, rounded once to ``dtype``."""
     count, state = outputs.count, outputs.v.dtype
     assert count is not None

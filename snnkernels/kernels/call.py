@@ -67,8 +67,10 @@ def run(
                 arguments.check_no_overlap(out, _SPELLED.get(name, name), tensor)
     if save != "recompute" or needs_grad:
         _check_save(save, neuron, asked, surrogate_function, needs_grad, T)
-    if not needs_grad and not rate:
+    if not needs_grad:
         result: Any = autograd.forward(x, T, neuron, asked, 1.0, out)
+        if rate:
+            result = result._replace(spikes=autograd.rate(result, neuron, steps, x.dtype))
     else:
         surrogate = _surrogate.DEFAULT if surrogate_function is None else surrogate_function
         config = autograd.Config(T, neuron, asked, rate, surrogate, bool(detach_reset), save)
@@ -129,8 +131,9 @@ def _time_first(
         if x.dim() < 2:
             raise ValueError(f"layout='N,T' needs [N, T, ...], x_seq has {x.dim()} dimensions")
         return x.transpose(0, 1), None, None if out is None else out.transpose(0, 1)
+    if T is None:
+        raise TypeError(f"layout={layout!r} needs T, the number of steps it merges")
     arguments.check_steps(T)
-    assert T is not None
     if x.dim() == 0 or x.shape[0] % T:
         raise ValueError(
             f"layout={layout!r}: the first dimension of x_seq {tuple(x.shape)} does not hold "
