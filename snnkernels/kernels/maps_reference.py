@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LANES = 8  # sums side by side (kLanes of csrc/maps.h)
+LANES = 8  # sums side by side (kMapLanes of csrc/maps.h)
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
