@@ -1,6 +1,6 @@
 """The small kernels against their plain PyTorch forms, in one process.
 
-    python benchmarks/bench_maps.py [--device cpu|cuda] [--threads N] [--rounds N]
+    python benchmarks/bench_maps.py [--device cpu|cuda] [--threads N] [--rounds N] [--quick]
 
 The plain form is the reference of kernels/maps_reference.py, which tests hold to the same bits,
 unless PyTorch has a shorter way, which is then written here. Outputs are fresh, the allocator is
@@ -9,12 +9,11 @@ tuned for both, results compared before any timing.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import interleaved, save, tune_malloc
+from common import arguments, interleaved, late, save, start
 from torch import Tensor
 
 from snnkernels import maps
@@ -169,23 +168,20 @@ def compare(name: str, ours: Any, plain: Any, tolerance: float) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--threads", type=int, help="CPU threads of both")
-    parser.add_argument("--rounds", type=int, default=9)
-    args = parser.parse_args()
-    tune_malloc()
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    """Compares, then times, every small kernel; ``--quick`` takes fewer rounds."""
+    args = start(arguments(__doc__).parse_args())
     wait = torch.cuda.synchronize if args.device == "cuda" else lambda: None
     table = []
     for name, (size, ours, plain, tolerance) in rows(args.device).items():
+        if late(args, name):
+            continue
         compare(name, ours(), plain(), tolerance)
         times = interleaved({"snnkernels": ours, "PyTorch": plain}, rounds=args.rounds, wait=wait)
         ratio = times["PyTorch"] / times["snnkernels"]
         table.append({"what": name, "size": size, "PyTorch / snnkernels": round(ratio, 2)})
         print(f"{name:>36} {size:>14} {ratio:8.2f}x")
-    print("rows:", save(f"maps_{args.device}", table))
+    path = save(f"maps_{args.device}", table, folder=args.out, device=args.device)
+    print("rows:", path)
 
 
 if __name__ == "__main__":
