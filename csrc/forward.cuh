@@ -10,8 +10,9 @@ namespace snn {
 enum Output : i32 { kSpikes = 0, kByte = 1, kWords = 2, kSpikesCount = 3, kTraining = 4 };
 
 // The registers of a thread. EACH: a threshold and an amplitude for each of its neurons, otherwise
-// one for all.
-template <class X, int OUT, int VEC, bool EACH>
+// one for all. WORD: bits of a neuron's packed steps, side by side in a register; 32 where T is
+// known at run time only.
+template <class X, int OUT, int VEC, bool EACH, int WORD = 32>
 struct Lanes {
   typedef State<X> S;
   typedef Bits<OUT == kByte ? 1 : int(sizeof(X))> B;
@@ -21,12 +22,13 @@ struct Lanes {
     kHasWindow = OUT == kTraining,
     // Words are counted when they are full, other spikes one by one.
     kCounts = OUT == kByte || OUT == kSpikesCount,
-    kParams = EACH ? VEC : 1
+    kParams = EACH ? VEC : 1,
+    kIn = VEC == 1 ? 1 : 32 / WORD  // neurons whose bits share a register
   };
 
   S v[VEC], threshold[kParams];
   Pack<B, kParams> amplitude;
-  u32 words[kHasWords ? VEC : 1], window[kHasWindow ? VEC : 1];
+  u32 words[kHasWords ? VEC / kIn : 1], window[kHasWindow ? VEC : 1];
   i32 count[VEC];
   S alpha;
 
@@ -36,7 +38,7 @@ struct Lanes {
     for (int i = 0; i < VEC; ++i) {
       v[i] = v_init.next(S(p.v_init.value));
       count[i] = 0;
-      if constexpr (kHasWords) words[i] = 0;
+      if constexpr (kHasWords) words[i / kIn] = 0;
       if constexpr (kHasWindow) window[i] = 0;
     }
     if constexpr (EACH) {
@@ -71,8 +73,8 @@ struct Lanes {
       // The bits of reset_by_subtraction: m - 0 is m.
       v[i] = s ? v[i] - th : v[i];
       if constexpr (kHasWords) {
-        words[i] |= select(s, bit);
-        keep(words[i]);
+        words[i / kIn] |= select(s, bit << (i % kIn * WORD));
+        keep(words[i / kIn]);
       }
       if constexpr (kCounts) count[i] += s;
       if constexpr (kHasSpikes) put(spikes, i, s, element_of(amplitude, EACH ? i : 0));
@@ -89,16 +91,24 @@ struct Lanes {
   __device__ __forceinline__ void flush(const IFForward& p, i64 n, i64 t, i32 word_bytes) {
     const i64 at = t / kWordSteps * p.N + n;
     if constexpr (kHasWords) {
-      if (p.words) store_words<VEC>(p.words, at, word_bytes, words);
+      if constexpr (kIn > 1) {
+        if (p.words) store_side_by_side<Bits<WORD / 8>, VEC>(p.words, at, words);
+      } else {
+        if (p.words) store_words<VEC>(p.words, at, word_bytes, words);
+      }
     }
     if constexpr (kHasWindow) store_words<VEC>(p.window, at, word_bytes, window);
     SNN_UNROLL
     for (int i = 0; i < VEC; ++i) {
       if constexpr (kHasWords) {
-        count[i] += ones(words[i]);
-        words[i] = 0;
+        count[i] += ones(kIn == 1 ? words[i]
+                                  : words[i / kIn] >> (i % kIn * WORD) & ((1u << WORD % 32) - 1u));
       }
       if constexpr (kHasWindow) window[i] = 0;
+    }
+    if constexpr (kHasWords) {
+      SNN_UNROLL
+      for (int i = 0; i < VEC / kIn; ++i) words[i] = 0;
     }
   }
 
@@ -131,10 +141,11 @@ constexpr int kBlocks = VEC == 1                           ? 0
 
 template <class X, int OUT, int VEC, int T>
 constexpr int kBlocksOfSteps =
-    VEC == 1                                 ? 1
-    : sizeof(X) == 4                         ? kRoomFor < (kArch >= 1000 && OUT == kWords) ? 5 : 6 >
-    : OUT == kWords&& T >= 16 && kArch < 900 ? 4
-                                             : kRoomFor<5>;
+    VEC == 1                 ? T == 32 ? kRoomFor<5> : 1
+    : sizeof(X) == 4         ? kRoomFor < (kArch >= 1000 && OUT == kWords) ? 5 : 6 >
+    : OUT == kWords&& T == 8 ? kRoomFor<6>
+    : OUT == kWords && T >= 16 && kArch < 900 ? 4
+                                              : kRoomFor<5>;
 
 // Any T, any output, any form of parameters.
 template <class X, int OUT, int VEC, bool EACH>
@@ -204,7 +215,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<X, OUT, VEC, EACH>) if_forwa
 template <class X, int OUT, int VEC, int T>
 __global__ void __launch_bounds__(kThreads, kBlocksOfSteps<X, OUT, VEC, T>)
     if_forward_steps(IFForward p) {
-  typedef Lanes<X, OUT, VEC, false> L;
+  constexpr int kWord = T <= 8 ? 8 : T <= 16 ? 16 : 32;
+  typedef Lanes<X, OUT, VEC, false, kWord> L;
   typedef typename L::B B;
   constexpr int kRing = VEC == 1 || T < kLoadsInFlight ? T : int(kLoadsInFlight);
   const i64 n = global_thread() * VEC;
@@ -235,7 +247,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksOfSteps<X, OUT, VEC, T>)
       advance(spikes, p.out_rows.step);
     }
   }
-  if constexpr (L::kHasWords) lanes.flush(p, n, 0, T <= 8 ? 1 : T <= 16 ? 2 : 4);
+  if constexpr (L::kHasWords) lanes.flush(p, n, 0, kWord / 8);
   lanes.finish(p, n);
 }
 

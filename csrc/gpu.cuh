@@ -268,6 +268,15 @@ struct Cursor {
   }
 };
 
+// One word of packed steps of each of VEC neurons, side by side as memory has them.
+template <class W, int VEC>
+__device__ __forceinline__ void store_side_by_side(void* words, i64 at, const u32* bits) {
+  Pack<W, VEC> r = {};
+  SNN_UNROLL
+  for (int i = 0; i < VEC * int(sizeof(W)) / 4; ++i) r.words[i] = bits[i];
+  store<W, VEC>(static_cast<W*>(words) + at, r);
+}
+
 // One word of packed steps of each of VEC neurons.
 template <int VEC>
 __device__ __forceinline__ void store_words(void* words, i64 at, i32 bytes, const u32* bits) {

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import surrogate as _surrogate
 from . import backward, double_backward, operands, ops, params, run
+from .prepared import Prepared
 from .spec import OPERANDS, SPIKES, Asked, Grads, Neuron, Outputs, Saved
 
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -77,9 +78,49 @@ def differentiable(x: Tensor, config: Config) -> Outputs:
     else:
         made = _IntegrateAndFire.apply(config, x)
     if config.asked is SPIKES:
-        return Outputs(made[0], None, None, None, made[1], None, None, None)
-    outputs = iter(made)
-    return Outputs._make([next(outputs) if there else None for there in _there(config)])
+        return outputs(*made)
+    each = iter(made)
+    return Outputs._make([next(each) if there else None for there in _there(config)])
+
+
+def outputs(spikes: Tensor, v: Tensor) -> Outputs:
+    """Spikes and final membranes, and nothing else."""
+    return Outputs(spikes, None, None, None, v, None, None, None)
+
+
+def plain(
+    prepared: Prepared, surrogate: _surrogate.Surrogate, detach_reset: bool, x: Tensor
+) -> Outputs:
+    """A plain run with a graph behind it."""
+    return outputs(*_Plain.apply(prepared, (surrogate.kind, surrogate.alpha, detach_reset), x))
+
+
+class _Plain(torch.autograd.Function):
+    """:class:`_IntegrateAndFire` for what is prepared: of the operands only x has a gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, prepared: Prepared, how: tuple[int, float, bool], x: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x)
+        ctx.prepared, ctx.how = prepared, how
+        ctx.set_materialize_grads(False)
+        return prepared.forward(x)
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_spikes: Tensor | None, grad_v: Tensor | None
+    ) -> tuple[None, None, Tensor]:
+        (x,) = ctx.saved_tensors
+        prepared, how = ctx.prepared, ctx.how
+        direct = not torch.is_grad_enabled() and not through_operator(x)
+        if direct and prepared.serves(x, grad_spikes, grad_v):
+            return None, None, prepared.backward(x, grad_spikes, grad_v, how)
+        saved = Saved(x, None, None, None, False, prepared.steps, prepared.dtype)
+        given = Grads(grad_spikes, False, grad_v)
+        needs = [True] + [False] * len(OPERANDS)
+        found = _backward(saved, prepared.neuron, given, how, needs)
+        return None, None, found[0]
 
 
 def _there(c: Config) -> tuple[bool, ...]:
@@ -168,17 +209,26 @@ class _IntegrateAndFire(torch.autograd.Function):
         needs = [asked_for[1]] + [False] * len(OPERANDS)
         for i, operand in enumerate(c.present):
             needs[1 + operand] = asked_for[2 + i]
-        how = (c.surrogate.kind, c.surrogate.alpha, c.detach_reset, False, needs)
-        found: Any
-        if through_operator(saved.like):
-            found = ops.if_backward(*saved, *neuron, *given, *how)
-        elif torch.is_grad_enabled():
-            found = double_backward.if_backward(saved, neuron, given, *how)
-        else:
-            found = backward.if_backward(saved, neuron, given, *how)
+        how = (c.surrogate.kind, c.surrogate.alpha, c.detach_reset)
+        found = _backward(saved, neuron, given, how, needs)
         wanted = [found[0] if needs[0] else None]
         wanted += [found[1 + i] if needs[1 + i] else None for i in c.present]
         return (None, *wanted)
+
+
+def _backward(
+    saved: Saved,
+    neuron: Neuron,
+    given: Grads,
+    how: tuple[int, float, bool],
+    needs: list[bool],
+) -> Sequence[Any]:
+    """The backward pass, by the shortest way to a kernel."""
+    if through_operator(saved.like):
+        return ops.if_backward(*saved, *neuron, *given, *how, False, needs)
+    if torch.is_grad_enabled():
+        return double_backward.if_backward(saved, neuron, given, *how, False, needs)
+    return backward.if_backward(saved, neuron, given, *how, False, needs)
 
 
 def rate(outputs: Outputs, neuron: Neuron, steps: int, dtype: torch.dtype) -> Tensor:

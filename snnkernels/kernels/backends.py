@@ -36,7 +36,7 @@ _FOLDER = Path(__file__).resolve().parents[1]
 Launch = Callable[[bytes, torch.device], None]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Kernels:
     """One compiled implementation: the four kernels, each told what to do by packed params.
 
@@ -259,6 +259,11 @@ def choose(device: torch.device) -> Kernels | None:
         return _chosen[device]
     except KeyError:
         return _chosen.setdefault(device, _choose(device))
+
+
+def chosen(device: torch.device) -> Kernels | None:
+    """What :func:`choose` has found before, if it was no reference."""
+    return _chosen.get(device)
 
 
 def _choose(device: torch.device) -> Kernels | None:

@@ -15,12 +15,17 @@ from .spec import Neuron
 NONE = (0, 1, 1, 0.0)
 
 
+def number(value: float) -> tuple[int, int, int, float]:
+    """An Operand's fields for one number."""
+    return (0, 1, 1, value)
+
+
 def operand(
-    tensor: Tensor | None, number: float, layout: Layout, shape: torch.Size, dtype: torch.dtype
+    tensor: Tensor | None, value: float, layout: Layout, shape: torch.Size, dtype: torch.dtype
 ) -> tuple[tuple[int, int, int, float], Tensor | None]:
     """An Operand's fields, and the tensor that must outlive the launch."""
     if tensor is None:
-        return (0, 1, 1, number), None
+        return (0, 1, 1, value), None
     if layout.order is not None:
         tensor, shape = layout.view(tensor), torch.Size(layout.neurons(shape))
     kept, inner, elements = operands.share(tensor, shape, dtype)
@@ -33,8 +38,8 @@ def more_operands(
     """The fields of the four operands that only the general kernels read."""
     fields: list[Any] = []
     kept = []
-    for tensor, number in zip(neuron[3:7], neuron[10:14], strict=True):
-        packed, tensor = operand(tensor, number, layout, shape, dtype)
+    for tensor, value in zip(neuron[3:7], neuron[10:14], strict=True):
+        packed, tensor = operand(tensor, value, layout, shape, dtype)
         fields += packed
         kept.append(tensor)
     return fields, kept

@@ -1,0 +1,180 @@
+"""Plain calls that came before: arguments checked once, parameters packed once, addresses new.
+
+What a small layer waits for is Python, and between two calls of one layer only addresses differ. A
+call is plain when its operands are numbers and everything else is as by default.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Any, NamedTuple
+
+import torch
+from torch import Size, Tensor
+
+from . import arguments, backends, operands, packing, params, plan, reference
+from .backends import Kernels
+from .params import DTYPE_CODES
+from .spec import Neuron
+
+# The first fields of the structs, which are addresses; what follows them stays.
+_ADDRESS, _FORWARD_ADDRESSES, _BACKWARD_ADDRESSES = 8, 6, 11
+_FORWARD = struct.Struct(f"@{_FORWARD_ADDRESSES}Q").pack
+_BACKWARD = struct.Struct(f"@{_BACKWARD_ADDRESSES}Q").pack
+_NUMBERS = (float, int, str)
+# Shapes that are remembered; more than a network has layers.
+_MOST = 1024
+
+
+class Prepared(NamedTuple):
+    """What is known of a plain call before its addresses are."""
+
+    neuron: Neuron
+    kernels: Kernels
+    device: torch.device
+    shape: Size
+    steps: int
+    dtype: torch.dtype
+    state: torch.dtype
+    align: int  # of every address
+    lead: int  # rows of scratch that the backward pass needs
+    forward_rest: bytes
+    backward_rest: dict[tuple[int, float, bool], bytes]
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Spikes and final membranes of ``x``."""
+        spikes, v = torch.empty_like(x), x.new_empty(self.shape, dtype=self.state)
+        addresses = _FORWARD(x.data_ptr(), spikes.data_ptr(), 0, 0, 0, v.data_ptr())
+        self.kernels.forward(addresses + self.forward_rest, self.device)
+        return spikes, v
+
+    def serves(self, x: Tensor, grad_spikes: Tensor | None, grad_v: Tensor | None) -> bool:
+        """Whether the backward kernel can read all three where they are."""
+        return (
+            backends.chosen(self.device) is self.kernels
+            and (grad_spikes is None or self._fits(grad_spikes, self.dtype))
+            and (grad_v is None or self._fits(grad_v, self.state))
+            and x.is_contiguous()
+            and not x.data_ptr() % self.align
+        )
+
+    def _fits(self, grad: Tensor, dtype: torch.dtype) -> bool:
+        return (
+            type(grad) is Tensor
+            and grad.dtype is dtype
+            and grad.is_contiguous()
+            and not grad.data_ptr() % self.align
+        )
+
+    def backward(
+        self,
+        x: Tensor,
+        grad_spikes: Tensor | None,
+        grad_v: Tensor | None,
+        how: tuple[int, float, bool],
+    ) -> Tensor:
+        """The gradient for ``x``; ``how``: the surrogate's kind and alpha, and detach_reset."""
+        rest = self.backward_rest.get(how)
+        if rest is None:
+            rest = self.backward_rest[how] = self._packed_backward(*how)
+        grad_x = torch.empty_like(x)
+        scratch = x.new_empty((self.lead, *self.shape), dtype=self.state) if self.lead else None
+        addresses = _BACKWARD(
+            x.data_ptr(),
+            0,
+            0,
+            0,
+            0 if grad_spikes is None else grad_spikes.data_ptr(),
+            0 if grad_v is None else grad_v.data_ptr(),
+            grad_x.data_ptr(),
+            0,
+            0,
+            0,
+            0 if scratch is None else scratch.data_ptr(),
+        )
+        self.kernels.backward(addresses + rest, self.device)
+        return grad_x
+
+    def _packed_backward(self, surrogate: int, alpha: float, detach_reset: bool) -> bytes:
+        """The parameters of the backward kernel behind the addresses."""
+        N, neuron = self.shape.numel(), self.neuron
+        packed = params.pack_backward(
+            *(0,) * _BACKWARD_ADDRESSES,
+            *packing.number(neuron.v_value),
+            *packing.number(neuron.threshold_value),
+            *packing.number(1.0),
+            self.steps,
+            N,
+            N,
+            *(N, N) * 4,
+            alpha,
+            1.0,
+            DTYPE_CODES[self.dtype],
+            reference.word_dtype(self.steps).itemsize,
+            params.DETACH_RESET if detach_reset else 0,
+            surrogate,
+            plan.dense(self.state.itemsize, N) if self.kernels.gpu else 1,
+            0,
+        )
+        return packed[_ADDRESS * _BACKWARD_ADDRESSES :]
+
+
+def find(x: Tensor, v: Any, v_threshold: Any) -> Prepared | None:
+    """What is prepared for a plain call, or None if ``x`` or the operands are not plain.
+
+    Raises what :mod:`.arguments` raises, for the operands.
+    """
+    if type(v) not in _NUMBERS or type(v_threshold) not in _NUMBERS or not x.is_contiguous():
+        return None
+    device = x.device
+    kernels = backends.chosen(device)
+    if kernels is None:
+        return None
+    # Zeros of both signs are equal, their bits are not; 1 and 1.0 give the same numbers.
+    key = (x.shape, x.dtype, device, kernels, v or repr(v), v_threshold)
+    found = _prepared.get(key)
+    if found is None:
+        found = _prepare(x, device, kernels, v, v_threshold)
+        if found is None:
+            return None
+        if len(_prepared) >= _MOST:
+            _prepared.clear()
+        _prepared[key] = found
+    return None if x.data_ptr() % found.align else found
+
+
+_prepared: dict[tuple[Any, ...], Prepared] = {}
+
+
+def _prepare(
+    x: Tensor, device: torch.device, kernels: Kernels, v: Any, v_threshold: Any
+) -> Prepared | None:
+    steps, shape = arguments.steps_and_shape(x, None)
+    neuron = arguments.neuron(
+        x, steps, shape, v, v_threshold, None, None, None, None, ">=", None, arguments.NO_OPTIONS
+    )
+    N, dtype = shape.numel(), x.dtype
+    if not N or not steps:
+        return None
+    state = reference.state_dtype(dtype)
+    vec = plan.dense(dtype.itemsize, N) if kernels.gpu else 1
+    packed = params.pack_forward(
+        *(0,) * _FORWARD_ADDRESSES,
+        *packing.number(neuron.v_value),
+        *packing.number(neuron.threshold_value),
+        *packing.NONE,
+        steps,
+        N,
+        N,
+        *(N, N) * 2,
+        1.0,
+        operands.bits(1.0, dtype),
+        DTYPE_CODES[dtype],
+        dtype.itemsize,
+        reference.word_dtype(steps).itemsize,
+        vec,
+    )
+    lead = (steps - 1) // params.CHUNK if kernels.gpu else 0
+    align = plan.ALIGNED if kernels.gpu else dtype.itemsize
+    rest = packed[_ADDRESS * _FORWARD_ADDRESSES :]
+    return Prepared(neuron, kernels, device, shape, steps, dtype, state, align, lead, rest, {})
