@@ -367,6 +367,8 @@ class General {
   void shift() {
     const S below = S(1.0 - p_.margin), above = S(1.0 + p_.margin);
     OffsetProbe<S> probes[kLanes];
+    S v_init[kLanes];
+    for (i64 i = 0; i < kLanes; ++i) v_init[i] = start_[i];
     for (i32 r = 0; r < p_.iterations; ++r) {
       restart();
       for (i64 i = 0; i < kLanes; ++i) probes[i].start();
@@ -376,7 +378,7 @@ class General {
         for (i64 i = 0; i < kLanes; ++i) probes[i].see(b_.charge[i], b_.k[i] != S(0));
       }
       for (i64 i = 0; i < kLanes; ++i)
-        start_[i] = probes[i].shifted(start_[i], b_.v[i], b_.threshold[i], below, above);
+        start_[i] = probes[i].shifted(start_[i], v_init[i], b_.v[i], b_.threshold[i], below, above);
     }
   }
 

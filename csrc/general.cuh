@@ -150,7 +150,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(X) == 8 ? 3 : 0) if_general(c
         v = neuron.reset(m, k);
         probe.see(m, k != S(0));
       }
-      start = probe.shifted(start, v, neuron.threshold, S(1.0 - p.margin), S(1.0 + p.margin));
+      start =
+          probe.shifted(start, v_init, v, neuron.threshold, S(1.0 - p.margin), S(1.0 + p.margin));
     }
   }
 

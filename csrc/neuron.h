@@ -152,16 +152,19 @@ struct OffsetProbe {
     }
   }
 
-  SNN_HD S shifted(S v_init, S v_last, S threshold, S below, S above) const {
-    if (v_last < S(0) && count > 0) {
+  // start: of the probe steps, moved from v_init before where the probe is repeated. What they left
+  // beyond v_init says whether the count is right: a move alone must not ask for the next one.
+  SNN_HD S shifted(S start, S v_init, S v_last, S threshold, S below, S above) const {
+    const S residual = v_last - (start - v_init);
+    if (residual < S(0) && count > 0) {
       const S need = least_fired - below * threshold;
-      return v_init - (need > threshold ? need : threshold);
+      return start - (need > threshold ? need : threshold);
     }
-    if (v_last >= threshold && any_silent) {
+    if (residual >= threshold && any_silent) {
       const S need = above * threshold - most_silent;
-      return v_init + (need > threshold ? need : threshold);
+      return start + (need > threshold ? need : threshold);
     }
-    return v_init;
+    return start;
   }
 };
 

@@ -129,8 +129,8 @@ def if_multi_step(
             holds 0 and 1 whatever the amplitude and carries no gradient; an amplitude given rides
             along as the attribute ``amplitude`` (not under torch.compile).
         store_charge_seq: return the membranes before each reset instead of ``v_seq``.
-        out: where the spikes go: ``[T, *shape]`` of ``spike_dtype``, contiguous or with the strides
-            of ``x_seq``; not with gradients.
+        out: where the spikes go: ``[T, *shape]`` of ``spike_dtype``, written where it lies when it
+            is contiguous or has the strides of ``x_seq``, else by a copy; not with gradients.
         save: what a forward pass keeps for its backward pass, per neuron-step beside the graph of
             ``x_seq`` itself: ``"recompute"`` keeps ``x_seq`` and recomputes the membranes;
             ``"trace"`` keeps the membranes instead (4 bytes, 8 for float64); ``"bits"``, for the
@@ -345,6 +345,7 @@ def if_run(
             ``"charge_seq"``; a rate has a gradient and excludes spikes.
         count_at: up to 16 ascending times in 1..T: ``counts`` ``[len(count_at), *shape]`` holds the
             counts after each, for accuracy-against-T curves from one pass.
+        spike_dtype: as there; a rate is of the input's dtype whatever it says.
         beta: leak. With a gradient, as ``bias`` and ``fire_level``; each a number or a tensor as
             for ``v_threshold``.
         bias: added to the current at every step.
@@ -352,10 +353,11 @@ def if_run(
             2022: ``alpha * v_threshold``).
         max_spikes: bursts of ``min(floor(m / v_threshold), max_spikes)`` spikes (AdaFire, Wang et
             al., AAAI 2025; a group neuron of m members, Lv et al., ICASSP 2024, has a threshold of
-            ``theta / m``). Spikes and uint8 spikes hold how many.
-        signed: spikes of -1 as well; ``spike_dtype`` may be ``torch.int8``.
+            ``theta / m``). Spikes and uint8 spikes hold how many; packed ones cannot.
+        signed: spikes of -1 as well; ``spike_dtype`` may be ``torch.int8``; not packed.
         mask: bool or uint8 ``[*shape]``; where 0 a neuron emits nothing.
-        probe: the probe steps of SRP or COS.
+        probe: the probe steps of SRP or COS. Spikes, packed ones too, have the rows of a mask's
+            probe as well; counts and rates have not.
         parallel: ``clip(floor((v + sum x) / v_threshold), 0, T)`` spikes, in the first steps
             (Parallel conversion, Hao et al., ICML 2025): the QCFS network with L = T, without
             unevenness. No traces.
@@ -365,7 +367,7 @@ def if_run(
     Returns:
         A :class:`Run`.
     """
-    names = (outputs,) if isinstance(outputs, str) else tuple(outputs)
+    names = (outputs,) if isinstance(outputs, str) else _tuple("outputs", outputs, "names")
     for name in names:
         if name not in _OUTPUTS:
             raise ValueError(f"outputs={outputs!r}: {name!r} is unknown; allowed: {_OUTPUTS}")
@@ -375,7 +377,8 @@ def if_run(
         )
     asked = Asked(
         "spikes" in names, "packed" in names, "count" in names or "rate" in names,
-        "v_seq" in names, "charge_seq" in names, False, tuple(count_at),
+        "v_seq" in names, "charge_seq" in names, False,
+        _tuple("count_at", count_at, "ints"),
     )  # fmt: skip
     more = Options(beta, bias, fire_level, max_spikes, signed, mask, probe, parallel)
     if all(value is None or value is False for value in more):
@@ -397,3 +400,10 @@ def if_run(
         run[5],
         run[6],
     )
+
+
+def _tuple(name: str, values: Any, what: str) -> tuple[Any, ...]:
+    try:
+        return tuple(values)
+    except TypeError:
+        raise TypeError(f"{name}={values!r} must be a sequence of {what}") from None

@@ -70,6 +70,9 @@ class IFNode(nn.Module):
         bias, fire_level, max_spikes, signed, probe, parallel: what methods ask of a neuron, see
             :func:`snnkernels.functional.if_run`.
 
+    The attribute ``mask`` (None) may be set to a bool or uint8 tensor that broadcasts to
+    ``[*shape]``: where it is 0 a neuron emits nothing.
+
     Thresholds and initial membranes keep their float32 through ``.half()`` and ``.bfloat16()``.
     Given as numbers they belong to the code, like every other argument, and are not in the state
     dict; given as tensors they are.
@@ -265,7 +268,8 @@ class IFNode(nn.Module):
         elif "*" in layout and T is None:
             T = self.T
         v = self._v
-        if v is None or (self._carried and v.shape != _neurons(x, T, layout)):
+        fits = isinstance(x, Tensor) and self._carried and v.shape == _neurons(x, T, layout)
+        if v is None or (self._carried and not fits):
             v = self.v_init
         threshold = self.threshold if self.learn_threshold else self.v_threshold
         output = self.output
@@ -319,8 +323,11 @@ class IFNode(nn.Module):
         for name, before in kept.items():
             tensor = getattr(self, name)
             if tensor.dtype in (torch.float16, torch.bfloat16):
+                grad, tensor.grad = tensor.grad, None
                 tensor.data = before.to(tensor.device)
-        for name in ("_v", "v_seq"):
+                if grad is not None:
+                    tensor.grad = grad.to(before.dtype)
+        for name in ("_v", "v_seq", "mask", "count"):
             state = getattr(self, name)
             if isinstance(state, Tensor):
                 moved = fn(state)
@@ -332,7 +339,13 @@ class IFNode(nn.Module):
         key = prefix + "v_threshold"
         if key in state_dict:
             _check_built(state_dict[key])
-        super()._load_from_state_dict(state_dict, prefix, *rest)
+        # With assign=True a half-precision threshold would take the place of ours.
+        own = {prefix + name for name in (*self._parameters, *self._buffers)}
+        loaded = {
+            name: _at_least_float32(t) if name in own and isinstance(t, Tensor) else t
+            for name, t in state_dict.items()
+        }
+        super()._load_from_state_dict(loaded, prefix, *rest)
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
@@ -392,6 +405,11 @@ class LIFNode(IFNode):
             raise ValueError("parallel cannot be combined with beta")
         del self.beta
         self._hold("beta", beta, learn_beta)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        if prefix + "beta" in state_dict:
+            _check_beta(state_dict[prefix + "beta"])
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def extra_repr(self) -> str:
         """The arguments that differ between nodes."""

@@ -49,7 +49,8 @@ class Probe(NamedTuple):
     ``kind="shift"`` (COS, Hao et al., ICLR 2023): the first ``steps`` rows are run beforehand,
     without output, and move ``v_init`` by as much as takes one spike away (membrane below 0 though
     it fired) or adds one (membrane at or above the threshold); then all T rows run. ``iterations``
-    repeats the probe from the moved start.
+    repeats the probe from the moved start, until the count is the one that all currents together
+    ask for.
     """
 
     steps: int

@@ -131,6 +131,90 @@ def test_nothing_is_copied(monkeypatch: pytest.MonkeyPatch, name: str, gpu: bool
         assert int(record["x"][0]) == x.data_ptr()
 
 
+def written_into(store: Tensor, out: Tensor, x: Tensor, **how: Any) -> None:
+    """``out``, part of ``store``, gets the right spikes and ``store`` nothing else."""
+    store.fill_(7)
+    spikes, v, v_seq = if_multi_step(x, 0.5, out=out, store_v_seq=True, **how)
+    want = if_multi_step(x.contiguous(), 0.5, store_v_seq=True, **how)
+    assert spikes.data_ptr() == out.data_ptr()
+    for got, expected in zip((spikes, v, v_seq), want, strict=True):
+        assert_same_bits(got, expected)
+    out.fill_(7)
+    assert bool((store == 7).all())
+
+
+@pytest.mark.parametrize("name", [*IN_PLACE, "contiguous", "expanded", "neurons_first", "gaps"])
+@pytest.mark.parametrize("into", [*IN_PLACE, "contiguous", "neurons_first", "gaps"])
+def test_out_wherever_it_lies(backend: Backend, name: str, into: str) -> None:
+    forms = {
+        **IN_PLACE,
+        "contiguous": lambda t: t.clone(memory_format=torch.contiguous_format),
+        "expanded": lambda t: t[:1].expand(t.shape),
+        "neurons_first": lambda t: t.permute(4, 3, 2, 1, 0).contiguous().permute(4, 3, 2, 1, 0),
+        "gaps": lambda t: t.repeat_interleave(2, 4)[..., ::2],
+    }
+    x = forms[name](moved(currents(T, *SHAPE), backend.device))
+    out = forms[into](torch.zeros(T, *SHAPE, device=backend.device))
+    store = out if out._base is None else out._base
+    assert store.untyped_storage().data_ptr() == out.untyped_storage().data_ptr()
+    written_into(store, out, x)
+    # In the layout of a user with the batch first.
+    spikes = if_multi_step(x.transpose(0, 1), 0.5, out=out.fill_(7).transpose(0, 1), layout="N,T")[
+        0
+    ]
+    assert_same_bits(spikes.transpose(0, 1), if_multi_step(x.contiguous(), 0.5)[0])
+    assert spikes.data_ptr() == out.data_ptr()
+
+
+def test_out_of_a_constant_current(backend: Backend) -> None:
+    for x in (currents(3, 4), currents(4, 3).t(), currents(3, 8)[:, ::2], currents(3, 8)[:, 2:6]):
+        x = moved(x, backend.device)
+        store = torch.zeros(5, 3, 8, device=backend.device)
+        for out in (store[..., ::2], store[..., :4], store.view(-1)[:60].view(5, 3, 4)):
+            store.fill_(7)
+            spikes = if_multi_step(x, 0.5, T=5, out=out)[0]
+            assert_same_bits(spikes, if_multi_step(x.contiguous(), 0.5, T=5)[0])
+            assert spikes.data_ptr() == out.data_ptr()
+            out.fill_(7)
+            assert bool((store == 7).all())
+
+
+def test_out_that_shares_memory() -> None:
+    base = torch.rand(3, 4 * 64)
+    for x, out in (
+        (base[1:3, :64], base[0:2, 1:65]),
+        (base[:2], base[:2]),
+        (base[:2, 1:], base[:2, :-1]),
+        (base.view(-1)[::2][:64].view(2, 32), base.view(-1)[:64].view(2, 32)),
+    ):
+        with pytest.raises(ValueError, match="out shares memory with x_seq"):
+            if_multi_step(x, out=out)
+    # Interleaved, but disjoint.
+    x, out = base.view(-1)[0:64:2].view(2, 16), base.view(-1)[1:65:2].view(2, 16)
+    want = if_multi_step(x.clone())[0]
+    assert_same_bits(if_multi_step(x, out=out)[0], want)
+    with pytest.raises(ValueError, match="out shares memory with itself"):
+        if_multi_step(torch.rand(4, 3), out=torch.zeros(3).expand(4, 3))
+
+
+def test_out_of_a_compiled_function() -> None:
+    def call(x: Tensor, out: Tensor) -> Tensor:
+        return if_multi_step(x, 0.5, out=out)[0]
+
+    x, out = currents(T, 6), torch.zeros(T, 6)
+    made = torch.compile(call, backend="aot_eager", fullgraph=True)(x, out)
+    assert_same_bits(made, if_multi_step(x, 0.5)[0])
+    assert_same_bits(out, made)
+
+
+@pytest.mark.parametrize("layout", ["N,T", "T*N", "N*T"])
+@pytest.mark.parametrize("out", [3, torch.zeros(6), torch.zeros(5, 4, 2)], ids=str)
+def test_bad_out_in_any_layout(layout: str, out: Any) -> None:
+    x = torch.zeros(6, 4, 2)
+    with pytest.raises((ValueError, TypeError), match="out "):
+        if_multi_step(x, out=out, layout=layout, T=None if layout == "N,T" else 3)
+
+
 def test_dense_outputs_lie_as_their_input() -> None:
     for f in (batch_first, channels_last, channels_last_batch_first):
         x = f(currents(T, *SHAPE))
@@ -142,6 +226,17 @@ def test_dense_outputs_lie_as_their_input() -> None:
         # And comes back without a copy.
         found = layouts.of(x, False)
         assert found.view(v).is_contiguous()
+
+
+def test_every_back_end_lays_its_outputs_out_alike(backend: Backend) -> None:
+    plain = moved(currents(T, *SHAPE), backend.device)
+    reverse = plain.permute(4, 3, 2, 1, 0).contiguous().permute(4, 3, 2, 1, 0)
+    for x in (plain, reverse, *(f(plain) for f in IN_PLACE.values())):
+        run = if_run(x, outputs=("spikes", "count", "v_seq", "charge_seq"), count_at=(3, 5))
+        with backends.use_backend("reference"):
+            want = if_run(x, outputs=("spikes", "count", "v_seq", "charge_seq"), count_at=(3, 5))
+        for a, b in zip(run, want, strict=True):
+            assert a is b is None or a.stride() == b.stride()
 
 
 def test_unreadable_layouts_are_copied_not_refused(backend: Backend) -> None:

@@ -16,8 +16,9 @@ import torch
 from support import Backend, assert_same_bits, currents, dyadic, moved
 from torch import Tensor, nn
 
-from snnkernels import IFNode, reset_net, surrogate
+from snnkernels import IFNode, LIFNode, reset_net, surrogate
 from snnkernels.functional import if_count, if_multi_step, if_rate, if_step
+from snnkernels.options import Signed
 
 
 def x_of(*shape: int, backend: Backend | None = None, seed: int = 0) -> Tensor:
@@ -425,7 +426,7 @@ FUNCTIONS = [
     ({"out": torch.zeros(4, 3, 2)}, ValueError,
      r"out is torch.float32 \(4, 3, 2\).*expected.*\(4, 2, 3\)"),
     ({"out": torch.zeros(4, 2, 3, dtype=torch.float64)}, ValueError, "out is torch.float64"),
-    ({"out": torch.zeros(4, 3, 2).transpose(1, 2)}, ValueError, "out must be contiguous"),
+    ({"out": torch.zeros(2, 3).expand(4, 2, 3)}, ValueError, "out shares memory with itself"),
     ({"out": X}, ValueError, "out shares memory with x_seq"),
     ({"out": torch.zeros(4, 2, 3, requires_grad=True)}, ValueError,
      "out cannot be combined with grad"),
@@ -551,3 +552,60 @@ def test_traces_follow_a_move() -> None:
 def test_v_reset_must_be_finite_in_functions_too() -> None:
     with pytest.raises(ValueError, match="v_reset=inf must be finite or None"):
         if_multi_step(X, v_reset=INF)
+
+
+# ---- what a node holds ---------------------------------------------------------------------------
+
+
+def test_all_state_moves() -> None:
+    node = IFNode(store_count=True)
+    node(torch.rand(3, 2))
+    node.mask = torch.ones(2, dtype=torch.bool)
+    node.to("meta")
+    assert node.mask.device.type == node.count.device.type == node.v.device.type == "meta"
+    assert node.mask.dtype == torch.bool
+
+
+def test_gradients_stay_as_wide_as_their_threshold() -> None:
+    node = IFNode(learn_threshold=True)
+    node(torch.rand(3, 2) + 0.5).sum().backward()
+    want = node.v_threshold.grad.clone()
+    node.half()
+    assert node.v_threshold.dtype == node.v_threshold.grad.dtype == torch.float32
+    assert torch.allclose(node.v_threshold.grad, want, rtol=1e-3)
+
+
+def test_loaded_thresholds_are_float32() -> None:
+    node = IFNode(torch.tensor([0.3, 0.7]), channel_dim=-1)
+    state = {name: tensor.half() for name, tensor in node.state_dict().items()}
+    node.load_state_dict(state, assign=True)
+    assert node.v_threshold.dtype == torch.float32
+    assert state["v_threshold"].dtype == torch.float16
+
+
+def test_loaded_leaks_are_checked() -> None:
+    node = LIFNode(torch.tensor(0.5))
+    with pytest.raises((ValueError, RuntimeError), match=r"beta must be within \[0, 1\]"):
+        node.load_state_dict({**node.state_dict(), "beta": torch.tensor(7.0)})
+
+
+def test_an_input_that_is_no_tensor_is_named_at_every_call() -> None:
+    node = IFNode()
+    for _ in range(2):
+        with pytest.raises(TypeError, match=r"x_seq must be a torch\.Tensor, got list"):
+            node([1.0, 2.0])
+        node(torch.rand(3, 2))
+
+
+def test_a_single_step_of_signed_spikes_keeps_its_amplitude() -> None:
+    node = IFNode(signed=Signed(), spike_dtype=torch.int8, amplitude=2.0, step_mode="s")
+    assert node(torch.ones(3)).amplitude == 2.0
+
+
+def test_amplitudes_of_spikes_are_their_own() -> None:
+    node = IFNode(torch.tensor(1.0), amplitude="threshold", spike_dtype=torch.uint8)
+    spikes = node(torch.ones(2, 3))
+    with torch.no_grad():
+        node.v_threshold.mul_(2)
+    assert spikes.amplitude == 1.0
+    assert not spikes.amplitude.requires_grad

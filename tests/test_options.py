@@ -22,7 +22,7 @@ from support import (
 )
 from torch import Tensor
 
-from snnkernels import LIFNode, use_backend
+from snnkernels import IFNode, LIFNode, use_backend
 from snnkernels.functional import Run, if_run, lif_multi_step
 from snnkernels.kernels import backward, params, run
 from snnkernels.kernels.spec import Asked, Grads, Neuron, Saved
@@ -73,6 +73,8 @@ def test_probe_shift_by_hand(backend: Backend) -> None:
         ([1, 1, -1, -1], 1, [0, 1, 0, 0]),
         ([1, 1, -1, -1], 2, [0, 0, 0, 0]),
         ([-2, 1, 1, 2], 1, [0, 0, 1, 1]),
+        # The count is right after one: a second finds nothing to move.
+        ([-2, 1, 1, 2], 2, [0, 0, 1, 1]),
         ([-3, 0.25, 0.25, 4], 1, [0, 0, 1, 1]),
         ([0.3] * 4, 1, [0, 1, 0, 0]),
     ]
@@ -82,6 +84,47 @@ def test_probe_shift_by_hand(backend: Backend) -> None:
     always = row([2.0] * 4, probe=Probe(4, "shift"))
     assert spikes_of(always) == [1, 1, 1, 1]
     assert always.v.item() == 4.5
+
+
+def test_probes_repeated_end_at_the_count_of_the_quantised_activation(backend: Backend) -> None:
+    g = generator(11)
+    x = moved((torch.randn(8, 2000, generator=g) * 0.8 + 0.3), backend.device)
+    want = torch.floor(x.sum(0) + 0.5).clamp(0, 8)
+    wrong = []
+    for iterations in (1, 2, 3, 8):
+        run = if_run(x, 0.5, outputs="count", probe=Probe(8, "shift", 1e-3, iterations))
+        wrong.append(int((run.count != want).sum()))
+    assert wrong[0] > wrong[1] > wrong[2] >= wrong[3]
+    # A sum within rounding of a multiple of the threshold may fall on either side.
+    assert wrong[3] <= 2
+
+
+def test_packed_spikes_are_bits(backend: Backend) -> None:
+    x = moved(torch.tensor([[3.0], [0.0], [-2.0]]), backend.device)
+    for more in ({"max_spikes": 3}, {"signed": Signed(low=-5)}):
+        with pytest.raises(ValueError, match="packed spikes are bits"):
+            if_run(x, outputs=("packed", "count"), **more)
+        node = IFNode(output="packed", **more)
+        with pytest.raises(ValueError, match="packed spikes are bits"):
+            node(x)
+
+
+@pytest.mark.parametrize("amplitude", [1.0, 3.0, "threshold"])
+def test_a_rate_is_a_float_whatever_its_spikes(backend: Backend, amplitude: Any) -> None:
+    x = moved(torch.full((4, 3), 0.4), backend.device)
+    found = []
+    for spike_dtype in (None, torch.uint8):
+        x = x.detach().requires_grad_()
+        options = {"amplitude": amplitude, "spike_dtype": spike_dtype}
+        rate = if_run(x, 0.0, 0.75, outputs="rate", **options).rate
+        assert rate.dtype == torch.float32
+        (grad,) = torch.autograd.grad(rate.sum(), x)
+        node = IFNode(0.75, output="rate", **options)
+        (again,) = torch.autograd.grad(node(x).sum(), x)
+        found.append((rate, grad, again))
+    for a, b in zip(*found, strict=True):
+        assert_same_bits(a, b)
+    assert_same_bits(found[0][1], found[0][2])
 
 
 def test_burst_by_hand(backend: Backend) -> None:
@@ -238,7 +281,8 @@ def test_options_are_the_references(level: Backend, dtype: torch.dtype, name: st
         arguments["v_threshold"] = r.choice((1.0, 0.75, 1 + torch.arange(shape[1]) / 8))
         arguments["amplitude"] = r.choice((None, 0.3, "threshold"))
         traces = () if name in TRACELESS or r.random() < 0.3 else ("v_seq", "charge_seq")
-        arguments["outputs"] = ("spikes", "packed", "count", *traces)
+        packed = () if {"max_spikes", "signed"} & set(extra) else ("packed",)
+        arguments["outputs"] = ("spikes", *packed, "count", *traces)
         counted = steps - (
             extra["probe"].steps if name.startswith("srp") and "probe" in extra else 0
         )
@@ -327,6 +371,8 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"parallel": True, "probe": Probe(2)}, ValueError, "parallel cannot be combined with probe"),
     ({"probe": 3}, TypeError, "probe=3 must be a snnkernels.options.Probe"),
     ({"probe": Probe(4)}, ValueError, "probe.steps=4 must be fewer than the 4 steps"),
+    ({"count_at": 3}, TypeError, "count_at=3 must be a sequence of ints"),
+    ({"outputs": None}, TypeError, "outputs=None must be a sequence of names"),
     ({"probe": Probe(5, "shift")}, ValueError, "probe.steps=5 must be at most the 4 steps"),
     ({"probe": Probe(0)}, ValueError, "probe.steps=0 must be at least 1"),
     ({"probe": Probe(2, "srp")}, ValueError, "probe.kind='srp' is unknown"),

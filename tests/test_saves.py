@@ -147,3 +147,14 @@ def test_bad_saves(arguments: dict[str, Any], says: str) -> None:
 def test_without_gradients_nothing_is_saved_and_everything_goes(backend: Backend) -> None:
     with torch.no_grad():
         if_multi_step(moved(X.detach(), backend.device), save="bits", v_reset=0.0)
+
+
+@pytest.mark.parametrize("save", ["recompute", "trace", "bits"])
+def test_no_steps_pass_the_membrane_on(backend: Backend, save: str) -> None:
+    x = torch.zeros(0, 3, device=backend.device, requires_grad=True)
+    v = torch.ones(3, device=backend.device, requires_grad=True)
+    s, v_out, _ = if_multi_step(x, v, surrogate_function="rectangle", save=save)
+    (s.sum() + v_out.sum()).backward()
+    assert x.grad is not None
+    assert x.grad.shape == (0, 3)
+    assert torch.equal(v.grad, torch.ones_like(v))

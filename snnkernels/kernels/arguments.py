@@ -6,6 +6,7 @@ import itertools
 import math
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Size, Tensor
 
@@ -17,6 +18,8 @@ FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 LAYOUTS = ("T,N", "N,T", "T*N", "N*T")
 SAVES = ("recompute", "trace", "bits")
 
+# How long to look for an element that two tensors share before they are taken to.
+_WORK = 10_000
 # Between these every number is positive and finite in float32 as well.
 _SMALLEST, _LARGEST = 1.2e-38, 3.4e38
 
@@ -261,16 +264,44 @@ def check_out(
             f"out is {out.dtype} {tuple(out.shape)} on {out.device}; expected {dtype} {full} on "
             f"{x.device}"
         )
-    if not out.is_contiguous() and out.stride() != x.stride():
-        raise ValueError("out must be contiguous, or have the strides of x_seq")
+    if any(s == 0 and n > 1 for n, s in zip(full, out.stride(), strict=True)):
+        raise ValueError("out shares memory with itself: it is expanded")
+
+
+class _Addresses:
+    """A tensor's memory as NumPy sees an array's; nobody reads it."""
+
+    def __init__(self, t: Tensor) -> None:
+        size = t.element_size()
+        self.__array_interface__ = {
+            "shape": tuple(t.shape),
+            "strides": tuple(s * size for s in t.stride()),
+            "typestr": f"|V{size}",
+            "data": (t.data_ptr(), True),
+            "version": 3,
+        }
 
 
 def check_no_overlap(out: Tensor, name: str, read: Tensor) -> None:
     """Raises if ``out`` shares memory with the tensor called ``name``."""
     # Threads would read what others have overwritten with spikes.
-    first, start = read.data_ptr(), out.data_ptr()
-    if not read.numel() or read.device != out.device or first >= start + out.nbytes:
+    if not (out.numel() and read.numel()) or read.device != out.device:
         return
-    elements = 1 + sum(s * (n - 1) for n, s in zip(read.shape, read.stride(), strict=True))
-    if start < first + elements * read.element_size():
+    if not (_starts_within(out, read) or _starts_within(read, out)):
+        return
+    try:
+        shared = np.shares_memory(
+            np.asarray(_Addresses(out)),
+            np.asarray(_Addresses(read)),
+            max_work=_WORK,  # type: ignore[arg-type]
+        )
+    except np.exceptions.TooHardError:
+        shared = True
+    if shared:
         raise ValueError(f"out shares memory with {name}")
+
+
+def _starts_within(a: Tensor, b: Tensor) -> bool:
+    """Whether the first address of ``a`` lies between those of ``b``."""
+    extent = 1 + sum(s * (n - 1) for n, s in zip(b.shape, b.stride(), strict=True))
+    return 0 <= a.data_ptr() - b.data_ptr() < extent * b.element_size()

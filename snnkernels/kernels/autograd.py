@@ -152,8 +152,8 @@ class _IntegrateAndFire(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, c: Config, x: Tensor, *operands_: Tensor) -> tuple[Tensor | None, ...]:
         neuron, asked = c.with_operands(operands_), c.asked
-        # A constant current has no [T, ...] tensor to save on.
-        save = "recompute" if c.T is not None else c.save
+        # A constant current has no [T, ...] tensor to save on, nor have no steps.
+        save = "recompute" if c.T is not None or not x.shape[0] else c.save
         fired = save == "bits" and any(
             ctx.needs_input_grad[2 + i]
             for i, operand in enumerate(c.present)
@@ -235,10 +235,12 @@ def rate(outputs: Outputs, neuron: Neuron, steps: int, dtype: torch.dtype) -> Te
     """``amplitude * count / T``, rounded once to ``dtype``."""
     count, state = outputs.count, outputs.v.dtype
     assert count is not None
-    weight: Any
-    if neuron.amplitude is None:
-        weight = operands.rounded(neuron.amplitude_value, dtype)
-    else:
-        weight = neuron.amplitude.to(dtype).to(state)
     counted = steps - (neuron.probe if neuron.options & params.PROBE_MASK else 0)
-    return (weight * count.to(state) / counted).to(dtype)
+    # A tensor of no dimensions makes whole numbers membranes on the way, without a copy of them.
+    weighted = count
+    if neuron.amplitude is not None:
+        weighted = neuron.amplitude.to(dtype).to(state) * count
+    elif neuron.amplitude_value != 1.0:
+        weight = operands.rounded(neuron.amplitude_value, dtype)
+        weighted = count * torch.tensor(weight, dtype=state)
+    return (weighted / torch.tensor(float(counted), dtype=state)).to(dtype)

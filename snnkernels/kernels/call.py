@@ -71,8 +71,15 @@ def run(
         x, steps, shape, v, v_threshold, v_reset, channel_dim, amplitude, input_scale, tie,
         spike_dtype, more,
     )  # fmt: skip
-    if rate and steps == 0:
-        raise ValueError("x_seq has no time steps: a rate of no steps is undefined")
+    if rate:
+        if steps == 0:
+            raise ValueError("x_seq has no time steps: a rate of no steps is undefined")
+        neuron = neuron._replace(spike_dtype=x.dtype)  # there are no spikes, the rate is a float
+    if asked.words and neuron.options & (params.BURST | params.SIGNED):
+        raise ValueError(
+            "packed spikes are bits and hold neither max_spikes nor signed ones; ask for 'spikes' "
+            "with spike_dtype=torch.uint8 (torch.int8 if signed)"
+        )
     if asked.count_at:
         counted = steps - (neuron.probe if neuron.options & params.PROBE_MASK else 0)
         asked = asked._replace(count_at=arguments.check_count_at(asked.count_at, counted))
@@ -82,10 +89,11 @@ def run(
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or _any_requires_grad(tensors))
     if out is not None:
         arguments.check_out(out, x, steps, shape, neuron.spike_dtype, needs_grad)
-        arguments.check_no_overlap(out, "x_seq", x)
-        for name, tensor in zip(OPERANDS, tensors, strict=True):
-            if tensor is not None:
-                arguments.check_no_overlap(out, _SPELLED.get(name, name), tensor)
+        if not torch.compiler.is_compiling():  # operators of a graph copy their answer to out
+            arguments.check_no_overlap(out, "x_seq", x)
+            for name, tensor in zip(OPERANDS, tensors, strict=True):
+                if tensor is not None:
+                    arguments.check_no_overlap(out, _SPELLED.get(name, name), tensor)
     if save != "recompute" or needs_grad:
         _check_save(save, neuron, asked, surrogate_function, needs_grad, T)
     if not needs_grad:
@@ -101,7 +109,9 @@ def run(
     whole = asked.spikes and not neuron.spike_dtype.is_floating_point
     if whole and amplitude is not None and not torch.compiler.is_compiling():
         weight = neuron.amplitude
-        result[0].amplitude = neuron.amplitude_value if weight is None else weight
+        # Its own copy: a threshold that is learned on must not change spikes of before.
+        own = neuron.amplitude_value if weight is None else weight.detach().clone()
+        result[0].amplitude = own
     return result
 
 
@@ -146,6 +156,10 @@ def _time_first(
         raise ValueError(f"layout={layout!r} is unknown; allowed: {', '.join(arguments.LAYOUTS)}")
     if not isinstance(x, Tensor):
         raise TypeError(f"x_seq must be a torch.Tensor, got {type(x).__name__}")
+    if out is not None and (not isinstance(out, Tensor) or out.dim() != x.dim()):
+        raise ValueError(
+            f"out must be a tensor of x_seq's shape {tuple(x.shape)}, got {_about(out)}"
+        )
     if layout == "N,T":
         if T is not None:
             raise ValueError("T is for a constant current, which has no layout 'N,T'")
@@ -161,6 +175,9 @@ def _time_first(
             f"T={T} steps"
         )
 
+    if out is not None and out.shape[0] != x.shape[0]:
+        raise ValueError(f"out must have x_seq's shape {tuple(x.shape)}, got {_about(out)}")
+
     def split(t: Tensor) -> Tensor:
         neurons = t.shape[0] // T
         if layout == "T*N":
@@ -168,6 +185,10 @@ def _time_first(
         return t.unflatten(0, (neurons, T)).transpose(0, 1)
 
     return split(x), None, None if out is None else split(out)
+
+
+def _about(value: Any) -> str:
+    return str(tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__
 
 
 def _restored(result: Any, layout: str, rate: bool) -> list[Any]:
@@ -189,7 +210,7 @@ def _restored(result: Any, layout: str, rate: bool) -> list[Any]:
 def first_step(spikes: Tensor) -> Tensor:
     """The only row of ``spikes``, with the amplitude that integer spikes carry along."""
     row = spikes[0]
-    if spikes.dtype == torch.uint8 and hasattr(spikes, "amplitude"):
+    if not spikes.dtype.is_floating_point and hasattr(spikes, "amplitude"):
         row.amplitude = spikes.amplitude  # type: ignore[attr-defined]
     return row
 

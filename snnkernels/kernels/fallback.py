@@ -65,7 +65,8 @@ def _laid_out(outputs: Outputs, x: Tensor, T: int | None) -> Outputs:
     constant = T is not None
     x, layout = layouts.located(x, constant)
     if layout.order is None and not layout.like_x:
-        return outputs
+        # Steps stacked from currents of another order lie as those do.
+        return Outputs._make(None if made is None else made.contiguous() for made in outputs)
     shape = x.shape if constant else x.shape[1:]
     steps = x.shape[0] if T is None else T
 

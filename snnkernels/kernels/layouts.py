@@ -123,6 +123,30 @@ _cached = lru_cache(maxsize=512)(_find)
 _cached_plain = lru_cache(maxsize=512)(_plain)
 
 
+def written(layout: Layout, out: Tensor, N: int) -> Layout | None:
+    """``layout`` with outputs where ``out`` ``[T, *shape]`` has its elements.
+
+    None if kernels cannot walk both as one: the caller copies.
+    """
+    if out.data_ptr() % out.element_size():
+        return None
+    found = of(out, False)
+    if found is None or found.order != layout.order:
+        return None
+    if layout.plain and found.plain:
+        return layout
+    x, rows, inner = layout.x, found.x, layout.inner
+    if found.inner != inner:
+        # Neurons without a gap are split wherever the other's are.
+        if found.inner == N:
+            rows = Rows(rows.step, inner)
+        elif inner == N:
+            x, inner = Rows(x.step, found.inner), found.inner
+        else:
+            return None
+    return Layout(layout.order, inner, x, rows, True)
+
+
 def located(x: Tensor, constant: bool) -> tuple[Tensor, Layout]:
     """``x``, copied if kernels cannot read it where it is, and its layout."""
     layout = of(x, constant)

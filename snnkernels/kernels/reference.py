@@ -255,7 +255,7 @@ def if_forward(
 
 def _shifted_start(neuron: _Stepper, start: Tensor, at: Any, probe: Probe, none: Tensor) -> Tensor:
     """Where the probe steps of COS move the initial membrane (Hao et al., ICLR 2023)."""
-    threshold = neuron.threshold
+    threshold, v_init = neuron.threshold, start
     below, above = (threshold.new_full((), 1 + sign * probe.margin) for sign in (-1, 1))
     for _ in range(probe.iterations):
         v, count = start, none
@@ -270,8 +270,10 @@ def _shifted_start(neuron: _Stepper, start: Tensor, at: Any, probe: Probe, none:
             v = neuron.reset(m, k)
         less = start - torch.maximum(least_fired - below * threshold, threshold)
         more = start + torch.maximum(above * threshold - most_silent, threshold)
-        remove = (v < 0) & (count > 0)
-        add = (v >= threshold) & (count < probe.steps)
+        # A move of the start alone must not ask for the next one.
+        residual = v - (start - v_init)
+        remove = (residual < 0) & (count > 0)
+        add = (residual >= threshold) & (count < probe.steps)
         start = torch.where(remove, less, torch.where(add, more, start))
     return start
 

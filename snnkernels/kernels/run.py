@@ -40,8 +40,12 @@ def if_forward(
     shape = x.shape if constant else x.shape[1:]
     steps = x.shape[0] if T is None else T
     dtype, spike_dtype = x.dtype, neuron.spike_dtype
-    if out is not None and layout.order is not None and out.stride() != _strides(layout, x, steps):
-        x, layout = layouts.located(x.contiguous(), constant)
+    if out is not None:
+        into = layouts.written(layout, out, shape.numel())
+        if into is None:
+            made = if_forward(x, T, neuron, asked, smooth, alpha)
+            return made._replace(spikes=out.copy_(made.spikes))  # type: ignore[arg-type]
+        layout = into
     state = torch.float64 if dtype == torch.float64 else torch.float32
     N = shape.numel()
     outputs = _outputs(x, layout, steps, shape, asked, spike_dtype, state, out)
@@ -147,6 +151,7 @@ def _outputs(
             return None
         return layout.restore(x.new_empty((*leading, *dense), dtype=dtype), len(leading))
 
+    like = x if out is None else out
     word, lead = reference.word_dtype(steps), -(-steps // reference.WORD_STEPS)
     return Outputs(
         spikes,
@@ -154,15 +159,7 @@ def _outputs(
         each(asked.count, torch.int32),
         each(asked.count_at, torch.int32, len(asked.count_at)),
         v,
-        layout.rows(x, steps, shape, state) if asked.v_seq else None,
-        layout.rows(x, steps, shape, state) if asked.charge_seq else None,
+        layout.rows(like, steps, shape, state) if asked.v_seq else None,
+        layout.rows(like, steps, shape, state) if asked.charge_seq else None,
         each(asked.window, word, lead),
     )
-
-
-def _strides(layout: Layout, x: Tensor, steps: int) -> tuple[int, ...]:
-    """The strides that :meth:`Layout.rows` gives."""
-    if layout.like_x:
-        return x.stride()
-    shape = x.shape[1:] if layout.x.step else x.shape
-    return layout.rows(x.new_empty(0, device="meta"), steps, shape, x.dtype).stride()
