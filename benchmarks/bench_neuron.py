@@ -130,7 +130,10 @@ def section_rows(section: str, args: argparse.Namespace) -> list[Row]:
     for case in cases(section, args):
         if late(args, f"{section}: {case}"):
             continue
-        rows += compare(section, case, entries(section, case, args), args)
+        found = entries(section, case, args)
+        if args.only:
+            found = [e for e in found if e is found[0] or any(o in e.name for o in args.only)]
+        rows += compare(section, case, found, args)
         keep(rows, args)
     if section == "forward" and args.sj14:
         rows += sj14.rows(args, rows)
@@ -139,9 +142,11 @@ def section_rows(section: str, args: argparse.Namespace) -> list[Row]:
 
 
 def keep(rows: list[Row], args: argparse.Namespace) -> str:
-    """Saves rows, in the place of those with the same section and malloc setting."""
+    """Saves rows, in the place of those with the same section and malloc setting (and size)."""
     rows = [{**row, "malloc": args.malloc} for row in rows]
-    key = ("section", "malloc")
+    key: tuple[str, ...] = ("section", "malloc")
+    if args.size:
+        key += ("direction", "T", "N", "dtype")
     path = save(f"neuron_{args.device}", rows, key=key, folder=args.out, device=args.device)
     return str(path)
 
@@ -152,6 +157,9 @@ def main() -> None:
     parser.add_argument("--section", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument("--size", nargs="+", metavar="TxN", help="these alone, not the whole grid")
     parser.add_argument("--all", action="store_true", help="nobody is skipped for taking long")
+    parser.add_argument(
+        "--only", nargs="+", metavar="PART", help="ours and whose name has one of these in it"
+    )
     parser.add_argument("--case-seconds", type=float, default=20.0, help="timing of one case")
     parser.add_argument(
         "--sj14", metavar="PATH", help="folder with SpikingJelly 0.0.0.0.14 (CuPy), GPU only"

@@ -120,7 +120,8 @@ def memory(name: str) -> str:
     if not lines:
         return ""
     first = rows[0]
-    size = f"memory, in T·N·4 bytes (T = {first['T']}, {power(first['N'])} neurons)"
+    about = f"T = {first['T']}, {power(first['N'])} neurons"
+    size = f"memory in T·N·4 bytes, 1.0 of it the current ({about})"
     return markdown([size, "kept for backward", "peak, training", "peak, inference"], lines)
 
 
