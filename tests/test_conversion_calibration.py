@@ -39,7 +39,7 @@ def test_mmse_is_the_best_of_the_grid_for_the_staircase_in_force(
     a = torch.relu(
         torch.randn(3, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(T))
     )
-    v_init = start if isinstance(start, str) else torch.tensor(start, dtype=torch.float64)
+    v_init = 0.5 if start == "half" else torch.tensor(start, dtype=torch.float64)
     chosen = mmse_threshold(filled(a, bins=1 << 16), T, v_init)
     for c in range(3):
 

@@ -224,7 +224,7 @@ def parse_rule(rule: str) -> float | str:
     )
 
 
-def mmse_threshold(histogram: Histogram, T: int, v_init: Tensor | str) -> Tensor:
+def mmse_threshold(histogram: Histogram, T: int, v_init: Tensor | float) -> Tensor:
     """The threshold V whose staircase ``V/T clip(floor((aT + v_init) / V), 0, T)`` fits a best.
 
     Source: the grid and the criterion are those of SNN Calibration (Li et al., ICML 2021, light
@@ -233,7 +233,7 @@ def mmse_threshold(histogram: Histogram, T: int, v_init: Tensor | str) -> Tensor
     Args:
         histogram: of the ANN's activations a.
         T: number of steps.
-        v_init: absolute potential, scalar or ``[C]``; or ``"half"`` for V / 2.
+        v_init: absolute potential, a tensor, scalar or ``[C]``; or a number, the part of V.
 
     Returns:
         float64 ``[C]``; 0 for a channel without a positive value. Of equal candidates the largest.
@@ -242,15 +242,15 @@ def mmse_threshold(histogram: Histogram, T: int, v_init: Tensor | str) -> Tensor
     used = weight.sum(0) > 0
     value, weight = value[:, used], weight[:, used]
     silent = (histogram.total - weight.sum(1)).clamp(min=0)
-    half = isinstance(v_init, str)
-    start = torch.zeros(()) if isinstance(v_init, str) else v_init.double().reshape(-1, 1)
+    part = None if isinstance(v_init, Tensor) else v_init
+    start = v_init.double().reshape(-1, 1) if isinstance(v_init, Tensor) else torch.zeros(())
     start = start.to(value.device)
     best = torch.full_like(histogram.maximum, torch.inf)
     chosen = torch.zeros_like(histogram.maximum)
     for i in range(GRID):
         candidate = histogram.maximum * (1 - 0.01 * i)
         v = candidate[:, None].clamp(min=torch.finfo(torch.float64).tiny)
-        offset = v / 2 if half else start
+        offset = start if part is None else v * part
         steps = torch.floor((value * T + offset) / v).clamp_(0, T)
         error = ((value - v * steps / T).square_() * weight).sum(1)
         at_zero = v * torch.floor(offset / v).clamp(0, T) / T
@@ -262,7 +262,7 @@ def mmse_threshold(histogram: Histogram, T: int, v_init: Tensor | str) -> Tensor
 
 
 def rule_threshold(
-    rule: str, histogram: Histogram, T: int, v_init: Tensor | str
+    rule: str, histogram: Histogram, T: int, v_init: Tensor | float
 ) -> tuple[Tensor, list[int], bool]:
     """Apply a rule: ``(theta float64 [C], channels that took the layer's value, layer silent)``.
 
@@ -288,5 +288,5 @@ def rule_threshold(
     return theta, dead, silent
 
 
-def _typical(v_init: Tensor | str) -> Tensor | str:
-    return v_init if isinstance(v_init, str) else v_init.double().mean()
+def _typical(v_init: Tensor | float) -> Tensor | float:
+    return v_init.double().mean() if isinstance(v_init, Tensor) else v_init

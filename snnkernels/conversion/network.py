@@ -13,6 +13,7 @@ from .parts import Parts
 from .pools import CumulativeMaxPool
 from .report import Report
 from .spiking import SpikingActivation
+from .steps import Clock
 
 __all__ = ["ConvertedNetwork"]
 
@@ -41,20 +42,27 @@ class ConvertedNetwork(nn.Module):
 
     Attributes:
         T: the number of steps the thresholds were made for, and the default of a call.
+        extra_steps: what the method adds to the T steps of a call, in latency and in work.
         report: what was done with every node.
 
     Shape: the input and the output of the ANN; any batch size.
     """
 
-    def __init__(self, parts: Parts, T: int, report: Report) -> None:
+    def __init__(self, parts: Parts, T: int, report: Report, clock: Clock | None = None) -> None:
         super().__init__()
         self.T = _steps(T)
+        self._clock = Clock() if clock is None else clock
         self.report = report
         self.prefix, self.body, self.suffix = parts.prefix, parts.body, parts.suffix
         self._counted = list(parts.counted)
         self._of_body = list(parts.statics_of_body)
         self._of_suffix = list(parts.statics_of_suffix)
         self.eval()
+
+    @property
+    def extra_steps(self) -> int:
+        """Steps that the method adds to T: the probes of SRP and COS."""
+        return self._clock.steps.extra
 
     def neurons(self) -> Iterator[tuple[str, SpikingActivation]]:
         """``(name in the ANN, layer)`` of every spiking layer, in order of execution."""
@@ -83,12 +91,23 @@ class ConvertedNetwork(nn.Module):
         return self.suffix(*(statics[i] for i in self._of_suffix), *rates)
 
     def _segments(self, x: Tensor, ends: list[int]) -> Iterator[Any]:
-        """The answer after each number of steps in ``ends`` (rising), in one causal run."""
+        """The answer after each number of steps in ``ends`` (rising), from one run."""
         self.reset()
+        clock, steps = self._clock, self._clock.steps
         try:
             statics = self.prefix(x)
             inputs = [statics[i] for i in self._of_body]
             dtype = next(t.dtype for t in inputs if t.is_floating_point())
+            if steps.parallel:
+                for clock.levels in ends:
+                    yield self._read(statics, self.body(*inputs, 1), clock.levels, dtype)
+                return
+            if steps.whole:
+                clock.ends = tuple(ends)
+                found = self.body(*inputs, steps.rows(ends[-1]))
+                for i, end in enumerate(ends):
+                    yield self._read(statics, [counts[i] for counts in found], end, dtype)
+                return
             counts: Any = None
             done = 0
             for end in ends:
@@ -99,6 +118,7 @@ class ConvertedNetwork(nn.Module):
                 done = end
                 yield self._read(statics, counts, done, dtype)
         finally:
+            clock.ends = None
             self.reset()
 
     def forward(self, x: Tensor, T: int | None = None) -> Any:
@@ -120,9 +140,10 @@ class ConvertedNetwork(nn.Module):
     ) -> dict[int, Any]:
         """The outputs after several numbers of steps, from one run: ``{T: output}``.
 
-        At the price of the longest. The same as separate calls up to the rounding of the layers
-        between neurons, which see batches of other sizes (a library may choose another algorithm
-        for them); given the same currents, the neurons do the same bit for bit.
+        At the price of the longest (a parallel network: of all together). The same as separate
+        calls up to the rounding of the layers between neurons, which see batches of other sizes (a
+        library may choose another algorithm for them); given the same currents, the neurons do the
+        same bit for bit.
 
         Args:
             x: ``[B, *]``.
@@ -138,4 +159,5 @@ class ConvertedNetwork(nn.Module):
 
     def extra_repr(self) -> str:
         """Show T and the number of spiking layers."""
-        return f"T={self.T}, spiking_layers={sum(1 for _ in self.neurons())}"
+        extra = f", extra_steps={self.extra_steps}" if self.extra_steps else ""
+        return f"T={self.T}{extra}, spiking_layers={sum(1 for _ in self.neurons())}"

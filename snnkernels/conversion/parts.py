@@ -13,6 +13,7 @@ from .kinds import Kind, is_activation
 from .ops import MAX_POOL_MODULES
 from .pools import CumulativeMaxPool
 from .spiking import CountSpikes, Repeat, SpikingActivation, TimeShape
+from .steps import Clock
 
 __all__ = ["Parts", "cut"]
 
@@ -126,6 +127,7 @@ class _Cutter:
 class _Body:
     def __init__(self, cutter: _Cutter, neurons: dict[str, SpikingActivation]) -> None:
         self.cut, self.neurons = cutter, neurons
+        self.clock = next((n.clock for n in neurons.values()), Clock())
         self.kinds, self.net = cutter.kinds, cutter.net
         self.graph = fx.Graph()
         self.raw = {n: self.graph.placeholder(f"in_{n.name}") for n in cutter.of_body}
@@ -142,7 +144,7 @@ class _Body:
         for node in self.cut.counted:
             out = self.env[node]
             layer = self.neurons[str(node.target)]
-            if not layer.counts:
+            if not layer.counts or layer.clock.steps.whole:
                 out = self._helper(CountSpikes(layer), "count_spikes", out)
             counts.append(out)
         self.graph.output(tuple(counts))
@@ -182,7 +184,7 @@ class _Body:
             path = str(node.target)
             while path in self.root:  # one running sum for each call
                 path = add_module(self.net, path, pool)
-            self.root[path] = CumulativeMaxPool(pool)
+            self.root[path] = CumulativeMaxPool(pool, self.clock)
             return self.graph.call_module(path, (self._timed(source), self.steps))
         return self.graph.node_copy(node, self._timed)
 

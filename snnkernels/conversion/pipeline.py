@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import fields
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from ..neurons import IFNode
-from .calibration import SAMPLE, Statistics, collect, first_batch
+from .calibration import SAMPLE, Statistics, batches, collect, first_batch
 from .channels import channels_of
+from .context import Context
 from .errors import ConversionError
 from .fold import fold_batch_norm
 from .graphs import copy_graph, first_input, module_of, name_of
 from .kinds import Kind, before_neurons, check_supported, is_activation, kinds_of
 from .marks import mark
-from .methods import METHODS, find_method
+from .methods import METHODS, Method, find_method
 from .network import ConvertedNetwork, _steps
 from .ops import MAX_POOL_MODULES, Activation, why_not_affine
 from .parts import cut
@@ -24,6 +27,7 @@ from .pools import MAXPOOL_MODES, average_instead, check_pools, pools_first
 from .report import NodeReport, Report, measure
 from .scale import Scale, fold_thresholds
 from .spiking import SpikingActivation
+from .steps import Clock
 from .thresholds import Site, plan, settle
 from .trace import own_copy, trace
 from .verify import answer_of, check_independent, check_same, note_shapes
@@ -31,9 +35,24 @@ from .verify import answer_of, check_independent, check_same, note_shapes
 __all__ = ["convert", "methods"]
 
 
-def methods() -> list[dict[str, str]]:
-    """The conversion methods: ``name``, ``source`` (the paper) and ``needs``."""
-    return [{"name": m.name, "source": m.source, "needs": m.needs} for m in METHODS.values()]
+def methods() -> list[dict[str, Any]]:
+    """The conversion methods, each a dictionary.
+
+    ``name``; ``source`` (the paper); ``needs`` (training, data, extra steps); ``trains`` (the
+    activation that networks for it are trained with, or ""); ``options`` (of its class, with their
+    defaults); ``binary`` (whether spikes are 0 and 1: the T of others does not compare).
+    """
+    return [
+        {
+            "name": m.name,
+            "source": m.source,
+            "needs": m.needs,
+            "trains": m.trains,
+            "options": {f.name: f.default for f in fields(m)},
+            "binary": m.binary,
+        }
+        for m in METHODS.values()
+    ]
 
 
 def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
@@ -45,7 +64,7 @@ def convert(
     ann: nn.Module,
     loader: Any = None,
     *,
-    method: str = "opi",
+    method: str | Method = "opi",
     T: int = 16,
     threshold: Any = None,
     per_channel: bool | None = None,
@@ -53,6 +72,7 @@ def convert(
     maxpool: str = "cumulative",
     on_unsupported: str = "error",
     normalize: str = "threshold",
+    fold: bool = True,
     progress: bool = True,
 ) -> ConvertedNetwork:
     """Convert a trained network into a spiking one; ``ann`` is not modified.
@@ -73,20 +93,26 @@ def convert(
         ann: maps ``[B, *]`` to its output; the first dimension is the batch. Any device.
         loader: calibration inputs: an iterable of tensors or of (input, anything), or one tensor.
             Not needed where thresholds are learned (``ClipReLU``, ``QCFS``) or given.
-        method: ``"opi"`` (Bu et al., AAAI 2022) or ``"qcfs"`` (Bu et al., ICLR 2022).
+        method: a name of :func:`methods`, or one of :mod:`snnkernels.conversion.methods` with
+            options of its own, such as ``SRP(probe=8)``.
         T: number of time steps the thresholds are made for, and the default of ``snn(x)``.
         threshold: None (the method's own: for opi the learned ceiling if there is one, else
             "mmse"), ``"mmse"``, ``"max"``, a percentile such as ``"99.9%"``, a number, a tensor
             (scalar or one value for each channel), or a dict from activation name to one of these.
         per_channel: thresholds from data per channel (True) or per layer; None: the method's own.
-        v_init: initial potential: None (the method's own), ``"half"`` (θ/2, follows θ), a number
-            or a tensor (scalar or per channel) in the units of the current, or a dict.
+        v_init: initial potential: None (the method's own), ``"half"`` (θ/2, follows θ),
+            ``"zero"``, a part of θ such as ``"25%"``, ``"uniform"`` or ``"normal"`` (drawn for each
+            neuron, from data's shapes), ``"mse"`` (the part of each channel that fits the data
+            best), a number or a tensor (scalar, per channel or of the layer's shape) in the units
+            of the current, or a dict.
         maxpool: ``"cumulative"`` (exact in the mean at every T), ``"pre_spike"`` (maximum of the
             currents of each step) or ``"avg"`` (replaced by average pooling: a different ANN).
         on_unsupported: ``"error"``, or ``"keep"`` to apply what cannot be converted to the spikes
             of every step as it is; the report names it.
         normalize: ``"threshold"`` (spikes weigh θ) or ``"weights"`` (θ folded into the weights,
             every threshold 1); equal up to rounding.
+        fold: fold batch norms into the weights before them; False leaves them where they are,
+            which is equal up to rounding and keeps the ANN's own bits.
         progress: show a tqdm bar while calibrating, if tqdm is installed.
 
     Returns:
@@ -102,7 +128,17 @@ def convert(
     _one_of("maxpool", maxpool, MAXPOOL_MODES)
     _one_of("on_unsupported", on_unsupported, ("error", "keep"))
     _one_of("normalize", normalize, ("threshold", "weights"))
-    report = Report(method, T)
+    report = Report(str(chosen), T)
+    if chosen.steps().extra:
+        report.notes.append(
+            f"{chosen.name} adds {chosen.steps().extra} steps to every T: count them in latency "
+            "and energy"
+        )
+    if not chosen.binary:
+        report.notes.append(
+            f"spikes of {chosen.name} are not only 0 and 1: its T does not compare with the T of "
+            "binary methods"
+        )
 
     traced = trace(ann)
     net, graph = traced.net, traced.graph
@@ -122,7 +158,7 @@ def convert(
             check_same(expected, note_shapes(net, graph, sample))
         except ConversionError as error:
             failure = error  # what the graph alone tells comes first: it says more
-    folded = fold_batch_norm(net, graph)
+    folded = fold_batch_norm(net, graph) if fold else {}
     mark(net, graph)
     check_pools(net, graph)
     unpooled = fx.GraphModule(net, copy_graph(graph)).eval()
@@ -180,18 +216,24 @@ def convert(
                 "the layer's threshold"
             )
 
+    again = None if loader is None else partial(batches, loader, _device(net))
+    context = Context(model, sites, seen, T, sample, again, report, progress)
+    chosen.settle(context)
+    clock = Clock(chosen.steps())
     spiking_graph, spiking_kinds = graph, kinds
     if normalize == "weights":
         theta = {s.path: Scale(s.theta, s.channel_dim) for s in sites}
         spiking_graph = fold_thresholds(net, graph, kinds, theta, sample)
         spiking_kinds = kinds_of(net, spiking_graph)
-    neurons = {site.path: _neurons(site, folded=normalize == "weights") for site in sites}
+    weights = normalize == "weights"
+    neurons = {site.path: _neurons(site, chosen, T, weights, clock) for site in sites}
     parts = cut(net, spiking_graph, spiking_kinds, neurons, cumulative=maxpool == "cumulative")
     _describe(report, model, sites, folded, pools, kept, maxpool)
-    snn = ConvertedNetwork(parts, T, report)
+    snn = ConvertedNetwork(parts, T, report, clock)
     device = _device(net)
     if device is not None:
         snn.to(device)
+    chosen.finish(snn, context)
     if sample is not None:
         measure(snn, model, sample, expected, report)
     return snn
@@ -205,27 +247,52 @@ def _dtype(net: nn.Module) -> torch.dtype:
     return next((p.dtype for p in net.parameters() if p.is_floating_point()), torch.float32)
 
 
-def _neurons(site: Site, folded: bool) -> SpikingActivation:
+# What a neuron has in the units of its current: divided by θ where θ is folded into the weights.
+_IN_UNITS = ("v_threshold", "v_init", "amplitude", "bias", "fire_level")
+
+
+def _neurons(site: Site, method: Method, T: int, folded: bool, clock: Clock) -> SpikingActivation:
     """The spiking layer of one activation."""
-    start = site.v_init
-    if folded and not isinstance(start, str):
-        start = torch.as_tensor(start, dtype=site.theta.dtype, device=site.theta.device)
-        start = start / site.theta
-    per_channel = site.theta.dim() == 1 or (isinstance(start, Tensor) and start.dim() == 1)
-    node = IFNode(
-        site.theta.new_ones(()) if folded else site.theta,
-        v_init=start,
-        channel_dim=site.channel_dim if per_channel else None,
-        amplitude=None if folded else "threshold",
-    )
+    given: dict[str, Any] = {
+        "v_threshold": site.theta,
+        "v_init": site.v_init,
+        "amplitude": "threshold",
+        **method.neuron(site, T),
+    }
+    weight = given["amplitude"]
+    weight = given["v_threshold"] if isinstance(weight, str) else weight
+    if folded:
+        for name in _IN_UNITS:
+            value = given.get(name)
+            if value is not None and not isinstance(value, str):
+                given[name] = _over(value, site)
+        if given["amplitude"] == "threshold" and given["v_threshold"].dim() == 0:
+            given["amplitude"] = None if bool(given["v_threshold"] == 1) else "threshold"
+    tensors = [value for value in given.values() if isinstance(value, Tensor)]
+    per_channel = any(t.dim() == 1 and t.numel() > 1 for t in tensors)
+    node = IFNode(**given, channel_dim=site.channel_dim if per_channel else None)
+    scale = torch.as_tensor(weight, dtype=site.theta.dtype, device=site.theta.device)
     return SpikingActivation(
         node,
         site.label,
         constant=False,
         counts=False,
-        scale=site.theta.clone() if folded else None,
+        scale=scale.clone() if folded else None,
         channel_dim=site.channel_dim,
+        clock=clock,
     )
+
+
+def _over(value: Any, site: Site) -> Tensor:
+    """``value`` in units of the threshold."""
+    theta = site.theta
+    if value is theta:
+        return theta.new_ones(())
+    value = torch.as_tensor(value, dtype=theta.dtype, device=theta.device)
+    if theta.dim() == 1 and value.dim() > 1:
+        where = (site.channel_dim if site.channel_dim < 0 else site.channel_dim - 1) % value.dim()
+        theta = theta.view(*(-1 if d == where else 1 for d in range(value.dim())))
+    return value / theta
 
 
 def _describe(

@@ -11,6 +11,7 @@ from ..maps import pool_geometry, pool_steps
 from .errors import ConversionError
 from .graphs import add_module, first_input, module_of
 from .ops import MAX_POOL_MODULES, Activation
+from .steps import Clock
 
 __all__ = ["MAXPOOL_MODES", "CumulativeMaxPool", "average_instead", "check_pools", "pools_first"]
 
@@ -28,6 +29,7 @@ class CumulativeMaxPool(nn.Module):
 
     Args:
         pool: an ``nn.MaxPool*d`` or ``nn.AdaptiveMaxPool*d``; its padding (-inf) takes no part.
+        clock: of the network; rows before those that answer are a run of their own.
 
     Shape: ``[T * B, *in]`` to ``[T * B, *out]``, floating point.
     """
@@ -35,9 +37,10 @@ class CumulativeMaxPool(nn.Module):
     total: Tensor | None
     peak: Tensor | None
 
-    def __init__(self, pool: nn.Module) -> None:
+    def __init__(self, pool: nn.Module, clock: Clock | None = None) -> None:
         super().__init__()
         self.pool = pool
+        self.clock = Clock() if clock is None else clock
         self.reset()
 
     def reset(self) -> None:
@@ -48,6 +51,14 @@ class CumulativeMaxPool(nn.Module):
     def forward(self, x: Tensor, T: int) -> Tensor:
         """Pool T steps of currents."""
         steps = x.reshape(T, x.shape[0] // T, *x.shape[1:])
+        before = self.clock.steps.before
+        if not before:
+            return self._pooled(steps).flatten(0, 1)
+        probe = self._pooled(steps[:before])
+        self.reset()
+        return torch.cat([probe, self._pooled(steps[before:])]).flatten(0, 1)
+
+    def _pooled(self, steps: Tensor) -> Tensor:
         if isinstance(self.pool, nn.MaxPool2d) and steps.dim() == 5:
             p = self.pool
             window = pool_geometry(p.kernel_size, p.stride, p.padding, p.dilation)
@@ -57,7 +68,7 @@ class CumulativeMaxPool(nn.Module):
             )
         else:
             out = self._by_torch(steps)
-        return out.flatten(0, 1)
+        return out
 
     def _by_torch(self, steps: Tensor) -> Tensor:
         wide = steps.float() if steps.dtype in (torch.float16, torch.bfloat16) else steps

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ConversionError
-from .spiking import SpikingActivation, split_time
+from .spiking import SpikingActivation
 from .verify import leaves, relative_error
 
 __all__ = ["NodeReport", "Report", "measure"]
@@ -122,10 +122,9 @@ def measure(snn: nn.Module, graph: nn.Module, x: Tensor, expected: Any, report: 
 
     def compare(path: str) -> object:
         def hook(module: SpikingActivation, args: object, out: Tensor) -> None:
-            count = out if module.counts else module.count(split_time(out, T))
             row = report[module.label]
-            row.rate = float(count.double().mean() / T)
-            row.error = relative_error(module.rate(count, T, wanted[path].dtype), wanted[path])
+            row.rate = float(module.spikes_per_step(out, T))
+            row.error = relative_error(module.answer(out, T, wanted[path].dtype), wanted[path])
 
         return hook
 

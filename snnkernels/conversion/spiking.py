@@ -7,7 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from ..maps import qcfs
 from ..neurons import IFNode
+from .steps import Clock
 
 __all__ = [
     "CountSpikes",
@@ -38,10 +40,12 @@ class SpikingActivation(nn.Module):
         node: the neurons; state is carried from call to call until :meth:`reset`.
         label: the name of the activation in the ANN.
         constant: the current is constant in time: ``[B, *]``, run once for all T steps.
-        counts: return spike counts ``[B, *]`` (int32) instead of spikes ``[T * B, *]``.
+        counts: return spike counts ``[B, *]`` (int32) instead of spikes ``[T * B, *]``; where the
+            method's steps are whole, spikes all the same, to be counted at several times.
         scale: what one spike is worth when read out, if it is not the threshold: scalar or
             ``[C]``, used when thresholds are folded into weights.
         channel_dim: the channel dimension, counted with the batch as 0; -1 is the last.
+        clock: what the network's layers know about the run they are in.
     """
 
     scale: Tensor | None
@@ -55,6 +59,7 @@ class SpikingActivation(nn.Module):
         counts: bool,
         scale: Tensor | None = None,
         channel_dim: int = 1,
+        clock: Clock | None = None,
     ) -> None:
         super().__init__()
         self.node = node
@@ -62,6 +67,7 @@ class SpikingActivation(nn.Module):
         self.constant = constant
         self.counts = counts
         self.channel_dim = channel_dim
+        self.clock = Clock() if clock is None else clock
         self.register_buffer("scale", scale)
 
     def reset(self) -> None:
@@ -93,39 +99,97 @@ class SpikingActivation(nn.Module):
     def forward(self, x: Tensor, T: int) -> Tensor:
         """Run T steps on a current ``[B, *]`` (constant) or ``[T * B, *]``."""
         self._check_channels(x.shape)
+        if self.clock.steps.parallel:
+            return self._at_once(x)
         steps = T if self.constant else None
         if not self.constant:
             x = split_time(x, T)
         learning = torch.is_grad_enabled() and (
             x.requires_grad or any(p.requires_grad for p in self.node.parameters())
         )
-        self.node.output = "count" if self.counts and not learning else "spikes"
+        counts = self.counts and not self.clock.steps.whole
+        self.node.output = "count" if counts and not learning else "spikes"
         out = self.node(x, T=steps)
-        if not self.counts:
+        if not counts:
             return out.flatten(0, 1)
         return self.count(out) if learning else out
 
     def count(self, spikes: Tensor) -> Tensor:
-        """Spikes ``[T, B, *]`` to counts: int32, or floating point with the spikes' gradient."""
-        count = (spikes != 0).sum(0, dtype=torch.int32)
+        """Spikes ``[T, B, *]`` to net counts.
+
+        int32, or floating point with the spikes' gradient. A layer of a parallel run has values
+        for spikes, and they stay what they are.
+        """
+        if self.clock.steps.parallel:
+            return spikes[0]
+        binary = self.node.max_spikes is None and self.node.signed is None
+        weight = per_channel_view(self._weight(), self.channel_dim, spikes.dim() - 1)
+        if binary:
+            count = (spikes != 0).sum(0, dtype=torch.int32)
+        else:
+            # Whole multiples of the weight, rounded to the spikes' dtype each.
+            count = (spikes / weight.to(spikes.dtype)).round().to(torch.int32).sum(0)
+            count = count.to(torch.int32)
         if not spikes.requires_grad:
             return count
         wide = spikes.float() if spikes.dtype in (torch.float16, torch.bfloat16) else spikes
-        smooth = wide.sum(0)
-        if self.scale is None:
-            smooth = smooth / per_channel_view(self._threshold(), self.channel_dim, count.dim())
+        smooth = wide.sum(0) / weight
         # The value is the whole number, so that answers do not depend on the gradient mode.
         return count.to(smooth.dtype) + (smooth - smooth.detach())
 
-    def _threshold(self) -> Tensor:
-        threshold = self.node.threshold
-        return threshold if isinstance(threshold, Tensor) else torch.tensor(threshold)
+    def _weight(self) -> Tensor:
+        """What a spike weighs in the network."""
+        weight = self.node.amplitude
+        weight = self.node.threshold if isinstance(weight, str) else weight
+        if weight is None:
+            weight = 1.0
+        return weight if isinstance(weight, Tensor) else torch.tensor(weight)
 
     def rate(self, count: Tensor, T: int, dtype: torch.dtype) -> Tensor:
         """Spike counts over T steps as activations: ``scale * count / T`` in ``dtype``."""
-        scale = self._threshold() if self.scale is None else self.scale
+        scale = self._weight() if self.scale is None else self.scale
         scale = per_channel_view(scale, self.channel_dim, count.dim())
+        if self.clock.steps.parallel:
+            return count if self.scale is None else (scale * count).to(dtype)
         return (scale * count / T).to(dtype)
+
+    def _net_count(self, out: Tensor, T: int) -> Tensor:
+        """The counts over the T steps that answer in an output of :meth:`forward`."""
+        steps = self.clock.steps
+        if steps.parallel or (self.counts and not steps.whole):
+            return out
+        rows = split_time(out, steps.rows(T))[steps.before :]
+        return self.count(rows[:T])
+
+    def answer(self, out: Tensor, T: int, dtype: torch.dtype) -> Tensor:
+        """The activations that an output of :meth:`forward` in a run of T steps stands for."""
+        return self.rate(self._net_count(out, T), T, dtype)
+
+    def spikes_per_step(self, out: Tensor, T: int) -> Tensor:
+        """Net spikes of a neuron and step, averaged, in an output of :meth:`forward`."""
+        count = self._net_count(out, T).double()
+        if self.clock.steps.parallel:
+            weight = per_channel_view(self._weight(), self.channel_dim, count.dim())
+            return (count / weight).mean()
+        return count.mean() / T
+
+    def _at_once(self, x: Tensor) -> Tensor:
+        """``θ / T clip(floor((x T + v_init) / θ), 0, T)`` of a mean current ``[B, *]``."""
+        T, node = self.clock.levels, self.node
+        one_channel = self.channel_dim if self.channel_dim < 0 else self.channel_dim % x.dim()
+        threshold = node.threshold
+        per_channel = isinstance(threshold, Tensor) and threshold.dim() == 1
+        if node.v_init == "half":
+            # The QCFS network's own expression, and its bits.
+            dim = one_channel if per_channel else None
+            return qcfs(x, threshold, T, 0.5, "floor_clip", dim)
+        state = torch.float64 if x.dtype == torch.float64 else torch.float32
+        threshold = torch.as_tensor(threshold, dtype=state, device=x.device)
+        threshold = per_channel_view(threshold, self.channel_dim, x.dim())
+        start = torch.as_tensor(node.v_init, dtype=state, device=x.device)
+        start = per_channel_view(start, self.channel_dim, x.dim())
+        count = torch.floor((x.to(state) * T + start) / threshold).clamp(0, T)
+        return (threshold * (count / T)).to(x.dtype)
 
     def extra_repr(self) -> str:
         """Show where the neurons come from."""
@@ -160,5 +224,10 @@ class CountSpikes(nn.Module):
         self._layer = (layer,)
 
     def forward(self, spikes: Tensor, T: int) -> Tensor:
-        """Count over time."""
-        return self._layer[0].count(split_time(spikes, T))
+        """Count over the steps that answer: ``[B, *]``, or with times to count at ``[n, B, *]``."""
+        layer = self._layer[0]
+        rows = split_time(spikes, T)
+        if not layer.clock.steps.whole or layer.clock.steps.parallel:
+            return layer.count(rows)
+        parts = [layer.count(part) for part in layer.clock.answering(rows)]
+        return torch.stack(parts).cumsum(0, dtype=parts[0].dtype)

@@ -13,6 +13,7 @@ from .calibration import Statistics, parse_rule, rule_threshold
 from .errors import ConversionError
 from .methods import Method
 from .ops import Activation
+from .starts import parse_start, settled_start
 
 __all__ = ["Site", "plan", "settle"]
 
@@ -24,7 +25,7 @@ class Site:
     path: str
     activation: Activation
     rule: Any  # "learned", a rule of calibration.py, a number or a tensor
-    v_init: Any  # "half", a number or a tensor
+    v_init: Any  # what starts.py knows; settled: "half", a number or a tensor
     per_channel: bool
     theta: Tensor = field(default_factory=lambda: torch.ones(()))
     channel_dim: int = 1  # -1: the last, the features of a linear layer
@@ -32,6 +33,7 @@ class Site:
     borrowed: list[int] = field(default_factory=list)  # channels that never fired
     rare: list[int] = field(default_factory=list)  # channels whose percentile is 0
     silent: bool = False
+    learned: Any = None  # the threshold that training left, if the method reads one
 
     @property
     def label(self) -> str:
@@ -87,7 +89,8 @@ def plan(
         method.check(list(activations.values()))
     sites = []
     for path, activation in activations.items():
-        own = "learned" if activation.learned is not None else method.threshold
+        learned = method.learned(activation)
+        own = "learned" if learned is not None else method.threshold
         rule = _lookup("threshold", threshold, activation.label, labels, None)
         rule = own if rule is None else rule
         if rule is None:
@@ -102,28 +105,20 @@ def plan(
             )
         start = _lookup("v_init", v_init, activation.label, labels, None)
         start = method.v_init if start is None else start
-        if start != "half" if isinstance(start, str) else not isinstance(start, (Real, Tensor)):
-            raise ValueError(
-                f"v_init={start!r} is not known; allowed: 'half' (θ/2), a number or a tensor (an "
-                "absolute potential, in the units of θ), a dict from layer name to one of these"
-            )
+        if isinstance(start, str) or not isinstance(start, (Real, Tensor)):
+            parse_start(start if isinstance(start, str) else repr(start))
         apart = method.per_channel if per_channel is None else bool(per_channel)
-        site = Site(path, activation, rule, start, apart)
+        site = Site(path, activation, rule, start, apart, learned=learned)
         site.channel_dim, site.channels = channels[path]
         sites.append(site)
     for site in sites:
         if site.rule == "learned":
-            site.theta = _positive(site, site.activation.learned, "the learned threshold")
+            site.theta = _positive(site, site.learned, "the learned threshold")
         elif not site.needs_data:
             site.theta = _positive(site, site.rule, "threshold")
         if isinstance(site.v_init, str):
             continue
         start = torch.as_tensor(site.v_init)
-        if start.dim() > 1:
-            raise ValueError(
-                f"v_init of {site.label} has shape {tuple(start.shape)}; it must be a scalar "
-                "or one value for each channel"
-            )
         if not bool(torch.isfinite(start).all()):
             raise ValueError(f"v_init of {site.label} must be finite, got {site.v_init}")
     return sites
@@ -157,26 +152,36 @@ def settle(site: Site, seen: Statistics | None, T: int, dtype: torch.dtype) -> N
         dtype = seen.dtype
         site.channel_dim, site.channels = seen.channel_dim, seen.channels
     for what, value in (("threshold", site.theta), ("v_init", site.v_init)):
-        known = site.channels is not None and isinstance(value, Tensor)
+        known = site.channels is not None and isinstance(value, Tensor) and value.dim() <= 1
         if known and value.numel() not in (1, site.channels):
             raise ValueError(
                 f"{what} of {site.label} has {value.numel()} values, but the layer has "
                 f"{site.channels} channels"
             )
+    start = site.v_init
+    if isinstance(start, Tensor) and start.dim() > 1 and seen and start.shape != seen.shape[1:]:
+        raise ValueError(
+            f"v_init of {site.label} has shape {tuple(start.shape)}; it must be a scalar, one value "
+            f"for each channel, or of the layer's shape {tuple(seen.shape[1:])}"
+        )
     state = torch.float64 if dtype == torch.float64 else torch.float32
     if site.needs_data:
         assert seen is not None
         assert seen.histogram is not None
-        start = site.v_init
-        start = start if isinstance(start, str) else torch.as_tensor(start, dtype=torch.float64)
-        if isinstance(start, Tensor) and start.numel() > 1 and not site.per_channel:
-            start = start.mean()  # the layer's one staircase
+        if isinstance(start, str):
+            start = parse_start(start).fraction
+        else:
+            start = torch.as_tensor(start, dtype=torch.float64)
+            if start.dim() > 1 or (start.numel() > 1 and not site.per_channel):
+                start = start.mean()  # the layer's one staircase
         theta, borrowed, site.silent = rule_threshold(site.rule, seen.histogram, T, start)
         fired = seen.histogram.maximum > 0
         site.borrowed = [c for c in borrowed if not bool(fired[c])]
         site.rare = [c for c in borrowed if bool(fired[c])]
         site.theta = theta if site.per_channel else theta.reshape(())
     site.theta = site.theta.to(state)
+    if isinstance(site.v_init, str):
+        site.v_init = settled_start(site, seen, T)
     if isinstance(site.v_init, Tensor):
         site.v_init = site.v_init.detach().to(site.theta.device, state)
         site.v_init = site.v_init.reshape(()) if site.v_init.numel() == 1 else site.v_init

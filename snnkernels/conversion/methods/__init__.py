@@ -1,22 +1,54 @@
-"""Conversion methods, one file each."""
+"""Conversion methods, small classes of their own."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from .base import Method
+from .bursts import Burst, FastSNN
+from .cos import COS
 from .opi import OPI
+from .parallel import Parallel
 from .qcfs import QCFSMethod
+from .rules import MMSE, Max, Percentile
+from .srp import SRP
 
-__all__ = ["METHODS", "Method", "find_method"]
+__all__ = [
+    "COS",
+    "METHODS",
+    "MMSE",
+    "OPI",
+    "SRP",
+    "Burst",
+    "FastSNN",
+    "Max",
+    "Method",
+    "Parallel",
+    "Percentile",
+    "QCFSMethod",
+    "find_method",
+]
 
-METHODS: dict[str, Method] = {m.name: m for m in (OPI(), QCFSMethod())}
+_CLASSES: tuple[type[Method], ...] = (
+    OPI, QCFSMethod, COS, SRP, Parallel, Max, Percentile, MMSE, Burst, FastSNN,
+)  # fmt: skip
+METHODS: dict[str, type[Method]] = {m.name: m for m in _CLASSES}
 
 
-def find_method(name: str) -> Method:
-    """The method called ``name``.
+def find_method(method: Any) -> Method:
+    """The method called ``method``, or ``method`` itself.
 
     Raises:
         ValueError: no such method; lists those there are.
+        TypeError: neither a name nor a method.
     """
-    if name not in METHODS:
-        raise ValueError(f"method={name!r} is not known; allowed: {', '.join(METHODS)}")
-    return METHODS[name]
+    if isinstance(method, Method):
+        return method
+    if not isinstance(method, str):
+        raise TypeError(
+            "method must be a name or an object of snnkernels.conversion.methods such as "
+            f"SRP(probe=8), got {method!r}"
+        )
+    if method not in METHODS:
+        raise ValueError(f"method={method!r} is not known; allowed: {', '.join(METHODS)}")
+    return METHODS[method]()

@@ -2,29 +2,85 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar
+
 from ..ops import Activation
+from ..steps import CAUSAL, Steps
 
-__all__ = ["Method"]
+if TYPE_CHECKING:
+    from ..context import Context
+    from ..network import ConvertedNetwork
+    from ..thresholds import Site
+
+__all__ = ["Method", "whole_number"]
 
 
+@dataclass(frozen=True)
 class Method:
     """A conversion method: only what is its own; everything else is the common pipeline.
 
-    Attributes:
+    A method's options are the fields of its dataclass: ``convert(ann, method=SRP(steps=8))``; its
+    name alone, ``method="srp"``, takes their defaults.
+
+    Class attributes:
         name: what users pass as ``method=``.
         source: the paper.
         needs: what the ANN or the caller must bring.
+        trains: the activation that ANNs for it are trained with, or "" for plain ReLU.
         threshold: rule for activations without a learned ceiling; None if there is none.
         per_channel: whether that rule works per channel.
-        v_init: initial potential, ``"half"`` or a number.
+        v_init: initial potential, as :func:`snnkernels.convert` takes it.
+        binary: whether its spikes are 0 and 1; others are never in one table with those unsaid.
     """
 
-    name: str
-    source: str
-    needs: str
-    threshold: str | None = None
-    per_channel: bool = True
-    v_init: str | float = 0.0
+    name: ClassVar[str]
+    source: ClassVar[str]
+    needs: ClassVar[str]
+    trains: ClassVar[str] = ""
+    threshold: ClassVar[str | None] = None
+    per_channel: ClassVar[bool] = True
+    v_init: ClassVar[str | float] = 0.0
+    binary: ClassVar[bool] = True
 
     def check(self, activations: list[Activation]) -> None:
         """Raise ``ConversionError`` if the network's activations do not suit the method."""
+
+    def learned(self, activation: Activation) -> Any:
+        """The threshold that training left in ``activation``: a tensor, or None."""
+        return activation.learned
+
+    def steps(self) -> Steps:
+        """Which rows a run takes, and which of them answer."""
+        return CAUSAL
+
+    def neuron(self, site: Site, T: int) -> dict[str, Any]:
+        """Arguments of the ``IFNode`` of ``site`` beside threshold, v_init and amplitude.
+
+        ``amplitude`` may be among them: what a spike weighs, if it is not the threshold.
+        """
+        return {}
+
+    def settle(self, context: Context) -> None:
+        """The method's own step on thresholds, when the common rules have given theirs."""
+
+    def finish(self, snn: ConvertedNetwork, context: Context) -> None:
+        """The method's own step on the spiking network, before it is measured."""
+
+    def __str__(self) -> str:
+        """As a report names it: options that are not the default in brackets."""
+        own = [
+            f"{f.name}={getattr(self, f.name)!r}"
+            for f in fields(self)
+            if getattr(self, f.name) != f.default
+        ]
+        return self.name + (f"({', '.join(own)})" if own else "")
+
+
+def whole_number(method: Method, name: str, least: int = 1, most: int = 2**31 - 1) -> None:
+    """Raise unless the option ``name`` is a whole number in ``[least, most]``."""
+    value = getattr(method, name)
+    if type(value) is not int:
+        raise TypeError(f"{method.name}: {name}={value!r} must be an int")
+    if not least <= value <= most:
+        raise ValueError(f"{method.name}: {name}={value} must be at least {least}, at most {most}")

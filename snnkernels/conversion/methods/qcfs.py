@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from ..errors import ConversionError
 from ..ops import Activation
 from .base import Method
@@ -9,12 +11,14 @@ from .base import Method
 __all__ = ["QCFSMethod"]
 
 
+@dataclass(frozen=True)
 class QCFSMethod(Method):
     """Threshold = learned ceiling, membrane starts at half of it; no data."""
 
     name = "qcfs"
     source = "Bu, Fang, Ding, Dai, Yu, Huang: Optimal ANN-SNN Conversion (QCFS), ICLR 2022"
     needs = "an ANN trained with QCFS (or ClipReLU) activations; no data"
+    trains = "QCFS"
     v_init = "half"
 
     def check(self, activations: list[Activation]) -> None:

@@ -1,0 +1,47 @@
+"""Methods that are a threshold rule and nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .base import Method
+
+__all__ = ["MMSE", "Max", "Percentile"]
+
+
+@dataclass(frozen=True)
+class Max(Method):
+    """Thresholds at the largest activation, membranes at 0: data-based normalisation."""
+
+    name = "max"
+    source = "Diehl et al.: Fast-classifying, high-accuracy spiking deep networks, IJCNN 2015"
+    needs = "calibration data"
+    threshold = "max"
+    per_channel = False
+
+
+@dataclass(frozen=True)
+class Percentile(Method):
+    """Thresholds at the 99.9th percentile of the activations, membranes at 0.
+
+    Another percentile: ``threshold="99%"``.
+    """
+
+    name = "percentile"
+    source = (
+        "Rueckauer et al.: Conversion of continuous-valued deep networks, Front. Neurosci. 2017"
+    )
+    needs = "calibration data"
+    threshold = "99.9%"
+    per_channel = False
+
+
+@dataclass(frozen=True)
+class MMSE(Method):
+    """Thresholds whose staircase fits the activations best, membranes at half of them."""
+
+    name = "mmse"
+    source = "Li et al.: A Free Lunch From ANN: SNN Calibration, ICML 2021 (its threshold search)"
+    needs = "calibration data"
+    threshold = "mmse"
+    v_init = "half"
