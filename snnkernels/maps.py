@@ -1,9 +1,10 @@
 """Small kernels around spiking networks: quantised activations, codes, pooling, thresholds.
 
 Each runs in one launch and gives the same bits on every back end. "State dtype" is float64 for
-float64 inputs and float32 for all others. A ``threshold`` is positive and finite: a number, or a
-tensor that is scalar, per channel (1-D with ``channel_dim``) or broadcasts; ``channel_dim`` counts
-without the time dimension.
+float64 inputs and float32 for all others. A ``threshold`` is positive and finite, also when rounded
+to the state dtype: a number, or a tensor that is scalar, per channel (1-D with ``channel_dim``) or
+broadcasts; ``channel_dim`` counts without the time dimension. Values of CUDA tensors are not
+checked: that would wait for the device.
 """
 
 from __future__ import annotations
@@ -42,12 +43,15 @@ _Number = float | int
 # ---- checks ------------------------------------------------------------------------------------
 
 
+def _names(*dtypes: torch.dtype) -> str:
+    return ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+
+
 def _tensor(name: str, value: Any, dtypes: tuple[torch.dtype, ...] = _FLOATS) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     if value.dtype not in dtypes:
-        allowed = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
-        raise TypeError(f"{name} has dtype {value.dtype}; allowed are {allowed}")
+        raise TypeError(f"{name} has dtype {value.dtype}; allowed are {_names(*dtypes)}")
 
 
 def _whole(name: str, value: Any, low: int, high: int) -> None:
@@ -63,24 +67,58 @@ def _shared(
     shape: Size,
     channel_dim: int | None,
     device: torch.device,
-    positive: bool = True,
+    held: torch.dtype | None,
 ) -> tuple[Tensor | None, float]:
-    """``value`` as (tensor that broadcasts to ``shape``, 0.0) or (None, number)."""
+    """``value`` as (tensor that broadcasts to ``shape``, 0.0) or (None, number).
+
+    It must be positive and finite when rounded to ``held``; None: any value will do.
+    """
     if channel_dim is not None and type(channel_dim) is not int:
         raise TypeError(f"channel_dim={channel_dim!r} must be an int or None")
     if not isinstance(value, Tensor):
         number = operands.number(name, value)
-        if positive:
-            operands.check_threshold(number, name)
+        if held is not None:
+            _check_positive(name, number, held)
         return None, number
     operands.check_real(name, value)
     if not value.dtype.is_floating_point:
         value = value.to(torch.float32)
     if value.device != device:
         raise ValueError(f"{name} is on {value.device} but the input is on {device}")
-    if positive and not torch.compiler.is_compiling():
-        operands.check_threshold(value.detach(), name)
+    if held is not None:
+        _check_positive(name, value, held)
     return operands.for_broadcast(name, value, shape, channel_dim), 0.0
+
+
+def _check_positive(name: str, value: Tensor | float, held: torch.dtype) -> None:
+    """Raises ValueError unless all of it is positive and finite, also when rounded to ``held``."""
+    if not isinstance(value, Tensor):
+        rounded = operands.rounded(value, held)
+        if not 0.0 < rounded < math.inf:
+            what = "" if rounded == value else f"; in {_names(held)} it is {rounded}"
+            raise ValueError(f"{name}={value!r} must be positive and finite{what}")
+        return
+    if torch.compiler.is_compiling():
+        return
+    operands.check_threshold(value, name, held)
+    if held.itemsize == 2 and value.device.type == "cpu" and value.numel():
+        # The state holds all of them; the least and the largest tell for the narrower dtype.
+        ends = torch.stack(value.detach().aminmax())
+        for given, rounded in zip(ends.tolist(), ends.to(held).tolist(), strict=True):
+            if not 0.0 < rounded < math.inf:
+                raise ValueError(
+                    f"{name} must be positive and finite; {given} is {rounded} in {_names(held)}"
+                )
+
+
+def _finite(name: str, value: Any, held: torch.dtype) -> float:
+    """A number rounded to ``held``, in which it must be finite."""
+    number = operands.number(name, value)
+    rounded = operands.rounded(number, held)
+    if math.isinf(rounded):
+        what = "" if math.isinf(number) else f"; in {_names(held)} it is {rounded}"
+        raise ValueError(f"{name}={number!r} must be finite{what}")
+    return rounded
 
 
 def _pair(name: str, value: Any, low: int) -> list[int]:
@@ -117,20 +155,21 @@ def qcfs(
 ) -> Tensor:
     """``threshold * clip(floor(x levels / threshold + phase) / levels, 0, 1)``, differentiable.
 
-    Source: quantisation clip-floor-shift, Bu et al., ICLR 2022. Every operation rounds to the
-    dtype of ``x``. The derivative of floor is 1, which leaves two conventions for the same values:
-    the gradient passes to x where ``0 <= x / threshold <= 1`` (``"clip_floor"``: clipped, then
-    quantised, the authors' newer code) or where ``0 <= floor(...) / levels <= 1``
-    (``"floor_clip"``, their older code; for phase 1/2 from ``-threshold / 2 levels`` up to
-    ``threshold + threshold / 2 levels``). The gradient of the threshold is that of
-    the expression: ``out / threshold - x / threshold`` where x's passes, ``out / threshold``
-    elsewhere. It is deterministic.
+    Source: quantisation clip-floor-shift, Bu et al., ICLR 2022. Threshold and phase are rounded
+    once to the dtype of ``x``, to which every operation rounds: where ``x levels`` overflows (in
+    float16 from 65520 on) it is infinite and the result is the threshold, or 0 for negative x. The
+    derivative of floor is 1, which leaves two conventions for the same values: the gradient passes
+    to x where ``0 <= x / threshold <= 1`` (``"clip_floor"``: clipped, then quantised, the authors'
+    newer code) or where ``0 <= floor(...) / levels <= 1`` (``"floor_clip"``, their older code; for
+    phase 1/2 from ``-threshold / 2 levels`` up to ``threshold + threshold / 2 levels``). The
+    gradient of the threshold is that of the expression: ``out / threshold - x / threshold`` where
+    x's passes, ``out / threshold`` elsewhere. It is deterministic.
 
     Args:
         x: ``[*shape]``, float32, float64, float16 or bfloat16.
-        threshold: as said in the module; rounded to the dtype of ``x``.
+        threshold: as said in the module, but in the dtype of ``x``.
         levels: L, at least 1.
-        phase: 0.5 in the paper; finite.
+        phase: 0.5 in the paper; finite in the dtype of ``x``.
         gradient: ``"clip_floor"`` or ``"floor_clip"``.
         channel_dim: dimension of ``x`` along which a 1-D threshold is per channel.
 
@@ -143,20 +182,18 @@ def qcfs(
     """
     _tensor("x", x)
     _whole("levels", levels, 1, 2**31 - 1)
-    phase = operands.number("phase", phase)
-    if math.isinf(phase):
-        raise ValueError(f"phase={phase!r} must be finite")
+    phase = _finite("phase", phase, x.dtype)
     if gradient not in _CONVENTIONS:
         allowed = " and ".join(map(repr, _CONVENTIONS))
         raise ValueError(f"gradient={gradient!r} is unknown; allowed are {allowed}")
-    th, value = _shared("threshold", threshold, x.shape, channel_dim, x.device)
+    th, value = _shared("threshold", threshold, x.shape, channel_dim, x.device, x.dtype)
     return qcfs_unchecked(x, th, value, levels, phase, gradient == "clip_floor")
 
 
 def qcfs_unchecked(
     x: Tensor, threshold: Tensor | None, value: float, levels: int, phase: float, clip_first: bool
 ) -> Tensor:
-    """:func:`qcfs` of a threshold that training may have made anything."""
+    """:func:`qcfs` of a threshold that training may have made anything; ``phase`` is rounded."""
     grad = threshold is not None and threshold.requires_grad
     if torch.is_grad_enabled() and (x.requires_grad or grad):
         return _Qcfs.apply(x, threshold, value, levels, phase, clip_first)
@@ -328,10 +365,10 @@ def dsr_backward(
     if kind not in ("if", "lif"):
         raise ValueError(f"kind={kind!r} is unknown; allowed are 'if' and 'lif'")
     tau, dt = operands.number("tau", tau), operands.number("dt", dt)
-    operands.check_threshold(tau, "tau")
-    operands.check_threshold(dt, "dt")
-    shape = x_seq.shape[1:]
-    th, value = _shared("threshold", threshold, shape, channel_dim, x_seq.device)
+    state, shape = _reference.state_dtype(x_seq.dtype), x_seq.shape[1:]
+    _check_positive("tau", tau, state)
+    _check_positive("dt", dt, state)
+    th, value = _shared("threshold", threshold, shape, channel_dim, x_seq.device, state)
     grad_x, grad_threshold = _maps.dsr_backward(x_seq, grad_out, th, value, kind == "lif", tau, dt)
     if isinstance(threshold, Tensor):
         grad_threshold = grad_threshold.reshape(threshold.shape)
@@ -373,9 +410,7 @@ def mmse_errors(values: Tensor, candidates: Tensor, T: int, v_init_fraction: flo
     if candidates.device != values.device:
         raise ValueError(f"candidates is on {candidates.device}, values on {values.device}")
     _whole("T", T, 1, 2**24)
-    fraction = operands.number("v_init_fraction", v_init_fraction)
-    if math.isinf(fraction):
-        raise ValueError(f"v_init_fraction={v_init_fraction!r} must be finite")
+    fraction = _finite("v_init_fraction", v_init_fraction, _reference.state_dtype(values.dtype))
     return _maps.mmse_errors(values.detach(), candidates.detach(), T, fraction)
 
 
@@ -486,7 +521,8 @@ def ttfs_encode(
     """
     _tensor("a", a)
     _whole("T", T, 1, 2**15 - 1)
-    th, value = _shared("threshold", threshold, a.shape, channel_dim, a.device)
+    state = _reference.state_dtype(a.dtype)
+    th, value = _shared("threshold", threshold, a.shape, channel_dim, a.device, state)
     return _maps.ttfs_encode(a, th, value, T, bool(round))
 
 
@@ -514,13 +550,10 @@ def ttfs_decode(
     _tensor("times", times, (torch.uint8, torch.int16))
     _whole("T", T, 1, 2**15 - 1)
     if dtype not in _FLOATS:
-        raise ValueError(f"dtype={dtype} is not offered; allowed are {_names(_FLOATS)}")
-    th, value = _shared("threshold", threshold, times.shape, channel_dim, times.device)
+        raise ValueError(f"dtype={dtype} is not offered; allowed are {_names(*_FLOATS)}")
+    state = _reference.state_dtype(dtype)
+    th, value = _shared("threshold", threshold, times.shape, channel_dim, times.device, state)
     return _maps.ttfs_decode(times, th, value, T, dtype)
-
-
-def _names(dtypes: tuple[torch.dtype, ...]) -> str:
-    return ", ".join(str(d).removeprefix("torch.") for d in dtypes)
 
 
 # ---- bit planes --------------------------------------------------------------------------------
@@ -555,7 +588,8 @@ def bit_planes(
     """
     _tensor("z", z)
     _whole("T", T, 1, 31)
-    th, value = _shared("threshold", threshold, z.shape, channel_dim, z.device)
+    state = _reference.state_dtype(z.dtype)
+    th, value = _shared("threshold", threshold, z.shape, channel_dim, z.device, state)
     q, rows = _maps.bit_planes(z, th, value, T, bool(planes))
     return (q, rows) if planes else q
 
@@ -622,7 +656,7 @@ def unpack_bits(
             f"allowed are one word of at least T bits, or {-(-T // 32)} of int32"
         )
     if dtype not in (*_FLOATS, torch.uint8):
-        allowed = _names((*_FLOATS, torch.uint8))
+        allowed = _names(*_FLOATS, torch.uint8)
         raise ValueError(f"dtype={dtype} is not offered; allowed are {allowed}")
     if amplitude is None:
         th, value = None, 1.0
@@ -630,7 +664,7 @@ def unpack_bits(
         raise ValueError("amplitude cannot be combined with dtype=torch.uint8, which holds 0 and 1")
     else:
         th, value = _shared(
-            "amplitude", amplitude, words.shape[1:], channel_dim, words.device, False
+            "amplitude", amplitude, words.shape[1:], channel_dim, words.device, None
         )
         th = None if th is None else th.detach()
     return _maps.unpack_bits(words, T, dtype, th, value)

@@ -180,6 +180,30 @@ def test_qcfs_can_be_differentiated_again(gradient: str) -> None:
     assert_close(results[0][0], results[1][0], 1e-12)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+def test_qcfs_rounds_its_phase_once(level: Backend, dtype: torch.dtype) -> None:
+    """A phase that the dtype does not hold, at values where its rounding decides."""
+    x = torch.cat([from_values([0.306640625]), torch.rand(4000, generator=generator(3))]).to(dtype)
+    th = torch.cat([from_values([0.54296875]), 0.1 + torch.rand(4000, generator=generator(4))])
+    for gradient in ("clip_floor", "floor_clip"):
+        for phase in (0.3, 0.1, -0.7, 1e-9):
+            results = []
+            for name in (level.name, "reference"):
+                with backends.use_backend(name):
+                    device = level.device if name == level.name else "cpu"
+                    leaves = [t.to(device, copy=True).requires_grad_() for t in (x, th)]
+                    out = maps.qcfs(*leaves, 3, phase, gradient)
+                    first = torch.autograd.grad(out.sum(), leaves, retain_graph=True)
+                    again = torch.autograd.grad(out.sum(), leaves, create_graph=True)
+                    results.append((out.detach(), *first, *(g.detach() for g in again)))
+            for got, want in zip(*results, strict=True):
+                assert_same_bits(got, want, f"{phase}")
+    # In bfloat16 0.3 is 0.30078125.
+    if dtype == torch.bfloat16:
+        one = maps.qcfs(x[:1].to(level.device), th[:1].to(level.device), 3, 0.3)
+        assert one.item() == 0.36328125
+
+
 def test_qcfs_worked_example(backend: Backend) -> None:
     z = moved(from_values([z for z, _ in WORKED]), backend.device)
     for gradient in ("clip_floor", "floor_clip"):
@@ -196,6 +220,31 @@ def test_qcfs_where_the_gradient_passes(backend: Backend) -> None:
         maps.qcfs(leaf, 2.0, 4, gradient=gradient).sum().backward()
         assert leaf.grad is not None
         assert leaf.grad.tolist() == want
+
+
+def test_thresholds_are_checked_as_they_are_read(backend: Backend) -> None:
+    """What rounds to a positive finite number is allowed, and only that."""
+    x = torch.ones(2, 3, device=backend.device)
+    for dtype, smallest, largest in (
+        (torch.float16, 2.0**-24, 65519.0),
+        (torch.bfloat16, 2.0**-133, 3.39e38),
+        (torch.float32, 2.0**-149, 3.4e38),
+        (torch.float64, 5e-324, 1e308),
+    ):
+        for th in (smallest, largest):
+            held = torch.tensor(th, dtype=torch.float64).to(dtype).item()
+            given = torch.tensor(th, dtype=torch.float64, device=x.device)
+            for one in (th, given):
+                assert maps.qcfs(x.to(dtype) * held, one, 1).tolist() == [[held] * 3] * 2
+        if dtype == torch.float64:
+            for function in (maps.ttfs_encode, maps.bit_planes):
+                function(x.double(), 1e-50, 3)
+            maps.dsr_backward(x.double(), x.double(), 1e-50, "lif", 1e-50, 1e-50)
+
+
+def test_qcfs_that_overflows_its_dtype_saturates(backend: Backend) -> None:
+    x = moved(from_values([300.0, -300.0, 200.0], torch.float16), backend.device)
+    assert maps.qcfs(x, 600.0, 255).tolist() == [600.0, 0.0, 200.0]
 
 
 def test_qcfs_edges(backend: Backend) -> None:
@@ -637,6 +686,22 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: maps.qcfs(X, 1.0, 4.0), TypeError, r"levels=4.0 must be an int"),
     (lambda: maps.qcfs(X, 1.0, 4, math.nan), ValueError, "phase is NaN"),
     (lambda: maps.qcfs(X, 1.0, 4, math.inf), ValueError, "phase=inf must be finite"),
+    (lambda: maps.qcfs(X.half(), 1.0, 4, 1e5), ValueError, "phase=100000.0 must be finite; in fl"),
+    (lambda: maps.qcfs(X, 1.0, 4, 1e39), ValueError, r"phase=1e\+39 must be finite; in float32 it"),
+    (lambda: maps.qcfs(X.half(), 1e5, 4), ValueError,
+     "threshold=100000.0 must be positive and finite; in float16 it is inf"),
+    (lambda: maps.qcfs(X.half(), 1e-8, 4), ValueError,
+     "threshold=1e-08 must be positive and finite; in float16 it is 0.0"),
+    (lambda: maps.qcfs(X.half(), torch.tensor([1.0, 1e5, 2.0]), 4), ValueError,
+     "threshold must be positive and finite; 100000.0 is inf in float16"),
+    (lambda: maps.qcfs(X.half(), torch.tensor([1.0, 2.0**-25, 2.0]), 4), ValueError,
+     r"threshold must be positive and finite; 2.98\d*e-08 is 0.0 in float16"),
+    (lambda: maps.qcfs(X.bfloat16(), 3.4e38, 4), ValueError, r"threshold=3.4e\+38 must be"),
+    (lambda: maps.dsr_backward(X, X, 1e-50), ValueError, "in float32 it is 0.0"),
+    (lambda: maps.dsr_backward(X, X, 1.0, "lif", 1e39), ValueError, r"tau=1e\+39 must be positive"),
+    (lambda: maps.ttfs_encode(X, torch.tensor(1e39).double(), 8), ValueError, "threshold must be"),
+    (lambda: maps.ttfs_decode(WORDS, 1e39, 8), ValueError, "in float32 it is inf"),
+    (lambda: maps.bit_planes(X, 1e39, 4), ValueError, "in float32 it is inf"),
     (lambda: maps.qcfs(X, 1.0, 4, gradient="both"), ValueError, "gradient='both' is unknown; allo"),
     (lambda: maps.cumulative_max_pool(X, 2), ValueError, r"x_seq has shape \(4, 3\); it must be"),
     (lambda: maps.cumulative_max_pool(POOLED, 0), ValueError, "kernel_size=0 must be at least 1"),
