@@ -90,6 +90,11 @@ def _shared(
     return operands.for_broadcast(name, value, shape, channel_dim), 0.0
 
 
+def _readable(tensor: Tensor) -> bool:
+    """Whether looking at the values waits for nobody."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def _check_positive(name: str, value: Tensor | float, held: torch.dtype) -> None:
     """Raises ValueError unless all of it is positive and finite, also when rounded to ``held``."""
     if not isinstance(value, Tensor):
@@ -98,10 +103,10 @@ def _check_positive(name: str, value: Tensor | float, held: torch.dtype) -> None
             what = "" if rounded == value else f"; in {_names(held)} it is {rounded}"
             raise ValueError(f"{name}={value!r} must be positive and finite{what}")
         return
-    if torch.compiler.is_compiling():
+    if not _readable(value) or not value.numel():
         return
     operands.check_threshold(value, name, held)
-    if held.itemsize == 2 and value.device.type == "cpu" and value.numel():
+    if held.itemsize == 2:
         # The state holds all of them; the least and the largest tell for the narrower dtype.
         ends = torch.stack(value.detach().aminmax())
         for given, rounded in zip(ends.tolist(), ends.to(held).tolist(), strict=True):
@@ -387,9 +392,9 @@ def mmse_errors(values: Tensor, candidates: Tensor, T: int, v_init_fraction: flo
 
     Args:
         values: activations ``[C, n]``, float32, float64, float16 or bfloat16.
-        candidates: thresholds ``[C, K]``, positive; rounded to the state dtype.
+        candidates: thresholds ``[C, K]``, positive and finite; rounded to the state dtype.
         T: number of steps, at least 1.
-        v_init_fraction: initial potential over threshold; 1/2 for OPI.
+        v_init_fraction: initial potential over threshold, finite; 1/2 for OPI.
 
     Returns:
         float64 ``[C, K]``.
@@ -410,7 +415,9 @@ def mmse_errors(values: Tensor, candidates: Tensor, T: int, v_init_fraction: flo
     if candidates.device != values.device:
         raise ValueError(f"candidates is on {candidates.device}, values on {values.device}")
     _whole("T", T, 1, 2**24)
-    fraction = _finite("v_init_fraction", v_init_fraction, _reference.state_dtype(values.dtype))
+    state = _reference.state_dtype(values.dtype)
+    fraction = _finite("v_init_fraction", v_init_fraction, state)
+    _check_positive("candidates", candidates, state)
     return _maps.mmse_errors(values.detach(), candidates.detach(), T, fraction)
 
 
@@ -429,7 +436,7 @@ def mmse_threshold(
         state dtype.
 
     Raises:
-        TypeError, ValueError: as :func:`mmse_errors`; no values.
+        TypeError, ValueError: as :func:`mmse_errors`; no values, or values that are not finite.
     """
     _tensor("values", values)
     if values.dim() != 2 or values.shape[1] == 0:
@@ -438,6 +445,9 @@ def mmse_threshold(
         )
     _whole("candidates", candidates, 1, 100)
     largest = values.detach().amax(1).double().clamp(min=0)
+    if _readable(values) and bool((bad := ~torch.isfinite(values)).any()):
+        channel, i = bad.nonzero()[0].tolist()
+        raise ValueError(f"values must be finite; channel {channel} has {values[channel, i]:g}")
     grid = 1 - 0.01 * torch.arange(candidates, dtype=torch.float64, device=values.device)
     tried = largest[:, None] * grid
     # A silent channel divides by a tiny threshold instead of 0.
@@ -456,17 +466,18 @@ def histogram_update(counts: Tensor, sums: Tensor, values: Tensor, scale: Tensor
 
     A value v counts in bin ``min(int(v scale), bins - 1)``; its product is float64. Counts are the
     same everywhere. Sums run over the values of a bin in their order on CPUs; on CUDA they are
-    torch's ``bincount``.
+    torch's ``bincount``. A CUDA scale is not checked: negative products count in the first bin, NaN
+    in the last.
 
     Args:
         counts: int64 ``[C, bins]``, contiguous.
         sums: float64 ``[C, bins]``, contiguous: of the values.
         values: ``[C, n]``, float32, float64, float16 or bfloat16; the others are skipped.
-        scale: float64 ``[C]``, bins per unit.
+        scale: float64 ``[C]``, bins per unit, positive; infinity counts all in the last bin.
 
     Raises:
         TypeError: an argument of the wrong type.
-        ValueError: a shape that does not fit.
+        ValueError: a shape that does not fit, or a scale that is not positive.
     """
     _tensor("values", values)
     _tensor("counts", counts, (torch.int64,))
@@ -490,6 +501,11 @@ def histogram_update(counts: Tensor, sums: Tensor, values: Tensor, scale: Tensor
     for name, tensor in (("counts", counts), ("sums", sums), ("scale", scale)):
         if tensor.device != values.device:
             raise ValueError(f"{name} is on {tensor.device}, values on {values.device}")
+    if _readable(scale) and bool((bad := ~(scale > 0)).any()):
+        i = int(bad.nonzero()[0])
+        raise ValueError(
+            f"scale must be positive; element {i} of {len(scale)} is {scale[i].item()}"
+        )
     _maps.histogram_update(counts, sums, values.detach(), scale)
 
 
@@ -536,7 +552,7 @@ def ttfs_decode(
     """What :func:`ttfs_encode` represents: ``threshold (T - t) / T``; 0 without a spike.
 
     Args:
-        times: ``[*shape]``, uint8 or int16, none negative.
+        times: ``[*shape]``, uint8 or int16. T and above say no spike; so do negative times.
         threshold, T, channel_dim: as there.
         dtype: float32, float64, float16 or bfloat16.
 

@@ -498,6 +498,40 @@ def test_histogram_stays_inside_its_table(backend: Backend) -> None:
     assert counts.tolist() == [[2, 1, 0, 3]]
 
 
+def test_histogram_scale_is_checked_before_anything_is_counted(backend: Backend) -> None:
+    for bad in (0.0, -0.0, -1.0, math.nan, -math.inf):
+        counts = torch.zeros(2, 4, dtype=torch.int64)
+        scale = torch.tensor([2.0, bad], dtype=torch.float64)
+        with pytest.raises(ValueError, match=f"scale must be positive; element 1 of 2 is {bad}"):
+            maps.histogram_update(counts, counts.double(), torch.ones(2, 3), scale)
+        assert not counts.any()
+
+
+def test_histogram_bins_of_a_scale_nobody_looked_at(level: Backend) -> None:
+    """CUDA tensors are not checked: the same bins everywhere, inside the table."""
+    bad = (math.inf, 0.0, -1.0, math.nan, -math.inf)
+    values = from_values([[0.5, 2.0, math.inf, 0.0, -1.0, math.nan]] * len(bad))
+    scale = torch.tensor(bad, dtype=torch.float64)
+    tables = []
+    for name, device in ((level.name, level.device), ("reference", "cpu")):
+        with backends.use_backend(name):
+            counts = torch.zeros(len(bad), 4, dtype=torch.int64, device=device)
+            tables.append((counts, torch.zeros_like(counts, dtype=torch.float64)))
+            run.histogram_update(*tables[-1], values.to(device), scale.to(device))
+    for got, want in zip(*tables, strict=True):
+        assert_same_bits(got, want)
+    edges = [[0, 0, 0, 3], [2, 0, 0, 1], [3, 0, 0, 0], [0, 0, 0, 3], [3, 0, 0, 0]]
+    assert tables[0][0].tolist() == edges
+
+
+def test_histogram_of_a_channel_without_a_range(backend: Backend) -> None:
+    """An infinite scale is allowed: what the converter has before the first positive value."""
+    counts = torch.zeros(1, 4, dtype=torch.int64, device=backend.device)
+    values = torch.zeros(1, 5, device=backend.device)
+    maps.histogram_update(counts, counts.double(), values, 4 / values.double()[:, 0])
+    assert not counts.any()
+
+
 def test_histogram_worked_example(backend: Backend) -> None:
     from snnkernels.conversion.histogram import Histogram
 
@@ -539,6 +573,16 @@ def test_ttfs_worked_example(backend: Backend) -> None:
     # Rounded to the nearest level; half way is up.
     near = moved(from_values([0.0624, 0.0625, 0.18, 0.19]), backend.device)
     assert maps.ttfs_encode(near, 1.0, 8, round=True).tolist() == [8, 7, 7, 6]
+
+
+def test_ttfs_times_out_of_range_are_no_spikes(level: Backend) -> None:
+    for T, times in ((8, [0, 8, 9, 32767, -1, -32768]), (300, [0, 300, 301, 32767, -1, -300])):
+        given = torch.tensor(times, dtype=torch.int16)
+        for name, device in ((level.name, level.device), ("reference", "cpu")):
+            with backends.use_backend(name):
+                assert maps.ttfs_decode(given.to(device), 1.0, T).tolist() == [1.0] + [0.0] * 5
+    late = torch.tensor([255, 3], dtype=torch.uint8, device=level.device)
+    assert maps.ttfs_decode(late, 1.0, 4).tolist() == [0.0, 0.25]
 
 
 def test_ttfs_every_level_is_met_exactly(backend: Backend) -> None:
@@ -719,6 +763,13 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: maps.mmse_errors(X, X[:2], 4), ValueError, r"candidates has shape \(2, 3\); it must "),
     (lambda: maps.mmse_errors(X, X, 0), ValueError, "T=0 is out of range; allowed are 1 to"),
     (lambda: maps.mmse_errors(X, X, 4, math.inf), ValueError, "v_init_fraction=inf must be finite"),
+    (lambda: maps.mmse_errors(X, X, 4, 1e39), ValueError, r"fraction=1e\+39 must be finite; in"),
+    (lambda: maps.mmse_errors(X, 0 * X, 4), ValueError, "candidates must be positive and finite"),
+    (lambda: maps.mmse_errors(X, -X, 4), ValueError, "element 0 of 12 is -1.0"),
+    (lambda: maps.mmse_errors(X, X.double() * 1e-50, 4), ValueError, "in float32 it is 0.0"),
+    (lambda: maps.mmse_threshold(X / 0, 4), ValueError, "values must be finite; channel 0 has inf"),
+    (lambda: maps.mmse_threshold(X.log() / 0, 4), ValueError, "channel 0 has nan"),
+    (lambda: maps.mmse_threshold(X * -math.inf, 4), ValueError, "channel 0 has -inf"),
     (lambda: maps.mmse_threshold(X[:, :0], 4), ValueError, "with n at least 1"),
     (lambda: maps.mmse_threshold(X, 4, 0.0, 101), ValueError, "candidates=101 is out of range; al"),
     (lambda: maps.histogram_update(*TABLES[::-1], X, SCALE), TypeError, "counts has dtype torch.f"),
