@@ -89,6 +89,14 @@ def test_blocks_cover_the_elements_once(shim: HostShim, size: int, blocks: int) 
     assert line.startswith(f"launch {blocks} blocks of 256 ")
 
 
+def test_more_blocks_than_a_grid_holds_are_refused(shim: HostShim) -> None:
+    for name, record in maps_params.RECORDS.items():
+        packed = record.pack(N=256 << 32, **({"spike_bytes": 1} if "bits" in name else {}))
+        with pytest.raises(RuntimeError, match=f"{name}: more neurons than one launch can cover"):
+            shim.module.map(name, packed, 0, 0)
+    assert shim.take_log() == []
+
+
 def test_nothing_is_launched_for_nothing(shim: HostShim) -> None:
     maps.qcfs(torch.zeros(0), 1.0, 4)
     maps.pack_bits(torch.zeros(3, 0))
