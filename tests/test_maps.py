@@ -27,6 +27,7 @@ from snnkernels import maps
 from snnkernels.kernels import backends
 from snnkernels.kernels import maps as run
 from snnkernels.kernels import maps_reference as reference
+from snnkernels.kernels.maps.sums import summed_to
 
 SHAPES = ((1,), (19,), (128,), (129,), (3, 5, 4), (2, 8, 4, 4), (0,), (3, 0, 2), ())
 ODD = (math.nan, math.inf, -math.inf, -0.0, 0.0, 1e-45, -1e-45, 1e-310, 3e38, -3e38)
@@ -703,10 +704,10 @@ def test_sums_over_whatever_is_shared(level: Backend) -> None:
             patterns += [(4, 1, 5, 1), (1, 3, 1, 2), (3, 1, 1), (1, 3, 5, 1)]
         for pattern in patterns:
             like = torch.empty(pattern, dtype=torch.float64)
-            got = run._summed_to(shares.to(level.device), like.to(level.device))
+            got = summed_to(shares.to(level.device), like.to(level.device))
             assert_close(got, shares.double().sum_to_size(pattern), 1e-12, str(pattern))
             with backends.use_backend("reference"):
-                want = run._summed_to(shares, like)
+                want = summed_to(shares, like)
             assert_same_bits(got, want, str(pattern))
 
 

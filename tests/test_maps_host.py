@@ -163,13 +163,13 @@ def test_packed_bytes_are_the_numpy_records(record: maps_params.Record) -> None:
 
 
 def test_constants_are_those_of_the_headers() -> None:
-    from snnkernels.kernels import maps as run
     from snnkernels.kernels import maps_reference
+    from snnkernels.kernels.maps import pooling
 
     text = (CSRC / "maps.h").read_text() + (CSRC / "maps.cuh").read_text()
     code = {name: int(value) for name, value in re.findall(r"\b(k\w+) = (\d+)", text)}
     assert code["kMapLanes"] == maps_reference.LANES
-    assert code["kPoolTaps"] == run._TAPS
+    assert code["kPoolTaps"] == pooling.TAPS
     listed = re.findall(r"MAP\((\w+), (\w+)\)", (CSRC / "maps_cpu_api.h").read_text())
     assert dict(listed) == {name: r.name for name, r in maps_params.RECORDS.items()}
 
