@@ -122,11 +122,13 @@ def _processor() -> str:
 def _commit() -> str:
     if os.environ.get("COMMIT"):  # a copy without .git
         return os.environ["COMMIT"]
-    git = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    here = Path(__file__).parent
     try:
-        return subprocess.run(
-            git, capture_output=True, text=True, cwd=Path(__file__).parent
-        ).stdout.strip()
+        commit = ["git", "rev-parse", "--short", "HEAD"]
+        found = subprocess.run(commit, capture_output=True, text=True, cwd=here).stdout.strip()
+        # Rows saved a minute ago do not make another program of it.
+        changed = ["git", "diff", "--quiet", "HEAD", "--", "..", ":!results"]
+        return found + ("-dirty" if found and subprocess.run(changed, cwd=here).returncode else "")
     except OSError:
         return ""
 

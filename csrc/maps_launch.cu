@@ -22,6 +22,7 @@ int launch(void (*kernel)(Params), const Params& p, int device, void* stream) {
   if (guard.error()) return guard.error();
   const i64 blocks = (p.N + kThreads - 1) / kThreads;
   if (blocks == 0) return 0;
+  if (blocks > 0x7fffffff) return kTooManyNeurons;
   SNN_LAUNCH(kernel, unsigned(blocks), static_cast<cudaStream_t>(stream), p);
   return int(cudaGetLastError());
 }

@@ -23,13 +23,16 @@ class PackedSpikes:
     Args:
         words: as above.
         T: number of steps.
-        amplitude: what a spike weighs, a number or a tensor that broadcasts to ``shape``; the
-            words hold 0 and 1.
+        amplitude: what a spike weighs, a number or a real tensor that broadcasts to ``shape``, on
+            the device of the words (0-d tensors of the CPU too); the words hold 0 and 1. A tensor
+            is detached and copied: whoever gave it may go on changing it.
         dtype: what :meth:`unpack` gives unless told otherwise.
 
     Raises:
-        TypeError: words that are no tensor of the integer type that T asks for.
-        ValueError: a number of words that does not fit T.
+        TypeError: words that are no tensor of the integer type that T asks for, or an amplitude
+            that is no real number or tensor of those.
+        ValueError: a number of words that does not fit T; an amplitude that is NaN, does not
+            broadcast or is on another device.
     """
 
     def __init__(
@@ -39,20 +42,19 @@ class PackedSpikes:
         amplitude: float | Tensor = 1.0,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        if isinstance(T, bool) or not isinstance(T, int):
-            raise TypeError(f"T={T!r} must be an int")
-        if T < 0:
-            raise ValueError(f"T={T} must not be negative")
-        wanted = reference.word_dtype(T)
-        if not isinstance(words, Tensor) or words.dtype != wanted:
-            given = words.dtype if isinstance(words, Tensor) else type(words).__name__
-            raise TypeError(f"words for T={T} must be a tensor of {wanted}, got {given}")
-        if words.dim() == 0 or words.shape[0] != -(-T // reference.WORD_STEPS):
-            raise ValueError(
-                f"words of shape {tuple(words.shape)} do not hold T={T} steps; expected "
-                f"[{-(-T // reference.WORD_STEPS)}, *shape]"
-            )
-        self.words, self.T, self.amplitude, self.dtype = words, T, amplitude, dtype
+        _check_words(words, T)
+        self.words, self.T, self.dtype = words, T, dtype
+        self.amplitude: float | Tensor = _own_amplitude(amplitude, words)
+
+    @classmethod
+    def _sharing(
+        cls, words: Tensor, T: int, amplitude: float | Tensor, dtype: torch.dtype
+    ) -> PackedSpikes:
+        """With an amplitude that has been checked, and is not copied again."""
+        _check_words(words, T)
+        spikes = cls.__new__(cls)
+        spikes.words, spikes.T, spikes.amplitude, spikes.dtype = words, T, amplitude, dtype
+        return spikes
 
     @property
     def shape(self) -> Size:
@@ -89,9 +91,7 @@ class PackedSpikes:
         if self.T == 0:
             return torch.empty(self.shape, dtype=dtype, device=self.device)
         if dtype.is_floating_point:
-            weight = self.amplitude
-            weight = weight.detach() if isinstance(weight, Tensor) else weight
-            return maps.unpack_bits(self.words, self.T, dtype, weight)
+            return maps.unpack_bits(self.words, self.T, dtype, self.amplitude)
         return maps.unpack_bits(self.words, self.T, torch.uint8).to(dtype)
 
     def count(self) -> Tensor:
@@ -99,16 +99,17 @@ class PackedSpikes:
         return maps.popcount(self.words)
 
     def rate(self) -> Tensor:
-        """``amplitude * count / T`` in :attr:`dtype`, ``[*shape]``."""
+        """``amplitude * count / T`` ``[*shape]``, in :attr:`dtype` or, for integers, float32."""
         if self.T == 0:
             raise ValueError("a rate of no steps is undefined")
-        state = reference.state_dtype(self.dtype)
+        dtype = self.dtype if self.dtype.is_floating_point else torch.float32
+        state = reference.state_dtype(dtype)
         weight: float | Tensor
         if isinstance(self.amplitude, Tensor):
-            weight = self.amplitude.detach().to(self.dtype).to(state)
+            weight = self.amplitude.to(dtype).to(state)
         else:
-            weight = operands.rounded(float(self.amplitude), self.dtype)
-        return (weight * self.count().to(state) / self.T).to(self.dtype)
+            weight = operands.rounded(self.amplitude, dtype)
+        return (weight * self.count().to(state) / self.T).to(dtype)
 
     def __getitem__(self, index: Any) -> Any:
         """``[t]`` unpacks a step; ``[:, ...]`` (all steps) indexes the neurons and stays packed."""
@@ -119,18 +120,14 @@ class PackedSpikes:
             amplitude = self.amplitude
             if isinstance(amplitude, Tensor) and amplitude.dim():
                 amplitude = amplitude.expand(self.words.shape[1:])[neurons]
-            return PackedSpikes(words, self.T, amplitude, self.dtype)
+            return self._sharing(words, self.T, amplitude, self.dtype)
         if key and type(key[0]) is int:
             t = key[0] + self.T if key[0] < 0 else key[0]
             if not 0 <= t < self.T:
                 raise IndexError(f"step {key[0]} is out of range for {self.T} steps")
             word = self.words[t // reference.WORD_STEPS]
-            row = PackedSpikes(
-                ((word.int() >> t % reference.WORD_STEPS) & 1).to(torch.uint8)[None],
-                1,
-                self.amplitude,
-                self.dtype,
-            ).unpack()[0]
+            bit = ((word.int() >> t % reference.WORD_STEPS) & 1).to(torch.uint8)[None]
+            row = self._sharing(bit, 1, self.amplitude, self.dtype).unpack()[0]
             return row[key[1:]] if len(key) > 1 else row
         return self.unpack()[index]
 
@@ -141,7 +138,7 @@ class PackedSpikes:
         if isinstance(amplitude, Tensor):
             amplitude = amplitude.to(device, non_blocking=non_blocking)
         words = self.words.to(device, non_blocking=non_blocking)
-        return PackedSpikes(words, self.T, amplitude, dtype or self.dtype)
+        return self._sharing(words, self.T, amplitude, dtype or self.dtype)
 
     def cpu(self) -> PackedSpikes:
         """On the CPU."""
@@ -152,7 +149,7 @@ class PackedSpikes:
         return self.to(device)
 
     def clone(self) -> PackedSpikes:
-        """With words of its own."""
+        """With words and an amplitude of its own."""
         return PackedSpikes(self.words.clone(), self.T, self.amplitude, self.dtype)
 
     def __eq__(self, other: object) -> bool:
@@ -168,3 +165,40 @@ class PackedSpikes:
             f"PackedSpikes(shape={tuple(self.shape)}, words={self.words.dtype}, "
             f"device={self.device}, {self.nbytes} bytes)"
         )
+
+
+def _check_words(words: Any, T: Any) -> None:
+    if isinstance(T, bool) or not isinstance(T, int):
+        raise TypeError(f"T={T!r} must be an int")
+    if T < 0:
+        raise ValueError(f"T={T} must not be negative")
+    wanted = reference.word_dtype(T)
+    if not isinstance(words, Tensor) or words.dtype != wanted:
+        given = words.dtype if isinstance(words, Tensor) else type(words).__name__
+        raise TypeError(f"words for T={T} must be a tensor of {wanted}, got {given}")
+    if words.dim() == 0 or words.shape[0] != -(-T // reference.WORD_STEPS):
+        raise ValueError(
+            f"words of shape {tuple(words.shape)} do not hold T={T} steps; expected "
+            f"[{-(-T // reference.WORD_STEPS)}, *shape]"
+        )
+
+
+def _own_amplitude(value: Any, words: Tensor) -> float | Tensor:
+    """``value`` as a number, or as a tensor that shares no memory and broadcasts to the neurons."""
+    if not isinstance(value, Tensor):
+        return operands.number("amplitude", value)
+    operands.check_real("amplitude", value)
+    if value.device != words.device:
+        if value.dim() == 0 and value.device.type == "cpu":
+            return operands.number("amplitude", value.detach())
+        raise ValueError(f"amplitude is on {value.device} but the words are on {words.device}")
+    shape = words.shape[1:]
+    sizes = zip(reversed(value.shape), reversed(shape), strict=False)
+    if value.dim() > len(shape) or any(a not in (1, b) for a, b in sizes):
+        if value.numel() != 1:
+            raise ValueError(
+                f"amplitude of shape {tuple(value.shape)} does not broadcast to the neurons' "
+                f"{tuple(shape)}"
+            )
+        value = value.reshape(())
+    return value.detach().clone()

@@ -27,6 +27,7 @@ from snnkernels import maps
 from snnkernels.kernels import backends
 from snnkernels.kernels import maps as run
 from snnkernels.kernels import maps_reference as reference
+from snnkernels.kernels.maps.sums import summed_to
 
 SHAPES = ((1,), (19,), (128,), (129,), (3, 5, 4), (2, 8, 4, 4), (0,), (3, 0, 2), ())
 ODD = (math.nan, math.inf, -math.inf, -0.0, 0.0, 1e-45, -1e-45, 1e-310, 3e38, -3e38)
@@ -180,6 +181,30 @@ def test_qcfs_can_be_differentiated_again(gradient: str) -> None:
     assert_close(results[0][0], results[1][0], 1e-12)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+def test_qcfs_rounds_its_phase_once(level: Backend, dtype: torch.dtype) -> None:
+    """A phase that the dtype does not hold, at values where its rounding decides."""
+    x = torch.cat([from_values([0.306640625]), torch.rand(4000, generator=generator(3))]).to(dtype)
+    th = torch.cat([from_values([0.54296875]), 0.1 + torch.rand(4000, generator=generator(4))])
+    for gradient in ("clip_floor", "floor_clip"):
+        for phase in (0.3, 0.1, -0.7, 1e-9):
+            results = []
+            for name in (level.name, "reference"):
+                with backends.use_backend(name):
+                    device = level.device if name == level.name else "cpu"
+                    leaves = [t.to(device, copy=True).requires_grad_() for t in (x, th)]
+                    out = maps.qcfs(*leaves, 3, phase, gradient)
+                    first = torch.autograd.grad(out.sum(), leaves, retain_graph=True)
+                    again = torch.autograd.grad(out.sum(), leaves, create_graph=True)
+                    results.append((out.detach(), *first, *(g.detach() for g in again)))
+            for got, want in zip(*results, strict=True):
+                assert_same_bits(got, want, f"{phase}")
+    # In bfloat16 0.3 is 0.30078125.
+    if dtype == torch.bfloat16:
+        one = maps.qcfs(x[:1].to(level.device), th[:1].to(level.device), 3, 0.3)
+        assert one.item() == 0.36328125
+
+
 def test_qcfs_worked_example(backend: Backend) -> None:
     z = moved(from_values([z for z, _ in WORKED]), backend.device)
     for gradient in ("clip_floor", "floor_clip"):
@@ -196,6 +221,31 @@ def test_qcfs_where_the_gradient_passes(backend: Backend) -> None:
         maps.qcfs(leaf, 2.0, 4, gradient=gradient).sum().backward()
         assert leaf.grad is not None
         assert leaf.grad.tolist() == want
+
+
+def test_thresholds_are_checked_as_they_are_read(backend: Backend) -> None:
+    """What rounds to a positive finite number is allowed, and only that."""
+    x = torch.ones(2, 3, device=backend.device)
+    for dtype, smallest, largest in (
+        (torch.float16, 2.0**-24, 65519.0),
+        (torch.bfloat16, 2.0**-133, 3.39e38),
+        (torch.float32, 2.0**-149, 3.4e38),
+        (torch.float64, 5e-324, 1e308),
+    ):
+        for th in (smallest, largest):
+            held = torch.tensor(th, dtype=torch.float64).to(dtype).item()
+            given = torch.tensor(th, dtype=torch.float64, device=x.device)
+            for one in (th, given):
+                assert maps.qcfs(x.to(dtype) * held, one, 1).tolist() == [[held] * 3] * 2
+        if dtype == torch.float64:
+            for function in (maps.ttfs_encode, maps.bit_planes):
+                function(x.double(), 1e-50, 3)
+            maps.dsr_backward(x.double(), x.double(), 1e-50, "lif", 1e-50, 1e-50)
+
+
+def test_qcfs_that_overflows_its_dtype_saturates(backend: Backend) -> None:
+    x = moved(from_values([300.0, -300.0, 200.0], torch.float16), backend.device)
+    assert maps.qcfs(x, 600.0, 255).tolist() == [600.0, 0.0, 200.0]
 
 
 def test_qcfs_edges(backend: Backend) -> None:
@@ -449,6 +499,40 @@ def test_histogram_stays_inside_its_table(backend: Backend) -> None:
     assert counts.tolist() == [[2, 1, 0, 3]]
 
 
+def test_histogram_scale_is_checked_before_anything_is_counted(backend: Backend) -> None:
+    for bad in (0.0, -0.0, -1.0, math.nan, -math.inf):
+        counts = torch.zeros(2, 4, dtype=torch.int64)
+        scale = torch.tensor([2.0, bad], dtype=torch.float64)
+        with pytest.raises(ValueError, match=f"scale must be positive; element 1 of 2 is {bad}"):
+            maps.histogram_update(counts, counts.double(), torch.ones(2, 3), scale)
+        assert not counts.any()
+
+
+def test_histogram_bins_of_a_scale_nobody_looked_at(level: Backend) -> None:
+    """CUDA tensors are not checked: the same bins everywhere, inside the table."""
+    bad = (math.inf, 0.0, -1.0, math.nan, -math.inf)
+    values = from_values([[0.5, 2.0, math.inf, 0.0, -1.0, math.nan]] * len(bad))
+    scale = torch.tensor(bad, dtype=torch.float64)
+    tables = []
+    for name, device in ((level.name, level.device), ("reference", "cpu")):
+        with backends.use_backend(name):
+            counts = torch.zeros(len(bad), 4, dtype=torch.int64, device=device)
+            tables.append((counts, torch.zeros_like(counts, dtype=torch.float64)))
+            run.histogram_update(*tables[-1], values.to(device), scale.to(device))
+    for got, want in zip(*tables, strict=True):
+        assert_same_bits(got, want)
+    edges = [[0, 0, 0, 3], [2, 0, 0, 1], [3, 0, 0, 0], [0, 0, 0, 3], [3, 0, 0, 0]]
+    assert tables[0][0].tolist() == edges
+
+
+def test_histogram_of_a_channel_without_a_range(backend: Backend) -> None:
+    """An infinite scale is allowed: what the converter has before the first positive value."""
+    counts = torch.zeros(1, 4, dtype=torch.int64, device=backend.device)
+    values = torch.zeros(1, 5, device=backend.device)
+    maps.histogram_update(counts, counts.double(), values, 4 / values.double()[:, 0])
+    assert not counts.any()
+
+
 def test_histogram_worked_example(backend: Backend) -> None:
     from snnkernels.conversion.histogram import Histogram
 
@@ -490,6 +574,16 @@ def test_ttfs_worked_example(backend: Backend) -> None:
     # Rounded to the nearest level; half way is up.
     near = moved(from_values([0.0624, 0.0625, 0.18, 0.19]), backend.device)
     assert maps.ttfs_encode(near, 1.0, 8, round=True).tolist() == [8, 7, 7, 6]
+
+
+def test_ttfs_times_out_of_range_are_no_spikes(level: Backend) -> None:
+    for T, times in ((8, [0, 8, 9, 32767, -1, -32768]), (300, [0, 300, 301, 32767, -1, -300])):
+        given = torch.tensor(times, dtype=torch.int16)
+        for name, device in ((level.name, level.device), ("reference", "cpu")):
+            with backends.use_backend(name):
+                assert maps.ttfs_decode(given.to(device), 1.0, T).tolist() == [1.0] + [0.0] * 5
+    late = torch.tensor([255, 3], dtype=torch.uint8, device=level.device)
+    assert maps.ttfs_decode(late, 1.0, 4).tolist() == [0.0, 0.25]
 
 
 def test_ttfs_every_level_is_met_exactly(backend: Backend) -> None:
@@ -610,10 +704,10 @@ def test_sums_over_whatever_is_shared(level: Backend) -> None:
             patterns += [(4, 1, 5, 1), (1, 3, 1, 2), (3, 1, 1), (1, 3, 5, 1)]
         for pattern in patterns:
             like = torch.empty(pattern, dtype=torch.float64)
-            got = run._summed_to(shares.to(level.device), like.to(level.device))
+            got = summed_to(shares.to(level.device), like.to(level.device))
             assert_close(got, shares.double().sum_to_size(pattern), 1e-12, str(pattern))
             with backends.use_backend("reference"):
-                want = run._summed_to(shares, like)
+                want = summed_to(shares, like)
             assert_same_bits(got, want, str(pattern))
 
 
@@ -637,6 +731,22 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: maps.qcfs(X, 1.0, 4.0), TypeError, r"levels=4.0 must be an int"),
     (lambda: maps.qcfs(X, 1.0, 4, math.nan), ValueError, "phase is NaN"),
     (lambda: maps.qcfs(X, 1.0, 4, math.inf), ValueError, "phase=inf must be finite"),
+    (lambda: maps.qcfs(X.half(), 1.0, 4, 1e5), ValueError, "phase=100000.0 must be finite; in fl"),
+    (lambda: maps.qcfs(X, 1.0, 4, 1e39), ValueError, r"phase=1e\+39 must be finite; in float32 it"),
+    (lambda: maps.qcfs(X.half(), 1e5, 4), ValueError,
+     "threshold=100000.0 must be positive and finite; in float16 it is inf"),
+    (lambda: maps.qcfs(X.half(), 1e-8, 4), ValueError,
+     "threshold=1e-08 must be positive and finite; in float16 it is 0.0"),
+    (lambda: maps.qcfs(X.half(), torch.tensor([1.0, 1e5, 2.0]), 4), ValueError,
+     "threshold must be positive and finite; 100000.0 is inf in float16"),
+    (lambda: maps.qcfs(X.half(), torch.tensor([1.0, 2.0**-25, 2.0]), 4), ValueError,
+     r"threshold must be positive and finite; 2.98\d*e-08 is 0.0 in float16"),
+    (lambda: maps.qcfs(X.bfloat16(), 3.4e38, 4), ValueError, r"threshold=3.4e\+38 must be"),
+    (lambda: maps.dsr_backward(X, X, 1e-50), ValueError, "in float32 it is 0.0"),
+    (lambda: maps.dsr_backward(X, X, 1.0, "lif", 1e39), ValueError, r"tau=1e\+39 must be positive"),
+    (lambda: maps.ttfs_encode(X, torch.tensor(1e39).double(), 8), ValueError, "threshold must be"),
+    (lambda: maps.ttfs_decode(WORDS, 1e39, 8), ValueError, "in float32 it is inf"),
+    (lambda: maps.bit_planes(X, 1e39, 4), ValueError, "in float32 it is inf"),
     (lambda: maps.qcfs(X, 1.0, 4, gradient="both"), ValueError, "gradient='both' is unknown; allo"),
     (lambda: maps.cumulative_max_pool(X, 2), ValueError, r"x_seq has shape \(4, 3\); it must be"),
     (lambda: maps.cumulative_max_pool(POOLED, 0), ValueError, "kernel_size=0 must be at least 1"),
@@ -654,6 +764,13 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: maps.mmse_errors(X, X[:2], 4), ValueError, r"candidates has shape \(2, 3\); it must "),
     (lambda: maps.mmse_errors(X, X, 0), ValueError, "T=0 is out of range; allowed are 1 to"),
     (lambda: maps.mmse_errors(X, X, 4, math.inf), ValueError, "v_init_fraction=inf must be finite"),
+    (lambda: maps.mmse_errors(X, X, 4, 1e39), ValueError, r"fraction=1e\+39 must be finite; in"),
+    (lambda: maps.mmse_errors(X, 0 * X, 4), ValueError, "candidates must be positive and finite"),
+    (lambda: maps.mmse_errors(X, -X, 4), ValueError, "element 0 of 12 is -1.0"),
+    (lambda: maps.mmse_errors(X, X.double() * 1e-50, 4), ValueError, "in float32 it is 0.0"),
+    (lambda: maps.mmse_threshold(X / 0, 4), ValueError, "values must be finite; channel 0 has inf"),
+    (lambda: maps.mmse_threshold(X.log() / 0, 4), ValueError, "channel 0 has nan"),
+    (lambda: maps.mmse_threshold(X * -math.inf, 4), ValueError, "channel 0 has -inf"),
     (lambda: maps.mmse_threshold(X[:, :0], 4), ValueError, "with n at least 1"),
     (lambda: maps.mmse_threshold(X, 4, 0.0, 101), ValueError, "candidates=101 is out of range; al"),
     (lambda: maps.histogram_update(*TABLES[::-1], X, SCALE), TypeError, "counts has dtype torch.f"),

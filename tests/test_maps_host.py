@@ -89,6 +89,14 @@ def test_blocks_cover_the_elements_once(shim: HostShim, size: int, blocks: int) 
     assert line.startswith(f"launch {blocks} blocks of 256 ")
 
 
+def test_more_blocks_than_a_grid_holds_are_refused(shim: HostShim) -> None:
+    for name, record in maps_params.RECORDS.items():
+        packed = record.pack(N=256 << 32, **({"spike_bytes": 1} if "bits" in name else {}))
+        with pytest.raises(RuntimeError, match=f"{name}: more neurons than one launch can cover"):
+            shim.module.map(name, packed, 0, 0)
+    assert shim.take_log() == []
+
+
 def test_nothing_is_launched_for_nothing(shim: HostShim) -> None:
     maps.qcfs(torch.zeros(0), 1.0, 4)
     maps.pack_bits(torch.zeros(3, 0))
@@ -155,13 +163,13 @@ def test_packed_bytes_are_the_numpy_records(record: maps_params.Record) -> None:
 
 
 def test_constants_are_those_of_the_headers() -> None:
-    from snnkernels.kernels import maps as run
     from snnkernels.kernels import maps_reference
+    from snnkernels.kernels.maps import pooling
 
     text = (CSRC / "maps.h").read_text() + (CSRC / "maps.cuh").read_text()
     code = {name: int(value) for name, value in re.findall(r"\b(k\w+) = (\d+)", text)}
     assert code["kMapLanes"] == maps_reference.LANES
-    assert code["kPoolTaps"] == run._TAPS
+    assert code["kPoolTaps"] == pooling.TAPS
     listed = re.findall(r"MAP\((\w+), (\w+)\)", (CSRC / "maps_cpu_api.h").read_text())
     assert dict(listed) == {name: r.name for name, r in maps_params.RECORDS.items()}
 

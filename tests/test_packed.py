@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -157,6 +158,87 @@ BAD: list[tuple[tuple[Any, ...], type[Exception], str]] = [
 def test_bad_words(arguments: tuple[Any, ...], error: type[Exception], says: str) -> None:
     with pytest.raises(error, match=says):
         PackedSpikes(*arguments)
+
+
+WORDS = torch.zeros(1, 3, 4, dtype=torch.uint8)
+BAD_AMPLITUDES: list[tuple[Any, type[Exception], str]] = [
+    ("threshold", TypeError, "amplitude='threshold' is of type str; allowed are a number and a te"),
+    (True, TypeError, "amplitude=True is of type bool"),
+    (None, TypeError, "amplitude=None is of type NoneType"),
+    ([0.5], TypeError, r"amplitude=\[0.5\] is of type list"),
+    (float("nan"), ValueError, "amplitude is NaN"),
+    (torch.ones(4, dtype=torch.bool), TypeError, "amplitude has dtype torch.bool; allowed are rea"),
+    (torch.ones(4, dtype=torch.complex64), TypeError, "amplitude has dtype torch.complex64"),
+    (torch.ones(3), ValueError, r"amplitude of shape \(3,\) does not broadcast to the neurons'"),
+    (torch.ones(8, 3, 4), ValueError, r"amplitude of shape \(8, 3, 4\) does not broadcast"),
+    (torch.ones(4, device="meta"), ValueError, "amplitude is on meta but the words are on cpu"),
+]
+
+
+@pytest.mark.parametrize(
+    ("amplitude", "error", "says"), BAD_AMPLITUDES, ids=lambda v: str(v)[:40].replace("\n", " ")
+)
+def test_bad_amplitudes(amplitude: Any, error: type[Exception], says: str) -> None:
+    with pytest.raises(error, match=says):
+        PackedSpikes(WORDS, 8, amplitude)
+
+
+@pytest.mark.parametrize(
+    "amplitude",
+    [2, np.float32(0.5), torch.tensor(3), torch.ones(4), torch.ones(3, 1), torch.ones(1, 1, 1)],
+    ids=lambda v: str(v).replace("\n", " "),
+)
+def test_amplitudes_of_every_form(amplitude: Any) -> None:
+    packed = PackedSpikes(torch.full_like(WORDS, 3), 8, amplitude)
+    want = torch.as_tensor(amplitude).float() * torch.ones(3, 4)
+    want = want.reshape(3, 4)
+    assert_same_bits(packed.unpack()[1], want)
+    assert_same_bits(packed.rate(), want / 4)
+    assert_same_bits(packed[:, 1:, 2].unpack()[0], want[1:, 2])
+    assert packed == packed.clone() == PackedSpikes(packed.words, 8, packed.amplitude)
+
+
+@pytest.mark.gpu
+def test_a_number_in_a_tensor_may_be_anywhere() -> None:
+    th = torch.tensor(0.75)
+    packed = if_packed(torch.ones(4, 3, device="cuda"), v_threshold=th, amplitude="threshold")[0]
+    assert packed.unpack().max().item() == 0.75
+    with pytest.raises(ValueError, match="amplitude is on cpu but the words are on cuda"):
+        PackedSpikes(WORDS.cuda(), 8, torch.ones(4))
+
+
+def test_the_amplitude_is_its_own() -> None:
+    x = currents(9, 2, 3, 4)
+    th = torch.nn.Parameter(torch.tensor([[0.5], [1.0], [1.5]]))
+    with torch.no_grad():
+        given = if_packed(x, "half", th, amplitude="threshold")[0]
+    made = PackedSpikes(given.words, 9, th)
+    for packed in (given, made):
+        copy, view, half = packed.clone(), packed[:, 1], packed.to(torch.float16)
+        spikes, rate = packed.unpack(), packed.rate()
+        assert not packed.amplitude.requires_grad
+        # A view and another dtype cost no memory.
+        for other in (view, half):
+            assert other.amplitude.untyped_storage() == packed.amplitude.untyped_storage()
+        with torch.no_grad():
+            th.mul_(2)
+        assert_same_bits(packed.unpack(), spikes)
+        assert_same_bits(packed.rate(), rate)
+        assert_same_bits(view.unpack(), spikes[:, 1])
+        packed.amplitude.zero_()
+        assert_same_bits(copy.unpack(), spikes)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bool, torch.int64])
+def test_rates_of_whole_spikes_are_float32(backend: Backend, dtype: torch.dtype) -> None:
+    x = moved(torch.full((4, 3), 0.6), backend.device)
+    for amplitude in (None, 0.3, moved(torch.tensor([0.5, 1.0, 2.0]), backend.device)):
+        packed = if_packed(x, amplitude=amplitude)[0]
+        rate = packed.to(dtype).rate()
+        assert_same_bits(rate, packed.rate())
+        assert rate.dtype == torch.float32
+        if amplitude is None:
+            assert rate.tolist() == [0.5] * 3
 
 
 def test_a_rate_of_no_steps_is_refused() -> None:

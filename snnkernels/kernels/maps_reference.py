@@ -153,8 +153,8 @@ def bins_of(values: Tensor, scale: Tensor, bins: int) -> tuple[Tensor, Tensor]:
     """Where each positive value goes in the flattened table, and the values in float64."""
     channel, place = torch.nonzero(values > 0, as_tuple=True)
     positive = values[channel, place].double()
-    # Clipped before it becomes an integer: infinity is no integer.
-    index = (positive * scale[channel]).clamp_(max=bins - 1).long()
+    # Clipped before it becomes an integer: infinity is no integer, nor is NaN, which goes last.
+    index = (positive * scale[channel]).clamp_(0, bins - 1).nan_to_num_(bins - 1).long()
     return index + channel * bins, positive
 
 
@@ -173,8 +173,8 @@ def ttfs_encode(a: Tensor, threshold: Tensor, T: int, round: bool, dtype: torch.
 
 
 def ttfs_decode(times: Tensor, threshold: Tensor, T: int, dtype: torch.dtype) -> Tensor:
-    """Values of ``dtype``."""
-    remaining = (T - times.to(torch.int32)).clamp(min=0).to(threshold.dtype)
+    """Values of ``dtype``; times are read without their sign: negative ones are late."""
+    remaining = (T - (times.to(torch.int32) & 0xFFFF)).clamp(min=0).to(threshold.dtype)
     return (threshold * remaining / T).to(dtype)
 
 
