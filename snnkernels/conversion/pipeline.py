@@ -272,7 +272,7 @@ def _neurons(site: Site, method: Method, T: int, folded: bool, clock: Clock) -> 
     per_channel = any(t.dim() == 1 and t.numel() > 1 for t in tensors)
     node = IFNode(**given, channel_dim=site.channel_dim if per_channel else None)
     scale = torch.as_tensor(weight, dtype=site.theta.dtype, device=site.theta.device)
-    return SpikingActivation(
+    return method.layer(site)(
         node,
         site.label,
         constant=False,

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..ops import Activation
+from ..spiking import SpikingActivation
 from ..steps import CAUSAL, Steps
 
 if TYPE_CHECKING:
@@ -60,6 +61,10 @@ class Method:
         ``amplitude`` may be among them: what a spike weighs, if it is not the threshold.
         """
         return {}
+
+    def layer(self, site: Site) -> type[SpikingActivation]:
+        """The class of the layer: one with a ``forward`` of its own if IFNode cannot do it."""
+        return SpikingActivation
 
     def settle(self, context: Context) -> None:
         """The method's own step on thresholds, when the common rules have given theirs."""
