@@ -61,8 +61,8 @@ class ConvertedNetwork(nn.Module):
 
     @property
     def extra_steps(self) -> int:
-        """Steps that the method adds to T: the probes of SRP and COS."""
-        return self._clock.steps.extra
+        """Steps that the method adds to T: probes, and windows in which layers wait."""
+        return self._clock.steps.added(self.T)
 
     def neurons(self) -> Iterator[tuple[str, SpikingActivation]]:
         """``(name in the ANN, layer)`` of every spiking layer, in order of execution."""
@@ -103,10 +103,13 @@ class ConvertedNetwork(nn.Module):
                     yield self._read(statics, self.body(*inputs, 1), clock.levels, dtype)
                 return
             if steps.whole:
-                clock.ends = tuple(ends)
-                found = self.body(*inputs, steps.rows(ends[-1]))
-                for i, end in enumerate(ends):
-                    yield self._read(statics, [counts[i] for counts in found], end, dtype)
+                runs: list[tuple[int, ...]] = [tuple(ends)]
+                for run in [(end,) for end in ends] if steps.apart else runs:
+                    self.reset()
+                    clock.ends, clock.levels = run, run[-1]
+                    found = self.body(*inputs, steps.rows(run[-1]))
+                    for i, end in enumerate(run):
+                        yield self._read(statics, [counts[i] for counts in found], end, dtype)
                 return
             counts: Any = None
             done = 0

@@ -205,7 +205,7 @@ def convert(
                 raise
             report.notes.append(str(error))
     for site in sites:
-        settle(site, seen.get(site.path), T, _dtype(net))
+        settle(site, seen.get(site.path), chosen.levels_of(site, T), _dtype(net))
         if site.silent:
             report.notes.append(f"{site.label} never fired on the calibration data: θ = 1")
         elif site.borrowed:

@@ -52,6 +52,9 @@ class CumulativeMaxPool(nn.Module):
         """Pool T steps of currents."""
         steps = x.reshape(T, x.shape[0] // T, *x.shape[1:])
         before = self.clock.steps.before
+        if self.clock.steps.bias != "every":
+            pooled = self._pooled(self.clock.currents(steps))
+            return torch.cat([torch.zeros_like(pooled[:1]), pooled]).flatten(0, 1)
         if not before:
             return self._pooled(steps).flatten(0, 1)
         probe = self._pooled(steps[:before])

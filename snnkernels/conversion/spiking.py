@@ -100,7 +100,7 @@ class SpikingActivation(nn.Module):
         """Run T steps on a current ``[B, *]`` (constant) or ``[T * B, *]``."""
         self._check_channels(x.shape)
         if self.clock.steps.parallel:
-            return self._at_once(x)
+            return self._at_once(x, self.clock.levels)
         steps = T if self.constant else None
         if not self.constant:
             x = split_time(x, T)
@@ -114,6 +114,11 @@ class SpikingActivation(nn.Module):
             return out.flatten(0, 1)
         return self.count(out) if learning else out
 
+    @property
+    def binary(self) -> bool:
+        """Whether its spikes are 0 and 1; else they are whole multiples of what a spike weighs."""
+        return self.node.max_spikes is None and self.node.signed is None
+
     def count(self, spikes: Tensor) -> Tensor:
         """Spikes ``[T, B, *]`` to net counts.
 
@@ -122,9 +127,8 @@ class SpikingActivation(nn.Module):
         """
         if self.clock.steps.parallel:
             return spikes[0]
-        binary = self.node.max_spikes is None and self.node.signed is None
         weight = per_channel_view(self._weight(), self.channel_dim, spikes.dim() - 1)
-        if binary:
+        if self.binary:
             count = (spikes != 0).sum(0, dtype=torch.int32)
         else:
             # Whole multiples of the weight, rounded to the spikes' dtype each.
@@ -173,15 +177,18 @@ class SpikingActivation(nn.Module):
             return (count / weight).mean()
         return count.mean() / T
 
-    def _at_once(self, x: Tensor) -> Tensor:
-        """``θ / T clip(floor((x T + v_init) / θ), 0, T)`` of a mean current ``[B, *]``."""
-        T, node = self.clock.levels, self.node
-        one_channel = self.channel_dim if self.channel_dim < 0 else self.channel_dim % x.dim()
-        threshold = node.threshold
+    def _channels_of(self, threshold: float | Tensor, dims: int) -> int | None:
+        """Where a threshold per channel lies in ``dims`` dimensions; None if it is not one."""
         per_channel = isinstance(threshold, Tensor) and threshold.dim() == 1
+        return self.channel_dim % dims if per_channel else None
+
+    def _at_once(self, x: Tensor, T: int) -> Tensor:
+        """``θ / T clip(floor((x T + v_init) / θ), 0, T)`` of a mean current ``[B, *]``."""
+        node = self.node
+        threshold = node.threshold
         if node.v_init == "half":
             # The QCFS network's own expression, and its bits.
-            dim = one_channel if per_channel else None
+            dim = self._channels_of(threshold, x.dim())
             return qcfs(x, threshold, T, 0.5, "floor_clip", dim)
         state = torch.float64 if x.dtype == torch.float64 else torch.float32
         threshold = torch.as_tensor(threshold, dtype=state, device=x.device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 __all__ = ["CAUSAL", "Clock", "Steps"]
@@ -19,6 +20,12 @@ class Steps:
         extra: steps that the method adds to T, in its latency.
         whole: neurons need all their rows in one call; a run cannot go on from where one ended.
         parallel: no rows at all: one pass on counts.
+        apart: every T is a run of its own, because neurons do something else for another T.
+        windows: further windows of T steps each in the latency, where layers wait for each other.
+        bias: when the constant terms of the layers between neurons act: ``"every"`` step; once, in
+            the ``"first"`` or the ``"last"``; or ``"spread"``, a T-th in each. Otherwise than in
+            every step takes ``before=1``: a silent row, in which neurons emit nothing, so that
+            what the layers make of it is the constant terms (see :meth:`Clock.currents`).
     """
 
     before: int = 0
@@ -26,10 +33,17 @@ class Steps:
     extra: int = 0
     whole: bool = False
     parallel: bool = False
+    apart: bool = False
+    windows: int = 0
+    bias: str = "every"
 
     def rows(self, T: int) -> int:
         """Rows of a run that answers for T steps."""
         return self.before + max(T, self.least)
+
+    def added(self, T: int) -> int:
+        """Steps of latency beside the T that were asked for."""
+        return self.extra + self.windows * T
 
 
 CAUSAL = Steps()
@@ -42,7 +56,7 @@ class Clock:
         self.steps = steps
         # The numbers of answering steps after which counts are wanted, ascending; None: after all.
         self.ends: tuple[int, ...] | None = None
-        self.levels = 1  # T of a parallel run
+        self.levels = 1  # T of a parallel run, or of one of those that are apart
 
     def answering(self, rows: Tensor) -> list[Tensor]:
         """``rows`` ``[T, ...]``, those that answer, cut at the ends."""
@@ -50,3 +64,16 @@ class Clock:
         starts = (0, *(self.ends or ())[:-1])
         ends = self.ends or (len(rows),)
         return [rows[a:b] for a, b in zip(starts, ends, strict=True)]
+
+    def currents(self, rows: Tensor) -> Tensor:
+        """What affine layers made of ``[1 + T, ...]`` spikes, as the currents ``[T, ...]`` meant.
+
+        The first row, of no spikes, holds the constant terms that every other row has as well;
+        they are left where ``steps.bias`` says and taken away elsewhere.
+        """
+        silent, rows = rows[:1], rows[1:]
+        if self.steps.bias == "first":
+            return torch.cat([rows[:1], rows[1:] - silent])
+        if self.steps.bias == "last":
+            return torch.cat([rows[:-1] - silent, rows[-1:]])
+        return (rows - silent) + silent / len(rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -62,9 +63,13 @@ class Method:
         """
         return {}
 
-    def layer(self, site: Site) -> type[SpikingActivation]:
+    def layer(self, site: Site) -> Callable[..., SpikingActivation]:
         """The class of the layer: one with a ``forward`` of its own if IFNode cannot do it."""
         return SpikingActivation
+
+    def levels_of(self, site: Site, T: int) -> int:
+        """How many steps the staircase has that thresholds from data are fitted to."""
+        return T
 
     def settle(self, context: Context) -> None:
         """The method's own step on thresholds, when the common rules have given theirs."""
