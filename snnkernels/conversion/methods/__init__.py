@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .base import Method
+from .bit_serial import BitSerial
 from .bursts import Burst, FastSNN
 from .cos import COS
 from .opi import OPI
@@ -12,6 +13,7 @@ from .parallel import Parallel
 from .qcfs import QCFSMethod
 from .rules import MMSE, Max, Percentile
 from .srp import SRP
+from .st_bif import STBIF
 
 __all__ = [
     "COS",
@@ -19,6 +21,8 @@ __all__ = [
     "MMSE",
     "OPI",
     "SRP",
+    "STBIF",
+    "BitSerial",
     "Burst",
     "FastSNN",
     "Max",
@@ -30,7 +34,7 @@ __all__ = [
 ]
 
 _CLASSES: tuple[type[Method], ...] = (
-    OPI, QCFSMethod, COS, SRP, Parallel, Max, Percentile, MMSE, Burst, FastSNN,
+    OPI, QCFSMethod, COS, SRP, Parallel, Max, Percentile, MMSE, Burst, FastSNN, STBIF, BitSerial,
 )  # fmt: skip
 METHODS: dict[str, type[Method]] = {m.name: m for m in _CLASSES}
 
