@@ -170,8 +170,12 @@ def test_what_it_cannot_do_is_an_error() -> None:
 
 @pytest.mark.parametrize(
     ("bias", "expected"),
-    [("first", [3.0, 2.0, 4.0]), ("last", [2.0, 2.0, 5.0]), ("spread", [2 + 1 / 3, 2 + 1 / 3, 4 + 1 / 3])],
-)  # fmt: skip
+    [
+        ("first", [3.0, 2.0, 4.0]),
+        ("last", [2.0, 2.0, 5.0]),
+        ("spread", [2 + 1 / 3, 2 + 1 / 3, 4 + 1 / 3]),
+    ],
+)
 def test_constant_terms_act_when_the_steps_say(bias: str, expected: list[float]) -> None:
     rows = torch.tensor([1.0, 3.0, 3.0, 5.0], dtype=torch.float64)[:, None]  # silent: 1
     found = Clock(Steps(before=1, whole=True, bias=bias)).currents(rows)

@@ -120,7 +120,8 @@ class BitSerial(Method):
     name = "bit_serial"
     source = "Datta et al., 2023 (arXiv 2312.06900)"
     needs = (
-        "as opi (the paper: an ANN trained with QCFS, here of 2^T - 1 levels); layers take turns"
+        "as opi (the paper: an ANN trained with QCFS, here of 2^T - 1 levels); layers take turns, "
+        "which adds T steps for each but the first"
     )
     trains = "QCFS"
     threshold = "mmse"
