@@ -14,6 +14,7 @@ from .qcfs import QCFSMethod
 from .rules import MMSE, Max, Percentile
 from .srp import SRP
 from .st_bif import STBIF
+from .ttfs import TTFS
 
 __all__ = [
     "COS",
@@ -22,6 +23,7 @@ __all__ = [
     "OPI",
     "SRP",
     "STBIF",
+    "TTFS",
     "BitSerial",
     "Burst",
     "FastSNN",
@@ -34,7 +36,7 @@ __all__ = [
 ]
 
 _CLASSES: tuple[type[Method], ...] = (
-    OPI, QCFSMethod, COS, SRP, Parallel, Max, Percentile, MMSE, Burst, FastSNN, STBIF, BitSerial,
+    OPI, QCFSMethod, COS, SRP, Parallel, Max, Percentile, MMSE, Burst, FastSNN, STBIF, BitSerial, TTFS,
 )  # fmt: skip
 METHODS: dict[str, type[Method]] = {m.name: m for m in _CLASSES}
 
