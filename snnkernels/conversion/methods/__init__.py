@@ -8,6 +8,7 @@ from .base import Method
 from .bit_serial import BitSerial
 from .bursts import Burst, FastSNN
 from .cos import COS
+from .dsr import DSR
 from .opi import OPI
 from .parallel import Parallel
 from .qcfs import QCFSMethod
@@ -18,6 +19,7 @@ from .ttfs import TTFS
 
 __all__ = [
     "COS",
+    "DSR",
     "METHODS",
     "MMSE",
     "OPI",
@@ -36,7 +38,8 @@ __all__ = [
 ]
 
 _CLASSES: tuple[type[Method], ...] = (
-    OPI, QCFSMethod, COS, SRP, Parallel, Max, Percentile, MMSE, Burst, FastSNN, STBIF, BitSerial, TTFS,
+    OPI, QCFSMethod, COS, SRP, Parallel, Max, Percentile, MMSE, Burst, FastSNN, STBIF,
+    BitSerial, TTFS, DSR,
 )  # fmt: skip
 METHODS: dict[str, type[Method]] = {m.name: m for m in _CLASSES}
 

@@ -108,8 +108,8 @@ class TTFS(Method):
         plain = start == "half" if self.round else isinstance(start, Tensor) and not start.any()
         if not plain:
             raise ValueError(
-                f"v_init for {site.label} must be left to method='ttfs', which has no membrane that "
-                "lasts: TTFS(round=False) takes the level below, TTFS(round=True) the nearest"
+                f"v_init for {site.label} must be left to method='ttfs', which has no membrane "
+                "to start: TTFS(round=False) takes the level below, TTFS(round=True) the nearest"
             )
         return {}
 
