@@ -9,6 +9,7 @@ from .bit_serial import BitSerial
 from .bursts import Burst, FastSNN
 from .cos import COS
 from .dsr import DSR
+from .multi_threshold import MultiThreshold
 from .opi import OPI
 from .parallel import Parallel
 from .qcfs import QCFSMethod
@@ -31,6 +32,7 @@ __all__ = [
     "FastSNN",
     "Max",
     "Method",
+    "MultiThreshold",
     "Parallel",
     "Percentile",
     "QCFSMethod",
@@ -39,7 +41,7 @@ __all__ = [
 
 _CLASSES: tuple[type[Method], ...] = (
     OPI, QCFSMethod, COS, SRP, Parallel, Max, Percentile, MMSE, Burst, FastSNN, STBIF,
-    BitSerial, TTFS, DSR,
+    BitSerial, TTFS, DSR, MultiThreshold,
 )  # fmt: skip
 METHODS: dict[str, type[Method]] = {m.name: m for m in _CLASSES}
 

@@ -87,9 +87,9 @@ class DSR(Method):
     ``kind="lif"`` leaks: read-outs weigh step t by ``exp(-(T - t) dt / tau)``, every T is a run of
     its own, and the threshold of the membrane is ``θ dt``. What remains of the membrane never
     averages out (about ``θ dt / tau``), and a current is scaled by
-    ``(1 - exp(-dt / tau)) tau / dt``, not quite 1: train before use. The gradient of a LIF threshold
-    is the authors', with dt where that of the representation has 1 / dt; the gradient behind a
-    weighted read-out is ``T Σ w²`` times that of the representation (w sums to 1).
+    ``(1 - exp(-dt / tau)) tau / dt``, not quite 1: train before use. The gradient of a LIF
+    threshold is the authors', with dt where that of the representation has 1 / dt; the gradient
+    behind a weighted read-out is ``T Σ w²`` times that of the representation (w sums to 1).
 
     Args:
         kind: ``"if"`` or ``"lif"``.
