@@ -12,6 +12,7 @@ from .dsr import DSR
 from .multi_threshold import MultiThreshold
 from .opi import OPI
 from .parallel import Parallel
+from .ptl import PTL
 from .qcfs import QCFSMethod
 from .rules import MMSE, Max, Percentile
 from .srp import SRP
@@ -24,6 +25,7 @@ __all__ = [
     "METHODS",
     "MMSE",
     "OPI",
+    "PTL",
     "SRP",
     "STBIF",
     "TTFS",
@@ -41,7 +43,7 @@ __all__ = [
 
 _CLASSES: tuple[type[Method], ...] = (
     OPI, QCFSMethod, COS, SRP, Parallel, Max, Percentile, MMSE, Burst, FastSNN, STBIF,
-    BitSerial, TTFS, DSR, MultiThreshold,
+    BitSerial, TTFS, DSR, MultiThreshold, PTL,
 )  # fmt: skip
 METHODS: dict[str, type[Method]] = {m.name: m for m in _CLASSES}
 
