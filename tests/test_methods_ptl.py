@@ -9,7 +9,8 @@ from torch import nn
 
 from snnkernels.conversion import ConversionError, convert
 from snnkernels.conversion import ptl as ptl_module
-from snnkernels.conversion.ptl import PTLNetwork, hybrid_spikes, ptl_train
+from snnkernels.conversion.ptl import ptl_train
+from snnkernels.conversion.tandem import PTLNetwork, hybrid_spikes
 
 
 def oracle(currents: list[float], theta: float) -> tuple[list[int], float]:
@@ -226,6 +227,8 @@ def test_what_it_cannot_do_is_an_error() -> None:
             ptl_train(mlp(), data(1), data(2), **wrong)
     with pytest.raises(ValueError, match="loader is empty"):
         ptl_train(mlp(), [], data(2))
+    with pytest.raises(ValueError, match="loader is empty in a later epoch"):
+        ptl_train(mlp(), iter(data(1, 32)), data(2))
     with pytest.raises(ValueError, match="validation is empty"):
         ptl_train(mlp(), data(1), [])
     skip = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU())
