@@ -23,8 +23,8 @@ def add_parser(commands: Any) -> None:
         "checkpoint", type=Path, nargs="+", help="safetensors with its architecture"
     )
     parser.add_argument(
-        "--data", type=Path, metavar="PATH", help="CIFAR-10: a .npz bundle or the official archives; "
-        "by default scikit-learn's digits",
+        "--data", type=Path, metavar="PATH",
+        help="CIFAR-10: a .npz bundle or the official archives; by default scikit-learn's digits",
     )  # fmt: skip
     parser.add_argument(
         "--methods", nargs="+", metavar="METHOD", help="such as opi srp:probe=8 "

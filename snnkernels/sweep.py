@@ -186,7 +186,7 @@ def _measure(
     label: str,
     progress: Any,
 ) -> tuple[list[int], list[int], float]:
-    predicted, labels = truth
+    predicted, _ = truth
     right, same = [0] * len(steps), [0] * len(steps)
     at = 0
     with _bar(progress, label, len(test)) as bar:
