@@ -252,7 +252,7 @@ def _append(net: nn.Module, graph: fx.Graph, module: nn.Module, method: Method) 
             f"method={method.name!r} puts neurons behind the network's answer, which must be one "
             f"tensor; this is a {type(answer).__name__}. Turn the method's option off"
         )
-    path = add_module(net, "output", module)
+    path = add_module(net, "spiking_output", module)
     with graph.inserting_before(output):
         appended = graph.call_module(path, (answer,))
     output.args = (appended,)

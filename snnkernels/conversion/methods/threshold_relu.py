@@ -22,11 +22,11 @@ __all__ = ["ThresholdReLUMethod"]
 class ThresholdReLUMethod(Method):
     """Thresholds at the largest activation; every step's current gains ``θ / (2 shift_steps)``.
 
-    Deng and Gu's rate has half a step of error less in the mean when the current gains
-    ``θ / 2T`` at every step: the same count after T steps as starting at θ/2 would give, with
-    later spikes (``v_init="half"`` on top would count it twice). The authors' code keeps the T of the shift at 32 whatever T a run has. Thresholds
-    are the maxima over all of the loader (the paper: the whole training set), one for a layer,
-    also where a ceiling was learned.
+    Without a bias a rate lacks half a step in the mean. With it the count after T steps is that
+    of a membrane started at θ/2, its spikes come later (``v_init="half"`` on top would count it
+    twice). The authors' code keeps the T of the shift at 32 whatever T a run has. Thresholds are
+    the maxima over all of the loader (the paper: the whole training set), one for a layer, also
+    where a ceiling was learned.
 
     The paper's networks spike in their last layer as well, and their answer is a rate: negative
     logits become 0, and at few steps classes tie. That is ``spiking_output=True``; by default
