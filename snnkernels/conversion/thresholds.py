@@ -170,8 +170,8 @@ def settle(site: Site, seen: Statistics | None, T: int, dtype: torch.dtype) -> N
     start = site.v_init
     if isinstance(start, Tensor) and start.dim() > 1 and seen and start.shape != seen.shape[1:]:
         raise ValueError(
-            f"v_init of {site.label} has shape {tuple(start.shape)}; it must be a scalar, one value "
-            f"for each channel, or of the layer's shape {tuple(seen.shape[1:])}"
+            f"v_init of {site.label} has shape {tuple(start.shape)}; it must be a scalar, one "
+            f"value for each channel, or of the layer's shape {tuple(seen.shape[1:])}"
         )
     state = torch.float64 if dtype == torch.float64 else torch.float32
     if site.needs_data:
