@@ -2,7 +2,7 @@
 
     python examples/convert_cifar10.py --weights vgg9.safetensors --data cifar10_jpeg.npz
     python examples/convert_cifar10.py --weights vgg16_qcfs.safetensors --data cifar10_jpeg.npz \
-        --method qcfs,srp,cos,parallel --T 8
+        --method qcfs srp:probe=8 cos parallel --T 8
 
 ``--weights`` takes checkpoints that name their architecture (``snnkernels.models``, or those of
 ``train_cifar10.py``); ``--data`` takes a bundle of JPEG copies (``.npz``) or the official archives,
@@ -15,9 +15,7 @@ whether its spikes are other than 0 and 1, for then T compares with no binary me
 from __future__ import annotations
 
 import argparse
-import ast
 import contextlib
-import dataclasses
 import json
 import shlex
 import sys
@@ -31,8 +29,9 @@ import snnkernels
 from snnkernels import data, models
 from snnkernels.cli import markdown_table, print_table, progress_bar
 from snnkernels.conversion import ACTIVATIONS
-from snnkernels.conversion.methods import METHODS, Method, find_method
+from snnkernels.conversion.methods import METHODS
 from snnkernels.conversion.starts import parse_start
+from snnkernels.sweep import parse_trial
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -44,14 +43,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--weights", type=Path, nargs="+", required=True, metavar="FILE")
     parser.add_argument("--data", type=Path, required=True, metavar="PATH")
     parser.add_argument(
-        "--method", default="opi", metavar="NAMES", help=f"one or more of {', '.join(METHODS)}"
-    )
-    parser.add_argument(
-        "--option",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="an option of the method (of every one of them), such as probe=8; may be repeated",
+        "--method",
+        nargs="+",
+        default=["opi"],
+        help=f"one or more of {', '.join(METHODS)}, with options as in srp:probe=8",
     )
     parser.add_argument(
         "--threshold",
@@ -73,40 +68,22 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     try:
         args.ts = [int(t) for t in args.ts.split(",")]
-        args.method = [_method(name, args.option) for name in args.method.split(",")]
+        args.method = [parse_trial(text) for text in args.method]
         wanted = None if args.v_init is None else [_start(v) for v in args.v_init.split(",")]
     except (TypeError, ValueError) as e:
         parser.error(str(e))
-    args.rows = [
-        (method, v_init)
-        for method in args.method
-        for v_init in wanted or ([0.0, "half"] if method.name == "opi" else [None])
-    ]
-    sizes = [*args.ts, args.T, args.calibration, args.batch_size]
-    if min(sizes) < 1 or (args.limit is not None and args.limit < 1):
-        parser.error("numbers of steps and of images must be at least 1")
     if args.threshold is not None:
         with contextlib.suppress(ValueError):  # else it is a rule's name
             args.threshold = float(args.threshold)
+    args.rows = []
+    for trial in args.method:
+        starts = wanted or ([0.0, "half"] if trial.label == "opi" else [None])
+        told = {"threshold": args.threshold, **trial.arguments}
+        args.rows += [(trial.method, {"v_init": v, **told}) for v in starts]
+    sizes = [*args.ts, args.T, args.calibration, args.batch_size]
+    if min(sizes) < 1 or (args.limit is not None and args.limit < 1):
+        parser.error("numbers of steps and of images must be at least 1")
     return args
-
-
-def _method(name: str, options: list[str]) -> Method:
-    """The method of that name with its options from the command line."""
-    chosen = type(find_method(name))
-    given = {}
-    for option in options:
-        key, found, value = option.partition("=")
-        if not found:
-            raise ValueError(f"--option takes NAME=VALUE, got {option!r}")
-        if key not in {f.name for f in dataclasses.fields(chosen)}:
-            allowed = ", ".join(f.name for f in dataclasses.fields(chosen)) or "none"
-            raise ValueError(f"method {name} has no option {key!r}; it has {allowed}")
-        try:
-            given[key] = ast.literal_eval(value)
-        except (SyntaxError, ValueError):
-            given[key] = value  # a word
-    return chosen(**given)
 
 
 def _start(text: str) -> float | str | None:
@@ -164,10 +141,9 @@ def convert(args: argparse.Namespace) -> dict:
                 calibration,
                 method=method,
                 T=args.T,
-                threshold=args.threshold,
-                v_init=v_init,
+                **told,
             )
-            for method, v_init in args.rows
+            for method, told in args.rows
         ]
         converted = time.perf_counter()
         ann, curves = evaluate(checkpoint.model, spiking, test, args.ts, args.batch_size, path.stem)
@@ -183,10 +159,10 @@ def convert(args: argparse.Namespace) -> dict:
                         "extra_steps": snn.extra_steps,
                         "binary": method.binary,
                         "threshold": _threshold(snn),
-                        "v_init": method.v_init if v_init is None else v_init,
+                        "v_init": method.v_init if told["v_init"] is None else told["v_init"],
                         "accuracy": accuracy,
                     }
-                    for (method, v_init), snn, accuracy in zip(
+                    for (method, told), snn, accuracy in zip(
                         args.rows, spiking, curves, strict=True
                     )
                 ],
@@ -198,7 +174,7 @@ def convert(args: argparse.Namespace) -> dict:
         "data": test.name,
         "test_images": len(test),
         "calibration_images": len(calibration_set),
-        "method": ", ".join(map(str, args.method)),
+        "method": ", ".join(trial.label for trial in args.method),
         "T": args.T,
         "ts": args.ts,
         "torch": torch.__version__,

@@ -140,8 +140,9 @@ def test_learned_thresholds_and_limit(example, bundle: Path, tmp_path: Path, cap
 
 def test_many_methods_in_one_table(example, bundle: Path, weights: Path, tmp_path, capsys) -> None:
     argv = ["--weights", str(weights), "--data", str(bundle), "--T", "4", "--ts", "2,4"]
-    argv += ["--method", "opi,srp,burst,datta,threshold_relu,parallel", "--calibration", "8"]
-    assert example.main([*argv, "--limit", "3", "--json", str(tmp_path / "out.json")]) == 0
+    argv += ["--method", "opi", "srp", "burst", "datta", "threshold_relu", "parallel"]
+    argv += ["--calibration", "8", "--limit", "3"]
+    assert example.main([*argv, "--json", str(tmp_path / "out.json")]) == 0
     (result,) = json.loads((tmp_path / "out.json").read_text())["results"]
     curves = result["curves"]
     names = ["opi", "opi", "srp", "burst", "datta", "threshold_relu", "parallel"]
@@ -156,10 +157,11 @@ def test_many_methods_in_one_table(example, bundle: Path, weights: Path, tmp_pat
 
 def test_options_of_methods(example, bundle: Path, weights: Path, capsys) -> None:
     argv = ["--weights", str(weights), "--data", str(bundle), "--T", "2", "--ts", "2"]
-    argv += ["--method", "datta", "--option", "objective=mse", "--v-init", "own,25%"]
+    argv += ["--method", "datta:objective=mse", "--v-init", "own,25%"]
     assert example.main([*argv, "--limit", "2", "--calibration", "8"]) == 0
     printed = capsys.readouterr().out
-    assert printed.count("datta(objective='mse')") == 3
+    assert printed.count("datta(objective='mse')") == 2
+    assert "datta:objective=mse" in printed
     assert "25%" in printed
 
 
@@ -178,10 +180,10 @@ def test_errors_are_one_line(example, bundle: Path, weights: Path, tmp_path, cap
         ["--ts", "0"],
         ["--limit", "0"],
         ["--v-init", "w"],
-        ["--method", "opi,nothing"],
-        ["--method", "srp", "--option", "probe"],
-        ["--method", "srp", "--option", "probes=4"],
-        ["--method", "srp", "--option", "probe=0"],
+        ["--method", "opi", "nothing"],
+        ["--method", "srp:probe"],
+        ["--method", "srp:probes=4"],
+        ["--method", "srp:probe=0"],
     ],
 )
 def test_wrong_arguments(example, extra: list[str]) -> None:
