@@ -111,7 +111,7 @@ def _picture(figures: dict[str, tuple[dict, float]], path: Path) -> None:
         ) from e
     from . import plots
 
-    figure = Figure(figsize=(6.2 * len(figures), 4.6), layout="constrained")
+    figure = Figure(figsize=(8.2 * len(figures), 4.6), layout="constrained")
     axes = figure.subplots(1, len(figures), squeeze=False)[0]
     for ax, (name, (found, ann)) in zip(axes, figures.items(), strict=True):
         steps = sorted({T for curve in found.values() for T in curve})
