@@ -152,4 +152,5 @@ def _scaling(site: Site, seen: Statistics, T: int, objective: str) -> tuple[Tens
     # Of a layer that answers one value there is nothing to choose.
     constant = ((weight > 0).sum(1) + (silent[:, 0] > 0)) < 2
     alpha, beta = torch.where(constant, 1.0, alpha), torch.where(constant, 1.0, beta)
-    return alpha.reshape(site.theta.shape), beta.reshape(site.theta.shape)
+    shape, device = site.theta.shape, site.theta.device
+    return alpha.reshape(shape).to(device), beta.reshape(shape).to(device)
