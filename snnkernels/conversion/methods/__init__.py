@@ -7,30 +7,37 @@ from typing import Any
 from .base import Method
 from .bursts import Burst, FastSNN
 from .cos import COS
+from .datta import Datta
 from .opi import OPI
 from .parallel import Parallel
 from .qcfs import QCFSMethod
+from .rnl import RNL
 from .rules import MMSE, Max, Percentile
 from .srp import SRP
+from .threshold_relu import ThresholdReLUMethod
 
 __all__ = [
     "COS",
     "METHODS",
     "MMSE",
     "OPI",
+    "RNL",
     "SRP",
     "Burst",
+    "Datta",
     "FastSNN",
     "Max",
     "Method",
     "Parallel",
     "Percentile",
     "QCFSMethod",
+    "ThresholdReLUMethod",
     "find_method",
 ]
 
 _CLASSES: tuple[type[Method], ...] = (
-    OPI, QCFSMethod, COS, SRP, Parallel, Max, Percentile, MMSE, Burst, FastSNN,
+    OPI, QCFSMethod, COS, SRP, Parallel, ThresholdReLUMethod, RNL, Datta, Max, Percentile, MMSE,
+    Burst, FastSNN,
 )  # fmt: skip
 METHODS: dict[str, type[Method]] = {m.name: m for m in _CLASSES}
 
