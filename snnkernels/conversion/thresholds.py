@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .balancing import Balancing, balanced_threshold
 from .calibration import Statistics, parse_rule, rule_threshold
 from .errors import ConversionError
 from .methods import Method
@@ -24,7 +25,7 @@ class Site:
 
     path: str
     activation: Activation
-    rule: Any  # "learned", a rule of calibration.py, a number or a tensor
+    rule: Any  # "learned", a rule of calibration.py, a Balancing, a number or a tensor
     v_init: Any  # what starts.py knows; settled: "half", a number or a tensor
     per_channel: bool
     theta: Tensor = field(default_factory=lambda: torch.ones(()))
@@ -34,6 +35,7 @@ class Site:
     rare: list[int] = field(default_factory=list)  # channels whose percentile is 0
     silent: bool = False
     learned: Any = None  # the threshold that training left, if the method reads one
+    grown: Tensor | None = None  # what balancing found, float64 [C] or [1]
 
     @property
     def label(self) -> str:
@@ -43,6 +45,11 @@ class Site:
     @property
     def needs_data(self) -> bool:
         """Whether the rule works on calibration data."""
+        return self.needs_histogram or isinstance(self.rule, Balancing)
+
+    @property
+    def needs_histogram(self) -> bool:
+        """Whether the rule works on a histogram of the activations."""
         return isinstance(self.rule, str) and self.rule != "learned"
 
     def describe(self) -> str:
@@ -51,7 +58,7 @@ class Site:
             return f"{type(self.activation.inner).__name__} -> IF, θ learned"
         kind = type(self.activation.inner).__name__
         kind = f"ReLU{self.activation.inner.max_val:g}" if kind == "Hardtanh" else kind
-        if isinstance(self.rule, str):
+        if self.needs_data:
             return f"{kind} -> IF, θ {self.rule} per {'channel' if self.per_channel else 'layer'}"
         return f"{kind} -> IF, θ given"
 
@@ -97,11 +104,13 @@ def plan(
             method.check([activation])
         if isinstance(rule, str):
             if rule != "learned":
-                parse_rule(rule)
-        elif isinstance(rule, bool) or not isinstance(rule, (Real, Tensor)):
+                parsed = parse_rule(rule)
+                rule = parsed if isinstance(parsed, Balancing) else rule
+        elif isinstance(rule, bool) or not isinstance(rule, (Real, Tensor, Balancing)):
             raise TypeError(
-                "threshold must be 'mmse', 'max', a percentile such as '99.9%', a number, a tensor "
-                f"or a dict from layer name to one of these; got {type(rule).__name__}"
+                "threshold must be 'mmse', 'max', 'kl', 'ltb' (or a Balancing), a percentile such "
+                "as '99.9%', a number, a tensor or a dict from layer name to one of these; got "
+                f"{type(rule).__name__}"
             )
         start = _lookup("v_init", v_init, activation.label, labels, None)
         start = method.v_init if start is None else start
@@ -165,7 +174,10 @@ def settle(site: Site, seen: Statistics | None, T: int, dtype: torch.dtype) -> N
             f"value for each channel, or of the layer's shape {tuple(seen.shape[1:])}"
         )
     state = torch.float64 if dtype == torch.float64 else torch.float32
-    if site.needs_data:
+    if site.grown is not None:
+        site.theta, site.borrowed, site.silent = balanced_threshold(site.grown)
+        site.theta = site.theta if site.per_channel else site.theta.reshape(())
+    elif site.needs_data:
         assert seen is not None
         assert seen.histogram is not None
         if isinstance(start, str):

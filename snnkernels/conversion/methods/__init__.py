@@ -4,23 +4,31 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..balancing import Balancing
 from .base import Method
 from .bursts import Burst, FastSNN
+from .calibrated import Advanced, Light
 from .cos import COS
+from .ltb import LTB
 from .opi import OPI
 from .parallel import Parallel
 from .qcfs import QCFSMethod
-from .rules import MMSE, Max, Percentile
+from .rules import KL, MMSE, Max, Percentile
 from .srp import SRP
 
 __all__ = [
     "COS",
+    "KL",
+    "LTB",
     "METHODS",
     "MMSE",
     "OPI",
     "SRP",
+    "Advanced",
+    "Balancing",
     "Burst",
     "FastSNN",
+    "Light",
     "Max",
     "Method",
     "Parallel",
@@ -30,7 +38,8 @@ __all__ = [
 ]
 
 _CLASSES: tuple[type[Method], ...] = (
-    OPI, QCFSMethod, COS, SRP, Parallel, Max, Percentile, MMSE, Burst, FastSNN,
+    OPI, QCFSMethod, COS, SRP, Parallel, Max, Percentile, MMSE, KL, LTB, Light, Advanced, Burst,
+    FastSNN,
 )  # fmt: skip
 METHODS: dict[str, type[Method]] = {m.name: m for m in _CLASSES}
 
