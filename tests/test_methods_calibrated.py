@@ -226,9 +226,8 @@ def test_weights_that_do_not_help_stay() -> None:
 def test_weights_lower_the_error() -> None:
     ann, x = deep(), images(64)
     plain = convert(ann, x, T=2, progress=False)
-    snn = convert(
-        ann, x, method=Advanced(iterations=30, lr=1e-2, potentials=False), T=2, progress=False
-    )
+    method = Advanced(iterations=50, potentials=False)
+    snn = convert(ann, x, method=method, T=2, progress=False)
     layers = [name for name, _ in snn.neurons()]
     assert sum(snn.report[n].error for n in layers) < sum(plain.report[n].error for n in layers)
     assert not torch.equal(snn.body.get_submodule("2").weight, ann[2].weight)

@@ -300,11 +300,6 @@ def test_the_report_is_of_what_is_read_out() -> None:
         ),
         (lambda: convert(net(), data(), threshold=[1]), TypeError, "'kl', 'ltb'"),
         (
-            lambda: convert(net(), data(), method="ltb", v_init="mse"),
-            ValueError,
-            "v_init='mse' for 1 needs a threshold that comes from",
-        ),
-        (
             lambda: convert(net(), data() * math.inf, method="ltb"),
             ConversionError,
             "1: the ANN's activations contain NaN",

@@ -9,9 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from snnkernels import convert
-from snnkernels.conversion.calibration import Statistics
-from snnkernels.conversion.errors import ConversionError
-from snnkernels.conversion.starts import Start, best_fraction, parse_start
+from snnkernels.conversion.starts import Start, parse_start
 
 
 def net() -> nn.Sequential:
@@ -93,42 +91,58 @@ def test_normal_has_mean_half_and_deviation_a_quarter() -> None:
     assert bool((value < 0).any() | (value > 0.9).any())  # not clipped to [0, 1)
 
 
-def statistics(a: Tensor) -> Statistics:
-    seen = Statistics(a.shape, a.dtype)
-    seen.update("layer", a, True)
-    return seen
+def one(value: float = 1.0) -> nn.Sequential:
+    ann = nn.Sequential(nn.Linear(1, 1, bias=False), nn.ReLU()).eval()
+    with torch.no_grad():
+        ann[0].weight.fill_(value)
+    return ann
 
 
 @pytest.mark.parametrize("T", [1, 2, 5])
 def test_mse_of_constant_currents_is_half(T: int) -> None:
     """A start of θ/2 rounds a constant current to the nearest level: best for every density."""
-    g = torch.Generator().manual_seed(T)
-    a = torch.stack([torch.rand(4000, generator=g), torch.rand(4000, generator=g) ** 3], 1)
-    fine = statistics(a.double() * 0.999)
-    assert (best_fraction(fine, torch.ones(2).double(), T) - 0.5).abs().max() <= 1 / 64
+    for power in (1, 3):
+        x = torch.rand(64, 1, generator=torch.Generator().manual_seed(T)) ** power
+        snn = convert(one(), x, threshold=1.0, v_init="mse", T=T)
+        plain = convert(one(), x, threshold=1.0, T=T)
+        found = dict(snn.neurons())["1"].node.v_init.item()
+        assert snn.report["1"].error <= plain.report["1"].error
+        assert abs(found - 0.5) <= 1 / 8
 
 
-@pytest.mark.parametrize("T", [1, 2, 4, 8])
-def test_mse_is_the_best_of_its_candidates(T: int) -> None:
-    a = torch.rand(500, 3, generator=torch.Generator().manual_seed(T)).square()
-    theta = torch.tensor([0.5, 0.75, 1.0], dtype=torch.float64)
-    found = best_fraction(statistics(a), theta, T)
+def test_mse_worked_by_hand() -> None:
+    """θ = 1, T = 2. Level 1/2 is reached from 2x + c >= 1, level 1 from 2x + c >= 2.
 
-    def error(c: int, part: float) -> float:
-        values, V = a[:, c].double(), theta[c].item()
-        answer = V / T * torch.floor(values * T / V + part).clamp(0, T)
-        return (values - answer).square().mean().item()
+    All of x = 3/16 (answered 0 up to c = 9/16, then 1/2): 0 is nearer, so 1/2 it stays. With a
+    first layer that answers too little by 1/4 (θ = 1 for activations of 5/4, T = 1), the second
+    makes good for it: its current is 1, the ANN's 5/4, and θ = 2 needs c >= 1/2.
+    """
+    snn = convert(one(), torch.full((4, 1), 3 / 16), threshold=1.0, v_init="mse", T=2)
+    assert dict(snn.neurons())["1"].node.v_init.item() == 0.5
+    two = nn.Sequential(*one(), *one(0.75)).eval()
+    x = torch.full((4, 1), 1.25)
+    snn = convert(two, x, threshold={"1": 1.0, "3": 2.0}, v_init={"3": "mse"}, T=1)
+    # The current is 0.75: a spike of 2 from c = 5/8 on; 0 is 15/16 off, 2 is 17/16: none.
+    assert dict(snn.neurons())["3"].node.v_init.item() == 1.0
+    snn = convert(two, x, threshold={"1": 1.0, "3": 1.5}, v_init={"3": "mse"}, T=1)
+    # θ = 1.5: half of it is reached exactly at c = 1/2, and 1.5 is nearer to 15/16 than 0.
+    assert dict(snn.neurons())["3"].node.v_init.item() == 0.75
+    snn = convert(two, x, threshold={"1": 1.0, "3": 1.75}, v_init={"3": "mse"}, T=1)
+    # θ = 1.75: 1.75 (13/16 off) beats 0 (15/16 off) and takes c >= 4/7: 10/16 is the first.
+    assert dict(snn.neurons())["3"].node.v_init.item() == pytest.approx(1.75 * 10 / 16)
 
-    for c in range(3):
-        best = min(error(c, i / 64) for i in range(64))
-        # A bin stands for the mean of its values.
-        assert error(c, found[c].item()) <= best * 1.02 + 1e-6
 
-
-def test_mse_of_the_network_is_per_channel() -> None:
-    value = starts("mse", T=4)
-    assert value["1"].shape == (4,)
-    assert bool(((value["1"] >= 0) & (value["1"] < 1)).all())
+@pytest.mark.parametrize("normalize", ["threshold", "weights"])
+def test_mse_of_the_network_is_per_channel(normalize: str) -> None:
+    plain = convert(net(), X, T=4, normalize=normalize)
+    snn = convert(net(), X, T=4, v_init="mse", normalize=normalize)
+    for _name, layer in snn.neurons():
+        part = layer.node.v_init / layer.node.threshold
+        assert part.shape == (layer.node.v_init.numel(),)
+        assert bool(((part >= 0) & (part < 1)).all())
+        assert torch.equal((part * 16).round() / 16, part.round(decimals=4))
+    assert snn.report["1"].error <= plain.report["1"].error + 1e-6
+    assert "v_init was fitted per channel at T=4 on 16 images" in str(snn.report)
 
 
 def test_absolute_values() -> None:
@@ -145,11 +159,6 @@ def test_absolute_values() -> None:
     [
         ({"v_init": "uniform"}, ValueError, "v_init='uniform' for 1 needs calibration data"),
         ({"v_init": "mse"}, ValueError, "v_init='mse' for 1 needs calibration data"),
-        (
-            {"loader": X, "v_init": "mse"},
-            ValueError,
-            "v_init='mse' for 1 needs a threshold that comes from data",
-        ),
         ({"v_init": math.nan}, ValueError, "v_init of 1 must be finite"),
         ({"v_init": torch.rand(3)}, ValueError, "v_init of 1 has 3 values, .* 4 channels"),
         (
@@ -165,11 +174,6 @@ def test_absolute_values() -> None:
 def test_bad_starts(arguments: dict, error: type[Exception], says: str) -> None:
     with pytest.raises(error, match=says):
         convert(net(), arguments.pop("loader", None), threshold=1.0, **arguments)
-
-
-def test_mse_needs_a_histogram() -> None:
-    with pytest.raises(ConversionError, match="no histogram"):
-        best_fraction(Statistics(torch.Size([2, 3]), torch.float32), torch.ones(3).double(), 4)
 
 
 # ---- one layer, in closed form -------------------------------------------------------------------

@@ -17,6 +17,7 @@ from .calibration import SAMPLE, Statistics, batches, collect, first_batch
 from .channels import channels_of
 from .context import Context
 from .errors import ConversionError
+from .fit import fit_starts
 from .fold import fold_batch_norm
 from .graphs import copy_graph, first_input, module_of, name_of
 from .kinds import Kind, before_neurons, check_supported, is_activation, kinds_of
@@ -106,9 +107,9 @@ def convert(
         per_channel: thresholds from data per channel (True) or per layer; None: the method's own.
         v_init: initial potential: None (the method's own), ``"half"`` (θ/2, follows θ),
             ``"zero"``, a part of θ such as ``"25%"``, ``"uniform"`` or ``"normal"`` (drawn for each
-            neuron, from data's shapes), ``"mse"`` (the part of each channel that fits the data
-            best), a number or a tensor (scalar, per channel or of the layer's shape) in the units
-            of the current, or a dict.
+            neuron, from data's shapes), ``"mse"`` (the part of each channel that brings the spiking
+            layer nearest to the ANN's), a number or a tensor (scalar, per channel or of the layer's
+            shape) in the units of the current, or a dict.
         maxpool: ``"cumulative"`` (exact in the mean at every T), ``"pre_spike"`` (maximum of the
             currents of each step) or ``"avg"`` (replaced by average pooling: a different ANN).
         on_unsupported: ``"error"``, or ``"keep"`` to apply what cannot be converted to the spikes
@@ -240,6 +241,7 @@ def convert(
     device = _device(net)
     if device is not None:
         snn.to(device)
+    fit_starts(snn, context)
     chosen.finish(snn, context)
     if sample is not None:
         measure(snn, model, sample, expected, report)

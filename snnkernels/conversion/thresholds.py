@@ -36,6 +36,7 @@ class Site:
     silent: bool = False
     learned: Any = None  # the threshold that training left, if the method reads one
     grown: Tensor | None = None  # what balancing found, float64 [C] or [1]
+    fit_start: bool = False  # v_init is to be fitted to the spiking network
 
     @property
     def label(self) -> str:
@@ -193,7 +194,7 @@ def settle(site: Site, seen: Statistics | None, T: int, dtype: torch.dtype) -> N
         site.theta = theta if site.per_channel else theta.reshape(())
     site.theta = site.theta.to(state)
     if isinstance(site.v_init, str):
-        site.v_init = settled_start(site, seen, T)
+        site.v_init = settled_start(site, seen)
     if isinstance(site.v_init, Tensor):
         site.v_init = site.v_init.detach().to(site.theta.device, state)
         site.v_init = site.v_init.reshape(()) if site.v_init.numel() == 1 else site.v_init
