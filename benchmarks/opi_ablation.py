@@ -61,7 +61,7 @@ def one_layer(neurons: int) -> list[dict[str, object]]:
     z = torch.rand(neurons, generator=draw, dtype=torch.float64)
     for T in STEPS:
         for c in FRACTIONS:
-            count, _ = functional.if_count(z, theta, v=c * theta, T=T)
+            count, _ = functional.if_count(z, c * theta, theta, T=T)
             error = theta * count / T - z
             mean, square = error.mean().item(), error.square().mean().item()
             of_mean, of_square = closed_forms(c, T, theta)

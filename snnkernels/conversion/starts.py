@@ -46,8 +46,8 @@ def parse_start(text: str) -> Start:
         f"v_init={text!r} is not known; allowed: 'half' (θ/2), 'zero', a part of θ such as '25%', "
         "'uniform' (in [0, θ), drawn once for each neuron), 'normal' (mean θ/2, deviation θ/4), "
         "'mse' (per channel, fitted to data), a number or a tensor (an absolute potential, in the "
-        "units of θ; scalar, per channel or of the layer's shape), a dict from layer name to one of "
-        "these"
+        "units of θ; scalar, per channel or of the layer's shape), a dict from layer name to one "
+        "of these"
     )
 
 
