@@ -103,10 +103,16 @@ class ConvertedNetwork(nn.Module):
                     yield self._read(statics, self.body(*inputs, 1), clock.levels, dtype)
                 return
             if steps.whole:
-                clock.ends = tuple(ends)
+                starts = [steps.first(end) for end in ends]
+                marks = sorted({*ends, *starts} - {0})
+                clock.ends = tuple(marks)
                 found = self.body(*inputs, steps.rows(ends[-1]))
-                for i, end in enumerate(ends):
-                    yield self._read(statics, [counts[i] for counts in found], end, dtype)
+                for start, end in zip(starts, ends, strict=True):
+                    between = [counts[marks.index(end)] for counts in found]
+                    if start:
+                        before = [counts[marks.index(start)] for counts in found]
+                        between = [b - a for a, b in zip(before, between, strict=True)]
+                    yield self._read(statics, between, end - start, dtype)
                 return
             counts: Any = None
             done = 0

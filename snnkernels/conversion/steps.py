@@ -19,6 +19,8 @@ class Steps:
         extra: steps that the method adds to T, in its latency.
         whole: neurons need all their rows in one call; a run cannot go on from where one ended.
         parallel: no rows at all: one pass on counts.
+        delay: answering steps that are run and not read out; where fewer than 4 would be left, the
+            last 4 are read out, or all if T is less. Needs ``whole``.
     """
 
     before: int = 0
@@ -26,6 +28,11 @@ class Steps:
     extra: int = 0
     whole: bool = False
     parallel: bool = False
+    delay: int = 0
+
+    def first(self, T: int) -> int:
+        """How many answering steps of a run of T pass before those that are read out."""
+        return min(self.delay, max(T - 4, 0))
 
     def rows(self, T: int) -> int:
         """Rows of a run that answers for T steps."""

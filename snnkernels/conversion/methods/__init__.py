@@ -4,28 +4,36 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..balancing import Balancing
 from .base import Method
 from .bursts import Burst, FastSNN
+from .calibrated import Advanced, Light
 from .cos import COS
 from .datta import Datta
+from .ltb import LTB
 from .opi import OPI
 from .parallel import Parallel
 from .qcfs import QCFSMethod
 from .rnl import RNL
-from .rules import MMSE, Max, Percentile
+from .rules import KL, MMSE, Max, Percentile
 from .srp import SRP
 from .threshold_relu import ThresholdReLUMethod
 
 __all__ = [
     "COS",
+    "KL",
+    "LTB",
     "METHODS",
     "MMSE",
     "OPI",
     "RNL",
     "SRP",
+    "Advanced",
+    "Balancing",
     "Burst",
     "Datta",
     "FastSNN",
+    "Light",
     "Max",
     "Method",
     "Parallel",
@@ -37,7 +45,7 @@ __all__ = [
 
 _CLASSES: tuple[type[Method], ...] = (
     OPI, QCFSMethod, COS, SRP, Parallel, ThresholdReLUMethod, RNL, Datta, Max, Percentile, MMSE,
-    Burst, FastSNN,
+    KL, LTB, Light, Advanced, Burst, FastSNN,
 )  # fmt: skip
 METHODS: dict[str, type[Method]] = {m.name: m for m in _CLASSES}
 

@@ -81,7 +81,7 @@ class Datta(Method):
             site.amplitude = (beta * site.theta.double()).to(mu.dtype)
             if isinstance(site.start, str):
                 site.v_init = site.start
-                site.v_init = settled_start(site, context.seen.get(site.path), context.T)
+                site.v_init = settled_start(site, context.seen.get(site.path))
                 if isinstance(site.v_init, Tensor):
                     site.v_init = site.v_init.to(mu.device, mu.dtype)
             found.append(f"{site.label} {_short(alpha)}, {_short(beta)}")
