@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .cli_sweep import add_parser as add_sweep
+
 if TYPE_CHECKING:
     import torch
     from torch import nn
@@ -68,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--epochs", type=_positive, default=12, metavar="N")
     demo.add_argument("--seed", type=int, default=0, metavar="N")
     demo.set_defaults(run=_demo)
+    add_sweep(commands)
     return parser
 
 

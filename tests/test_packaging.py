@@ -187,7 +187,7 @@ FLOORS = {
     "conversion": 3, "metrics": 3,
     "engine": 4,
     "interop": 5, "hub": 5,
-    "cli": 6, "plots": 6, "__main__": 6,
+    "cli": 6, "cli_sweep": 6, "plots": 6, "sweep": 6, "__main__": 6,
     "_cpu": 0, "_cuda": 0, "_csrc": 0,
 }  # fmt: skip
 

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils.data import Dataset, IterableDataset
 
+from .balancing import Balancing
+from .divergence import kl_threshold
 from .errors import ConversionError
 from .histogram import Histogram
 from .ops import Activation
@@ -203,14 +205,16 @@ def collect(
     return found
 
 
-def parse_rule(rule: str) -> float | str:
-    """``"mmse"``, ``"max"``, or a percentile such as ``"99.9%"`` as a number.
+def parse_rule(rule: str) -> float | str | Balancing:
+    """``"mmse"``, ``"max"``, ``"kl"``, ``"ltb"``, or a percentile such as ``"99.9%"`` as a number.
 
     Raises:
         ValueError: anything else; lists what is allowed.
     """
-    if rule in ("mmse", "max"):
+    if rule in ("mmse", "max", "kl"):
         return rule
+    if rule == "ltb":
+        return Balancing()
     if rule.endswith("%"):
         try:
             percent = float(rule[:-1])
@@ -219,8 +223,9 @@ def parse_rule(rule: str) -> float | str:
         if 0 < percent <= 100:
             return percent
     raise ValueError(
-        f"threshold={rule!r} is not known; allowed: 'mmse', 'max', a percentile such as '99.9%', a "
-        "number, a tensor, or a dict from layer name to one of these"
+        f"threshold={rule!r} is not known; allowed: 'mmse', 'max', 'kl', 'ltb' (or a "
+        "Balancing), a percentile such as '99.9%', a number, a tensor, or a dict from layer name "
+        "to one of these"
     )
 
 
@@ -272,8 +277,12 @@ def rule_threshold(
     parsed = parse_rule(rule)
 
     def apply(h: Histogram) -> Tensor:
+        start = v_init if h is histogram else _typical(v_init)
         if parsed == "mmse":
-            return mmse_threshold(h, T, v_init if h is histogram else _typical(v_init))
+            return mmse_threshold(h, T, start)
+        if parsed == "kl":  # of all channels as one its bins are common to them
+            return kl_threshold(histogram, T, start, pooled=h is not histogram)
+        assert isinstance(parsed, (str, float))
         return h.maximum.clone() if parsed == "max" else h.percentile(float(parsed))
 
     theta = apply(histogram)

@@ -103,13 +103,19 @@ class ConvertedNetwork(nn.Module):
                     yield self._read(statics, self.body(*inputs, 1), clock.levels, dtype)
                 return
             if steps.whole:
-                runs: list[tuple[int, ...]] = [tuple(ends)]
-                for run in [(end,) for end in ends] if steps.apart else runs:
+                runs = [[end] for end in ends] if steps.apart else [ends]
+                for run in runs:
                     self.reset()
-                    clock.ends, clock.levels = run, run[-1]
+                    starts = [steps.first(end) for end in run]
+                    marks = sorted({*run, *starts} - {0})
+                    clock.ends, clock.levels = tuple(marks), run[-1]
                     found = self.body(*inputs, steps.rows(run[-1]))
-                    for i, end in enumerate(run):
-                        yield self._read(statics, [counts[i] for counts in found], end, dtype)
+                    for start, end in zip(starts, run, strict=True):
+                        between = [counts[marks.index(end)] for counts in found]
+                        if start:
+                            before = [counts[marks.index(start)] for counts in found]
+                            between = [b - a for a, b in zip(before, between, strict=True)]
+                        yield self._read(statics, between, end - start, dtype)
                 return
             counts: Any = None
             done = 0

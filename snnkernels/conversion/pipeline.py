@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from ..neurons import IFNode
+from .balancing import Balancing, balance
 from .calibration import SAMPLE, Statistics, batches, collect, first_batch
 from .channels import channels_of
 from .context import Context
 from .errors import ConversionError
+from .fit import fit_starts
 from .fold import fold_batch_norm
-from .graphs import copy_graph, first_input, module_of, name_of
+from .graphs import add_module, copy_graph, first_input, module_of, name_of
 from .kinds import Kind, before_neurons, check_supported, is_activation, kinds_of
 from .marks import mark
 from .methods import METHODS, Method, find_method
@@ -97,14 +100,16 @@ def convert(
             options of its own, such as ``SRP(probe=8)``.
         T: number of time steps the thresholds are made for, and the default of ``snn(x)``.
         threshold: None (the method's own: for opi the learned ceiling if there is one, else
-            "mmse"), ``"mmse"``, ``"max"``, a percentile such as ``"99.9%"``, a number, a tensor
-            (scalar or one value for each channel), or a dict from activation name to one of these.
+            "mmse"), ``"mmse"``, ``"max"``, ``"kl"``, ``"ltb"`` (or a ``Balancing`` of
+            :mod:`snnkernels.conversion.methods`, with options), a percentile such as ``"99.9%"``, a
+            number, a tensor (scalar or one value for each channel), or a dict from activation name
+            to one of these.
         per_channel: thresholds from data per channel (True) or per layer; None: the method's own.
         v_init: initial potential: None (the method's own), ``"half"`` (θ/2, follows θ),
             ``"zero"``, a part of θ such as ``"25%"``, ``"uniform"`` or ``"normal"`` (drawn for each
-            neuron, from data's shapes), ``"mse"`` (the part of each channel that fits the data
-            best), a number or a tensor (scalar, per channel or of the layer's shape) in the units
-            of the current, or a dict.
+            neuron, from data's shapes), ``"mse"`` (the part of each channel that brings the spiking
+            layer nearest to the ANN's), a number or a tensor (scalar, per channel or of the layer's
+            shape) in the units of the current, or a dict.
         maxpool: ``"cumulative"`` (exact in the mean at every T), ``"pre_spike"`` (maximum of the
             currents of each step) or ``"avg"`` (replaced by average pooling: a different ANN).
         on_unsupported: ``"error"``, or ``"keep"`` to apply what cannot be converted to the spikes
@@ -142,6 +147,9 @@ def convert(
 
     traced = trace(ann)
     net, graph = traced.net, traced.graph
+    behind = chosen.behind()
+    if behind is not None:
+        _append(net, graph, behind, chosen)
     if traced.hooked:
         report.notes.append(
             f"forward hooks of {', '.join(traced.hooked)} were not called: what they change is "
@@ -155,6 +163,7 @@ def convert(
         sample = batch[:SAMPLE]
         try:
             expected = answer_of(own_copy(ann, share=True)[0], batch, sample)
+            expected = expected if behind is None else behind(expected)
             check_same(expected, note_shapes(net, graph, sample))
         except ConversionError as error:
             failure = error  # what the graph alone tells comes first: it says more
@@ -191,9 +200,13 @@ def convert(
             "give threshold= as numbers, or train with ClipReLU or QCFS"
         )
     seen: dict[str, Statistics] = {}
+    again: Callable[[], Iterator[Tensor]] | None = None
     if batch is not None and sample is not None:
-        how = {s.path: (s.per_channel if s.needs_data else None, s.channel_dim) for s in sites}
-        seen = collect(model, how, batch, rest, loader=loader, progress=progress, once=not needy)
+        how = {s.path: (s.per_channel if s.needs_histogram else None, s.channel_dim) for s in sites}
+        once = not any(site.needs_histogram for site in sites)
+        seen = collect(model, how, batch, rest, loader=loader, progress=progress, once=once)
+        again = partial(batches, loader, _device(net))
+        _balance(model, sites, chain([batch], rest) if once else None, again, report, progress)
         with torch.no_grad():
             note = check_same(expected, (unpooled if maxpool == "avg" else model)(sample))
         if note is not None:
@@ -216,7 +229,6 @@ def convert(
                 "the layer's threshold"
             )
 
-    again = None if loader is None else partial(batches, loader, _device(net))
     context = Context(model, sites, seen, T, sample, again, report, progress)
     chosen.settle(context)
     clock = Clock(chosen.steps())
@@ -233,10 +245,53 @@ def convert(
     device = _device(net)
     if device is not None:
         snn.to(device)
+    fit_starts(snn, context)
     chosen.finish(snn, context)
     if sample is not None:
         measure(snn, model, sample, expected, report)
     return snn
+
+
+def _append(net: nn.Module, graph: fx.Graph, module: nn.Module, method: Method) -> None:
+    """Put ``module`` behind the answer of ``graph``."""
+    output = next(n for n in graph.nodes if n.op == "output")
+    answer = output.args[0]
+    if not isinstance(answer, fx.Node):
+        raise ConversionError(
+            f"method={method.name!r} puts neurons behind the network's answer, which must be one "
+            f"tensor; this is a {type(answer).__name__}. Turn the method's option off"
+        )
+    path = add_module(net, "spiking_output", module)
+    with graph.inserting_before(output):
+        appended = graph.call_module(path, (answer,))
+    output.args = (appended,)
+
+
+def _balance(
+    model: fx.GraphModule,
+    sites: list[Site],
+    first: Iterator[Tensor] | None,
+    again: Callable[[], Iterator[Tensor]],
+    report: Report,
+    progress: bool,
+) -> None:
+    """Grow the thresholds of the sites whose rule is a Balancing, if there are any."""
+    wanted = {
+        s.path: (s.rule, s.per_channel, s.channel_dim)
+        for s in sites
+        if isinstance(s.rule, Balancing)
+    }
+    if not wanted:
+        return
+    thetas, done = balance(model, wanted, first, again, progress=progress)
+    for site in sites:
+        site.grown = thetas.get(site.path)
+    asked = max(rule.updates for rule, *_ in wanted.values())
+    if done < asked:
+        report.notes.append(
+            f"the loader can be read only once: thresholds were balanced on {done} batches instead "
+            f"of {asked}"
+        )
 
 
 def _device(net: nn.Module) -> torch.device | None:

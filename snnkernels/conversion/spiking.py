@@ -158,16 +158,16 @@ class SpikingActivation(nn.Module):
         return (scale * count / T).to(dtype)
 
     def _net_count(self, out: Tensor, T: int) -> Tensor:
-        """The counts over the T steps that answer in an output of :meth:`forward`."""
+        """The counts over the steps that are read out in an output of :meth:`forward`."""
         steps = self.clock.steps
         if steps.parallel or (self.counts and not steps.whole):
             return out
         rows = split_time(out, steps.rows(T))[steps.before :]
-        return self.count(rows[:T])
+        return self.count(rows[steps.first(T) : T])
 
     def answer(self, out: Tensor, T: int, dtype: torch.dtype) -> Tensor:
         """The activations that an output of :meth:`forward` in a run of T steps stands for."""
-        return self.rate(self._net_count(out, T), T, dtype)
+        return self.rate(self._net_count(out, T), T - self.clock.steps.first(T), dtype)
 
     def spikes_per_step(self, out: Tensor, T: int) -> Tensor:
         """Net spikes of a neuron and step, averaged, in an output of :meth:`forward`."""
@@ -175,7 +175,7 @@ class SpikingActivation(nn.Module):
         if self.clock.steps.parallel:
             weight = per_channel_view(self._weight(), self.channel_dim, count.dim())
             return (count / weight).mean()
-        return count.mean() / T
+        return count.mean() / (T - self.clock.steps.first(T))
 
     def _channels_of(self, threshold: float | Tensor, dims: int) -> int | None:
         """Where a threshold per channel lies in ``dims`` dimensions; None if it is not one."""
@@ -186,6 +186,9 @@ class SpikingActivation(nn.Module):
         """``θ / T clip(floor((x T + v_init) / θ), 0, T)`` of a mean current ``[B, *]``."""
         node = self.node
         threshold = node.threshold
+        if node.bias is not None:
+            bias = torch.as_tensor(node.bias, dtype=x.dtype, device=x.device)
+            x = x + per_channel_view(bias, self.channel_dim, x.dim())
         if node.v_init == "half":
             # The QCFS network's own expression, and its bits.
             dim = self._channels_of(threshold, x.dim())

@@ -26,6 +26,8 @@ class Steps:
             the ``"first"`` or the ``"last"``; or ``"spread"``, a T-th in each. Otherwise than in
             every step takes ``before=1``: a silent row, in which neurons emit nothing, so that
             what the layers make of it is the constant terms (see :meth:`Clock.currents`).
+        delay: answering steps that are run and not read out; where fewer than 4 would be left, the
+            last 4 are read out, or all if T is less. Needs ``whole``.
     """
 
     before: int = 0
@@ -36,6 +38,11 @@ class Steps:
     apart: bool = False
     windows: int = 0
     bias: str = "every"
+    delay: int = 0
+
+    def first(self, T: int) -> int:
+        """How many answering steps of a run of T pass before those that are read out."""
+        return min(self.delay, max(T - 4, 0))
 
     def rows(self, T: int) -> int:
         """Rows of a run that answers for T steps."""

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .activations_rates import RateNorm
+from .balancing import Balancing, balanced_threshold
 from .calibration import Statistics, parse_rule, rule_threshold
 from .errors import ConversionError
 from .methods import Method
@@ -24,7 +26,7 @@ class Site:
 
     path: str
     activation: Activation
-    rule: Any  # "learned", a rule of calibration.py, a number or a tensor
+    rule: Any  # "learned", a rule of calibration.py, a Balancing, a number or a tensor
     v_init: Any  # what starts.py knows; settled: "half", a number or a tensor
     per_channel: bool
     theta: Tensor = field(default_factory=lambda: torch.ones(()))
@@ -34,6 +36,10 @@ class Site:
     rare: list[int] = field(default_factory=list)  # channels whose percentile is 0
     silent: bool = False
     learned: Any = None  # the threshold that training left, if the method reads one
+    start: Any = None  # v_init as it was asked for, before it was settled
+    amplitude: Any = None  # what a spike weighs, where a method's settle has found it
+    grown: Tensor | None = None  # what balancing found, float64 [C] or [1]
+    fit_start: bool = False  # v_init is to be fitted to the spiking network
 
     @property
     def label(self) -> str:
@@ -43,6 +49,11 @@ class Site:
     @property
     def needs_data(self) -> bool:
         """Whether the rule works on calibration data."""
+        return self.needs_histogram or isinstance(self.rule, Balancing)
+
+    @property
+    def needs_histogram(self) -> bool:
+        """Whether the rule works on a histogram of the activations."""
         return isinstance(self.rule, str) and self.rule != "learned"
 
     def describe(self) -> str:
@@ -51,7 +62,7 @@ class Site:
             return f"{type(self.activation.inner).__name__} -> IF, θ learned"
         kind = type(self.activation.inner).__name__
         kind = f"ReLU{self.activation.inner.max_val:g}" if kind == "Hardtanh" else kind
-        if isinstance(self.rule, str):
+        if self.needs_data:
             return f"{kind} -> IF, θ {self.rule} per {'channel' if self.per_channel else 'layer'}"
         return f"{kind} -> IF, θ given"
 
@@ -89,6 +100,12 @@ def plan(
         method.check(list(activations.values()))
     sites = []
     for path, activation in activations.items():
+        if isinstance(activation.inner, RateNorm) and method.trains != "RateNorm":
+            raise ConversionError(
+                f"{activation.label} is a RateNorm, which answers in rates: method='rnl' gives its "
+                f"neurons spikes of weight 1, method={method.name!r} does not. What opi adds is "
+                "method='rnl', v_init='half'"
+            )
         learned = method.learned(activation)
         own = "learned" if learned is not None else method.threshold
         rule = _lookup("threshold", threshold, activation.label, labels, None)
@@ -97,18 +114,20 @@ def plan(
             method.check([activation])
         if isinstance(rule, str):
             if rule != "learned":
-                parse_rule(rule)
-        elif isinstance(rule, bool) or not isinstance(rule, (Real, Tensor)):
+                parsed = parse_rule(rule)
+                rule = parsed if isinstance(parsed, Balancing) else rule
+        elif isinstance(rule, bool) or not isinstance(rule, (Real, Tensor, Balancing)):
             raise TypeError(
-                "threshold must be 'mmse', 'max', a percentile such as '99.9%', a number, a tensor "
-                f"or a dict from layer name to one of these; got {type(rule).__name__}"
+                "threshold must be 'mmse', 'max', 'kl', 'ltb' (or a Balancing), a percentile such "
+                "as '99.9%', a number, a tensor or a dict from layer name to one of these; got "
+                f"{type(rule).__name__}"
             )
         start = _lookup("v_init", v_init, activation.label, labels, None)
         start = method.v_init if start is None else start
         if isinstance(start, str) or not isinstance(start, (Real, Tensor)):
             parse_start(start if isinstance(start, str) else repr(start))
         apart = method.per_channel if per_channel is None else bool(per_channel)
-        site = Site(path, activation, rule, start, apart, learned=learned)
+        site = Site(path, activation, rule, start, apart, learned=learned, start=start)
         site.channel_dim, site.channels = channels[path]
         sites.append(site)
     for site in sites:
@@ -161,11 +180,14 @@ def settle(site: Site, seen: Statistics | None, T: int, dtype: torch.dtype) -> N
     start = site.v_init
     if isinstance(start, Tensor) and start.dim() > 1 and seen and start.shape != seen.shape[1:]:
         raise ValueError(
-            f"v_init of {site.label} has shape {tuple(start.shape)}; it must be a scalar, one value "
-            f"for each channel, or of the layer's shape {tuple(seen.shape[1:])}"
+            f"v_init of {site.label} has shape {tuple(start.shape)}; it must be a scalar, one "
+            f"value for each channel, or of the layer's shape {tuple(seen.shape[1:])}"
         )
     state = torch.float64 if dtype == torch.float64 else torch.float32
-    if site.needs_data:
+    if site.grown is not None:
+        site.theta, site.borrowed, site.silent = balanced_threshold(site.grown)
+        site.theta = site.theta if site.per_channel else site.theta.reshape(())
+    elif site.needs_data:
         assert seen is not None
         assert seen.histogram is not None
         if isinstance(start, str):
@@ -181,7 +203,7 @@ def settle(site: Site, seen: Statistics | None, T: int, dtype: torch.dtype) -> N
         site.theta = theta if site.per_channel else theta.reshape(())
     site.theta = site.theta.to(state)
     if isinstance(site.v_init, str):
-        site.v_init = settled_start(site, seen, T)
+        site.v_init = settled_start(site, seen)
     if isinstance(site.v_init, Tensor):
         site.v_init = site.v_init.detach().to(site.theta.device, state)
         site.v_init = site.v_init.reshape(()) if site.v_init.numel() == 1 else site.v_init

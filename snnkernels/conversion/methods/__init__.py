@@ -4,46 +4,62 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..balancing import Balancing
 from .base import Method
 from .bit_serial import BitSerial
 from .bursts import Burst, FastSNN
+from .calibrated import Advanced, Light
 from .cos import COS
+from .datta import Datta
 from .dsr import DSR
+from .ltb import LTB
 from .multi_threshold import MultiThreshold
 from .opi import OPI
 from .parallel import Parallel
 from .ptl import PTL
 from .qcfs import QCFSMethod
-from .rules import MMSE, Max, Percentile
+from .rnl import RNL
+from .rules import KL, MMSE, Max, Percentile
 from .srp import SRP
 from .st_bif import STBIF
+from .threshold_relu import ThresholdReLUMethod
 from .ttfs import TTFS
 
 __all__ = [
     "COS",
     "DSR",
+    "KL",
+    "LTB",
     "METHODS",
     "MMSE",
     "OPI",
     "PTL",
+    "RNL",
     "SRP",
     "STBIF",
     "TTFS",
+    "Advanced",
+    "Balancing",
     "BitSerial",
     "Burst",
+    "Datta",
     "FastSNN",
+    "Light",
     "Max",
     "Method",
     "MultiThreshold",
     "Parallel",
     "Percentile",
     "QCFSMethod",
+    "ThresholdReLUMethod",
     "find_method",
 ]
 
 _CLASSES: tuple[type[Method], ...] = (
     OPI, QCFSMethod, COS, SRP, Parallel, Max, Percentile, MMSE, Burst, FastSNN, STBIF,
     BitSerial, TTFS, DSR, MultiThreshold, PTL,
+    OPI, QCFSMethod, COS, SRP, Parallel, ThresholdReLUMethod, RNL, Datta, Max, Percentile, MMSE,
+    KL, LTB, Light, Advanced, Burst, FastSNN,
 )  # fmt: skip
 METHODS: dict[str, type[Method]] = {m.name: m for m in _CLASSES}
 

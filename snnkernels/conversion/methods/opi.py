@@ -16,7 +16,7 @@ class OPI(Method):
     With ``ClipReLU`` (or ``QCFS``) activations the threshold is the learned ceiling, as in the
     paper, and no data is needed; for plain ReLU networks it comes from the data. The paper's
     ablation is ``v_init="zero"``, ``"25%"`` (of θ, any constant), ``"uniform"``, ``"normal"`` and
-    ``"half"``; ``"mse"`` takes the constant of each channel that fits its data best.
+    ``"half"``; ``"mse"`` takes the constant of each channel that fits the spikes best.
     """
 
     name = "opi"

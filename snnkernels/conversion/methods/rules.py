@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from .base import Method
 
-__all__ = ["MMSE", "Max", "Percentile"]
+__all__ = ["KL", "MMSE", "Max", "Percentile"]
 
 
 @dataclass(frozen=True)
@@ -44,4 +44,18 @@ class MMSE(Method):
     source = "Li et al.: A Free Lunch From ANN: SNN Calibration, ICML 2021 (its threshold search)"
     needs = "calibration data"
     threshold = "mmse"
+    v_init = "half"
+
+
+@dataclass(frozen=True)
+class KL(Method):
+    """Thresholds whose T levels keep most of the activations' histogram; membranes at half.
+
+    See :func:`snnkernels.conversion.divergence.kl_threshold` for bins, levels and candidates.
+    """
+
+    name = "kl"
+    source = "Migacz: 8-bit Inference with TensorRT, GTC 2017 (its entropy calibration)"
+    needs = "calibration data"
+    threshold = "kl"
     v_init = "half"

@@ -1,0 +1,129 @@
+"""``snnkernels sweep``: methods times numbers of steps over a checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+__all__ = ["add_parser"]
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command to the subparsers of ``snnkernels``."""
+    parser = commands.add_parser(
+        "sweep",
+        help="accuracy of conversion methods against the number of steps",
+        description="Converts a trained network with one method after the other and measures each "
+        "after several numbers of steps. Rows go to OUT/sweep.csv as they are measured; the same "
+        "command again measures what is missing. A table and OUT/sweep.png come last.",
+    )
+    parser.add_argument(
+        "checkpoint", type=Path, nargs="+", help="safetensors with its architecture"
+    )
+    parser.add_argument(
+        "--data", type=Path, metavar="PATH",
+        help="CIFAR-10: a .npz bundle or the official archives; by default scikit-learn's digits",
+    )  # fmt: skip
+    parser.add_argument(
+        "--methods", nargs="+", metavar="METHOD", help="such as opi srp:probe=8 "
+        "opi:v_init=zero,threshold=max; by default every method that needs no training of its own",
+    )  # fmt: skip
+    parser.add_argument("--T", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32], metavar="T")
+    parser.add_argument("--for-T", type=int, default=8, metavar="T", help="of thresholds from data")
+    parser.add_argument("--images", type=int, metavar="N", help="test images; default: all")
+    parser.add_argument("--calibration", type=int, default=1024, metavar="N")
+    parser.add_argument("--batch-size", type=int, default=50, metavar="N")
+    parser.add_argument("--out", type=Path, default=Path("snnkernels_sweep"), metavar="DIR")
+    parser.add_argument("--json", action="store_true", help="print rows as JSON, no table")
+    parser.add_argument("--no-plot", action="store_true")
+    parser.set_defaults(run=_run)
+
+
+def _run(args: argparse.Namespace) -> None:
+    from . import data, models
+    from .cli import print_table, progress_bar
+    from .conversion import ACTIVATIONS
+    from .sweep import curves, parse_trial, sweep, table
+
+    if min([*args.T, args.for_T, args.calibration, args.batch_size, args.images or 1]) < 1:
+        raise ValueError("numbers of steps and of images must be at least 1")
+    trials = [parse_trial(text) for text in args.methods or _default_methods()]
+    if args.data is None:
+        train, test = data.digits(train=True), data.digits(train=False)
+        if args.images:
+            test = _first(test, args.images)
+        train = _first(train, args.calibration)
+    else:
+        train = data.load_cifar10(args.data, train=True, limit=args.calibration)
+        test = data.load_cifar10(args.data, train=False, limit=args.images)
+    size = max(args.batch_size, 64)
+    calibration = [train[i : i + size][0] for i in range(0, len(train), size)]
+    everything = []
+    figures = {}
+    for path in args.checkpoint:
+        checkpoint = models.load_checkpoint(path, activations=ACTIVATIONS)
+        rows = sweep(
+            checkpoint.model, test, calibration, trials, args.T,
+            network=f"{path.stem} {checkpoint.hash}", data=test.name, for_T=args.for_T,
+            batch_size=args.batch_size, store=args.out / "sweep.csv", progress=progress_bar,
+        )  # fmt: skip
+        everything += rows
+        ann = float(rows[0]["ANN"])
+        if not args.json:
+            header, lines = table(rows)
+            title = (
+                f"{path.stem}: accuracy (%) on {len(test)} test images of {test.name}; ANN "
+                f"{100 * ann:.2f}; thresholds from data are for T = {args.for_T}"
+            )
+            print_table(title, header, lines)
+        figures[path.stem] = (curves(rows), ann)
+    if args.json:
+        print(json.dumps(everything, indent=2))
+    if not args.no_plot:
+        _picture(figures, args.out / "sweep.png")
+    if not args.json:
+        print(f"Rows: {args.out / 'sweep.csv'}")
+
+
+def _default_methods() -> list[str]:
+    from .conversion.methods import METHODS
+
+    return [name for name, method in METHODS.items() if method.trains != "RateNorm"]
+
+
+def _first(images: Any, count: int) -> Any:
+    """The first ``count`` images of a set."""
+    import copy
+
+    part = copy.copy(images)
+    part.images, part.labels = images.images[:count], images.labels[:count]
+    return part
+
+
+def _picture(figures: dict[str, tuple[dict, float]], path: Path) -> None:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as e:
+        raise ImportError(
+            "the picture needs matplotlib (pip install matplotlib), or pass --no-plot"
+        ) from e
+    from . import plots
+
+    figure = Figure(figsize=(8.2 * len(figures), 4.6), layout="constrained")
+    axes = figure.subplots(1, len(figures), squeeze=False)[0]
+    for ax, (name, (found, ann)) in zip(axes, figures.items(), strict=True):
+        steps = sorted({T for curve in found.values() for T in curve})
+        lines = {}
+        for trial, curve in found.items():
+            first = next(iter(curve.values()))
+            label = trial if str(first["binary"]) == "True" else f"{trial} (not binary)"
+            extra = int(first["extra steps"])
+            label += f" + {extra} steps" if extra else ""
+            lines[label] = [float(curve[T]["accuracy"]) for T in steps]
+        plots.accuracy_curve(steps, lines, ann=ann, ax=ax)
+        ax.set_title(name, fontsize=10)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    print(f"Picture: {path}")
