@@ -148,7 +148,7 @@ def sweep(
                 **about,
                 "trial": trial.label,
                 "T": T,
-                "extra steps": snn.extra_steps,
+                "extra steps": snn.latency(T) - T,
                 "accuracy": round(right[i] / len(test), 6),
                 "as ANN": round(same[i] / len(test), 6),
                 "ANN": round(float((truth[0] == truth[1]).double().mean()), 6),

@@ -103,6 +103,8 @@ def test_windows_are_counted_as_extra_steps() -> None:
     x = torch.rand(8, 3, generator=torch.Generator().manual_seed(0))
     snn = convert(net, x, method="ttfs", T=8, progress=False)
     assert snn.extra_steps == 2 * 8  # (layers + 1) T in all
+    assert snn.latency() == 24
+    assert snn.latency(4) == 12
     assert any("T=8 takes 24 steps" in note for note in snn.report.notes)
     assert snn.report["0"].rate <= 1 / 8
     assert snn.report["0"].error < 0.1

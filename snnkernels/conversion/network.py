@@ -62,7 +62,16 @@ class ConvertedNetwork(nn.Module):
     @property
     def extra_steps(self) -> int:
         """Steps that the method adds to T: probes, and windows in which layers wait."""
-        return self._clock.steps.added(self.T)
+        return self.latency() - self.T
+
+    def latency(self, T: int | None = None) -> int:
+        """Steps until the answer for ``T`` (default: those of the conversion): all are counted.
+
+        Raises:
+            ValueError: T < 1 or not a whole number.
+        """
+        T = self.T if T is None else _steps(T)
+        return T + self._clock.steps.added(T)
 
     def neurons(self) -> Iterator[tuple[str, SpikingActivation]]:
         """``(name in the ANN, layer)`` of every spiking layer, in order of execution."""
