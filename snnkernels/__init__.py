@@ -11,7 +11,14 @@ from .neurons import IFNode, LIFNode, reset_net
 from .packed import PackedSpikes
 
 if TYPE_CHECKING:
-    from .conversion import QCFS, ClipReLU, ConversionError, ConvertedNetwork
+    from .conversion import (
+        QCFS,
+        ClipReLU,
+        ConversionError,
+        ConvertedNetwork,
+        RateNorm,
+        ThresholdReLU,
+    )
     from .conversion.pipeline import convert, methods
 
 __version__ = "0.1.0"
@@ -23,6 +30,8 @@ __all__ = [
     "IFNode",
     "LIFNode",
     "PackedSpikes",
+    "RateNorm",
+    "ThresholdReLU",
     "backend_info",
     "convert",
     "functional",

@@ -44,7 +44,7 @@ def add_parser(commands: Any) -> None:
 def _run(args: argparse.Namespace) -> None:
     from . import data, models
     from .cli import print_table, progress_bar
-    from .conversion.activations import QCFS, ClipReLU
+    from .conversion import ACTIVATIONS
     from .sweep import curves, parse_trial, sweep, table
 
     if min([*args.T, args.for_T, args.calibration, args.batch_size, args.images or 1]) < 1:
@@ -60,14 +60,10 @@ def _run(args: argparse.Namespace) -> None:
         test = data.load_cifar10(args.data, train=False, limit=args.images)
     size = max(args.batch_size, 64)
     calibration = [train[i : i + size][0] for i in range(0, len(train), size)]
-    activations = {
-        "qcfs": lambda metadata: QCFS(levels=int(metadata["L"])),
-        "clip_relu": lambda metadata: ClipReLU(),
-    }
     everything = []
     figures = {}
     for path in args.checkpoint:
-        checkpoint = models.load_checkpoint(path, activations=activations)
+        checkpoint = models.load_checkpoint(path, activations=ACTIVATIONS)
         rows = sweep(
             checkpoint.model, test, calibration, trials, args.T,
             network=f"{path.stem} {checkpoint.hash}", data=test.name, for_T=args.for_T,
@@ -94,7 +90,7 @@ def _run(args: argparse.Namespace) -> None:
 def _default_methods() -> list[str]:
     from .conversion.methods import METHODS
 
-    return [name for name, method in METHODS.items() if method.trains in ("", "ClipReLU", "QCFS")]
+    return [name for name, method in METHODS.items() if method.trains != "RateNorm"]
 
 
 def _first(images: Any, count: int) -> Any:
@@ -115,7 +111,7 @@ def _picture(figures: dict[str, tuple[dict, float]], path: Path) -> None:
         ) from e
     from . import plots
 
-    figure = Figure(figsize=(6.2 * len(figures), 4.6), layout="constrained")
+    figure = Figure(figsize=(8.2 * len(figures), 4.6), layout="constrained")
     axes = figure.subplots(1, len(figures), squeeze=False)[0]
     for ax, (name, (found, ann)) in zip(axes, figures.items(), strict=True):
         steps = sorted({T for curve in found.values() for T in curve})

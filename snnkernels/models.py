@@ -290,7 +290,9 @@ def save_checkpoint(
     """
     if architecture not in ARCHITECTURES:
         raise ValueError(f"unknown architecture {architecture!r}; known: {_names()}")
-    state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    # Copies: safetensors refuses parameters that share memory.
+    layout = torch.contiguous_format
+    state = {k: v.detach().cpu().clone(memory_format=layout) for k, v in model.state_dict().items()}
     stored = {"architecture": architecture, **{key: str(value) for key, value in metadata.items()}}
     _safetensors().torch.save_file(state, str(path), stored)
 

@@ -20,8 +20,13 @@ if TYPE_CHECKING:
 __all__ = ["accuracy_curve", "raster"]
 
 # Distinguishable to the colour-blind and, with the markers, in grey.
-_COLOURS = ("#0b6e99", "#d1632a", "#5b8c3e", "#8a5a9e", "#946c00", "#444444")
-_MARKERS = "osD^vX"
+_COLOURS = (
+    "#0b6e99", "#d1632a", "#5b8c3e", "#8a5a9e", "#946c00", "#444444", "#c2185b", "#2aa198",
+    "#7a5230", "#6a8fd8", "#a0a000", "#e08ea0",
+)  # fmt: skip
+_MARKERS = "osD^vXP<>ph*"
+# More lines than this have their legend beside the axes, where it hides none.
+_INSIDE = 4
 _INK = "#333333"
 
 
@@ -83,7 +88,10 @@ def accuracy_curve(
     _clean(ax)
     if ann is not None or "" not in curves:
         # Curves rise to the right: what they leave free is the lower right.
-        ax.legend(frameon=False, fontsize=9, loc="lower right")
+        where: dict[str, Any] = {"loc": "lower right"}
+        if len(curves) > _INSIDE:
+            where = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)}
+        ax.legend(frameon=False, fontsize=9, **where)
     return ax
 
 

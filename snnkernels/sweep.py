@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import platform
+import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -26,6 +27,7 @@ __all__ = ["COLUMNS", "Trial", "curves", "parse_trial", "sweep", "table"]
 COLUMNS = (
     "network", "data", "images", "trial", "for T", "T", "extra steps", "accuracy", "as ANN",
     "ANN", "binary", "spikes", "hardware", "torch", "version",
+    "commit",
 )  # fmt: skip
 _KEY = ("network", "data", "images", "trial", "for T")
 # What a trial may say to convert(), beside its method's own options.
@@ -224,10 +226,27 @@ class _NoBar:
 def _machine() -> dict[str, str]:
     from . import __version__
 
-    device = platform.processor() or platform.machine()
+    device = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
     if torch.cuda.is_available():
         device = torch.cuda.get_device_name(0)
-    return {"hardware": device, "torch": torch.__version__, "version": __version__}
+    return {
+        "hardware": device,
+        "torch": torch.__version__,
+        "version": __version__,
+        "commit": _commit(),
+    }
+
+
+def _commit() -> str:
+    """The commit of a source folder that this package runs from, or nothing."""
+    here = Path(__file__).resolve().parents[1]
+    if not (here / "setup.py").exists():
+        return ""
+    ask = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(ask, capture_output=True, text=True, cwd=here).stdout.strip()
+    except OSError:
+        return ""
 
 
 def _read(store: Path | None) -> list[dict[str, str]]:

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
-from .activations import QCFS, ClipReLU
+from .activations import QCFS, ClipReLU, ThresholdReLU
+from .activations_named import ACTIVATIONS, name_activation
+from .activations_rates import RateNorm, lock_rates, rate_inference_loss, record_rates
+from .datta import datta_search
 from .errors import ConversionError
 from .network import ConvertedNetwork
 from .pipeline import convert, methods
 from .report import NodeReport, Report
 
 __all__ = [
+    "ACTIVATIONS",
     "QCFS",
     "ClipReLU",
     "ConversionError",
     "ConvertedNetwork",
     "NodeReport",
+    "RateNorm",
     "Report",
+    "ThresholdReLU",
     "convert",
+    "datta_search",
+    "lock_rates",
     "methods",
+    "name_activation",
+    "rate_inference_loss",
+    "record_rates",
 ]

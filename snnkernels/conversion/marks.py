@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import operator
+
 from torch import fx, nn
 
-from .activations import QCFS, ClipReLU
+from .activations import ThresholdReLU
 from .errors import ConversionError
 from .graphs import add_module, first_input, module_of
 from .inplace import is_meta
-from .ops import Activation, activation_of, max_pool_of
+from .ops import TRAINED, Activation, activation_of, max_pool_of
 
 __all__ = ["depends_on_input", "mark"]
 
@@ -28,11 +30,21 @@ def _become(node: fx.Node, path: str) -> None:
     node.op, node.target, node.args, node.kwargs = "call_module", path, (source,), {}
 
 
+def _shift_before(graph: fx.Graph, node: fx.Node, shift: float) -> None:
+    """Take ``shift`` from the current of ``node``: neurons have no such thing of their own."""
+    source = first_input(node)
+    with graph.inserting_before(node):
+        shifted = graph.call_function(operator.sub, (source, shift))
+    shifted.meta.update(source.meta)
+    node.args, node.kwargs = (shifted,), {}
+
+
 def mark(net: nn.Module, graph: fx.Graph) -> list[str]:
     """Replace every activation by an :class:`Activation`, every max-pool by its module.
 
-    Each call site gets a module of its own, so a module called twice becomes two neurons. Returns
-    the paths of the activations in order.
+    Each call site gets a module of its own, so a module called twice becomes two neurons. The shift
+    of a :class:`ThresholdReLU` becomes an operation before it. Returns the paths of the activations
+    in order.
 
     Raises:
         ConversionError: there is no activation at all; the message lists what was seen instead.
@@ -51,6 +63,9 @@ def mark(net: nn.Module, graph: fx.Graph) -> list[str]:
             _become(node, add_module(net, node.name, pool))
     found = []
     for node, inner in sites:
+        if isinstance(inner, ThresholdReLU) and inner.shift_steps is not None:
+            _shift_before(graph, node, inner.shift)
+            inner = ThresholdReLU(inner.ceiling)
         path = str(node.target)
         if node.op == "call_module" and path not in found:  # the first call keeps the name
             net.set_submodule(path, Activation(inner, path))
@@ -72,7 +87,7 @@ def mark(net: nn.Module, graph: fx.Graph) -> list[str]:
         )
         raise ConversionError(
             "no activation found that a spiking neuron can replace (ReLU, ReLU6, Hardtanh(0, a), "
-            f"clamp(min=0), {ClipReLU.__name__}, {QCFS.__name__}); the network has "
+            f"clamp(min=0), {', '.join(kind.__name__ for kind in TRAINED)}); the network has "
             f"{', '.join(seen) or 'no layers'}. Replace its activations by ReLU and fine-tune; "
             "activations inside a layer of torch.nn (such as TransformerEncoderLayer) are out of "
             "reach: write it out"

@@ -10,11 +10,22 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from .activations import QCFS, ClipReLU
+from .activations import QCFS, ClipReLU, ThresholdReLU
+from .activations_rates import RateNorm
 from .fold import ChannelAffine
 from .graphs import module_of
 
-__all__ = ["MAX_POOLS", "Activation", "activation_of", "max_pool_of", "why_not_affine"]
+__all__ = [
+    "MAX_POOLS",
+    "TRAINED",
+    "Activation",
+    "activation_of",
+    "max_pool_of",
+    "why_not_affine",
+]
+
+# The activations that networks for conversion are trained with.
+TRAINED = (ClipReLU, QCFS, ThresholdReLU, RateNorm)
 
 
 class Activation(nn.Module):
@@ -76,7 +87,7 @@ def activation_of(node: fx.Node, net: nn.Module) -> nn.Module | None:
     target = node.target
     module = module_of(net, node)
     if module is not None:
-        if isinstance(module, (ClipReLU, QCFS)):
+        if isinstance(module, TRAINED):
             return module
         if isinstance(module, nn.Hardtanh):  # ReLU6 is one
             return _clip(module.min_val, module.max_val)

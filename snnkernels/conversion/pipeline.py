@@ -19,7 +19,7 @@ from .context import Context
 from .errors import ConversionError
 from .fit import fit_starts
 from .fold import fold_batch_norm
-from .graphs import copy_graph, first_input, module_of, name_of
+from .graphs import add_module, copy_graph, first_input, module_of, name_of
 from .kinds import Kind, before_neurons, check_supported, is_activation, kinds_of
 from .marks import mark
 from .methods import METHODS, Method, find_method
@@ -147,6 +147,9 @@ def convert(
 
     traced = trace(ann)
     net, graph = traced.net, traced.graph
+    behind = chosen.behind()
+    if behind is not None:
+        _append(net, graph, behind, chosen)
     if traced.hooked:
         report.notes.append(
             f"forward hooks of {', '.join(traced.hooked)} were not called: what they change is "
@@ -160,6 +163,7 @@ def convert(
         sample = batch[:SAMPLE]
         try:
             expected = answer_of(own_copy(ann, share=True)[0], batch, sample)
+            expected = expected if behind is None else behind(expected)
             check_same(expected, note_shapes(net, graph, sample))
         except ConversionError as error:
             failure = error  # what the graph alone tells comes first: it says more
@@ -246,6 +250,21 @@ def convert(
     if sample is not None:
         measure(snn, model, sample, expected, report)
     return snn
+
+
+def _append(net: nn.Module, graph: fx.Graph, module: nn.Module, method: Method) -> None:
+    """Put ``module`` behind the answer of ``graph``."""
+    output = next(n for n in graph.nodes if n.op == "output")
+    answer = output.args[0]
+    if not isinstance(answer, fx.Node):
+        raise ConversionError(
+            f"method={method.name!r} puts neurons behind the network's answer, which must be one "
+            f"tensor; this is a {type(answer).__name__}. Turn the method's option off"
+        )
+    path = add_module(net, "spiking_output", module)
+    with graph.inserting_before(output):
+        appended = graph.call_module(path, (answer,))
+    output.args = (appended,)
 
 
 def _balance(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .activations_rates import RateNorm
 from .balancing import Balancing, balanced_threshold
 from .calibration import Statistics, parse_rule, rule_threshold
 from .errors import ConversionError
@@ -35,6 +36,8 @@ class Site:
     rare: list[int] = field(default_factory=list)  # channels whose percentile is 0
     silent: bool = False
     learned: Any = None  # the threshold that training left, if the method reads one
+    start: Any = None  # v_init as it was asked for, before it was settled
+    amplitude: Any = None  # what a spike weighs, where a method's settle has found it
     grown: Tensor | None = None  # what balancing found, float64 [C] or [1]
     fit_start: bool = False  # v_init is to be fitted to the spiking network
 
@@ -97,6 +100,12 @@ def plan(
         method.check(list(activations.values()))
     sites = []
     for path, activation in activations.items():
+        if isinstance(activation.inner, RateNorm) and method.trains != "RateNorm":
+            raise ConversionError(
+                f"{activation.label} is a RateNorm, which answers in rates: method='rnl' gives its "
+                f"neurons spikes of weight 1, method={method.name!r} does not. What opi adds is "
+                "method='rnl', v_init='half'"
+            )
         learned = method.learned(activation)
         own = "learned" if learned is not None else method.threshold
         rule = _lookup("threshold", threshold, activation.label, labels, None)
@@ -118,7 +127,7 @@ def plan(
         if isinstance(start, str) or not isinstance(start, (Real, Tensor)):
             parse_start(start if isinstance(start, str) else repr(start))
         apart = method.per_channel if per_channel is None else bool(per_channel)
-        site = Site(path, activation, rule, start, apart, learned=learned)
+        site = Site(path, activation, rule, start, apart, learned=learned, start=start)
         site.channel_dim, site.channels = channels[path]
         sites.append(site)
     for site in sites:

@@ -21,10 +21,10 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from ..neurons import IFNode
-from .activations import QCFS, ClipReLU
 from .errors import ConversionError
 from .graphs import first_input, module_of
 from .inplace import is_meta, remove_inplace
+from .ops import TRAINED
 
 __all__ = ["Traced", "own_copy", "trace"]
 
@@ -57,7 +57,7 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Stop at our activations and at whatever runs a forward of torch.nn itself."""
-        if isinstance(m, (ClipReLU, QCFS)):
+        if isinstance(m, TRAINED):
             return True
         if isinstance(m, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
             return False

@@ -9,12 +9,15 @@ from .base import Method
 from .bursts import Burst, FastSNN
 from .calibrated import Advanced, Light
 from .cos import COS
+from .datta import Datta
 from .ltb import LTB
 from .opi import OPI
 from .parallel import Parallel
 from .qcfs import QCFSMethod
+from .rnl import RNL
 from .rules import KL, MMSE, Max, Percentile
 from .srp import SRP
+from .threshold_relu import ThresholdReLUMethod
 
 __all__ = [
     "COS",
@@ -23,10 +26,12 @@ __all__ = [
     "METHODS",
     "MMSE",
     "OPI",
+    "RNL",
     "SRP",
     "Advanced",
     "Balancing",
     "Burst",
+    "Datta",
     "FastSNN",
     "Light",
     "Max",
@@ -34,12 +39,13 @@ __all__ = [
     "Parallel",
     "Percentile",
     "QCFSMethod",
+    "ThresholdReLUMethod",
     "find_method",
 ]
 
 _CLASSES: tuple[type[Method], ...] = (
-    OPI, QCFSMethod, COS, SRP, Parallel, Max, Percentile, MMSE, KL, LTB, Light, Advanced, Burst,
-    FastSNN,
+    OPI, QCFSMethod, COS, SRP, Parallel, ThresholdReLUMethod, RNL, Datta, Max, Percentile, MMSE,
+    KL, LTB, Light, Advanced, Burst, FastSNN,
 )  # fmt: skip
 METHODS: dict[str, type[Method]] = {m.name: m for m in _CLASSES}
 

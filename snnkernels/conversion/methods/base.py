@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from torch import nn
+
 from ..ops import Activation
 from ..spiking import SpikingActivation
 from ..steps import CAUSAL, Steps
@@ -54,6 +56,10 @@ class Method:
     def steps(self) -> Steps:
         """Which rows a run takes, and which of them answer."""
         return CAUSAL
+
+    def behind(self) -> nn.Module | None:
+        """An activation to put behind the ANN's answer, so that neurons give it; None: none."""
+        return None
 
     def neuron(self, site: Site, T: int) -> dict[str, Any]:
         """Arguments of the ``IFNode`` of ``site`` beside threshold, v_init and amplitude.
