@@ -193,6 +193,13 @@ def test_the_base_may_be_a_name() -> None:
     assert Light(base=LTB(updates=7)).threshold == LTB(updates=7).threshold
 
 
+def test_every_hook_of_a_method_is_the_bases() -> None:
+    hooks = {n for n, v in vars(Method).items() if callable(v) and not n.startswith("__")}
+    assert hooks - set(vars(Light.__mro__[1])) == {"finish"}
+    assert "finish" in vars(Light)
+    assert "finish" in vars(Advanced)
+
+
 def test_potentials_are_of_every_position() -> None:
     ann, x = deep(), images(16)
     snn = convert(ann, x, method=Advanced(iterations=0), T=4, progress=False)
@@ -207,7 +214,7 @@ def test_weights_follow_the_floor() -> None:
     """The staircase is floor's, its gradient that of a clipped line."""
     z = torch.tensor([-0.5, 0.1, 0.3, 0.9, 2.0], requires_grad=True)
     theta = torch.tensor(1.0)
-    y = staircase(z, theta, torch.tensor(0.5), 4, 4)
+    y = staircase(z, theta, torch.tensor(0.5), 4, 4, theta)
     assert y.tolist() == [0.0, 0.0, 0.25, 1.0, 1.0]
     y.sum().backward()
     assert z.grad.tolist() == [0.0, 1.0, 1.0, 1.0, 0.0]
