@@ -162,7 +162,7 @@ class Advanced(_Calibrated):
     source = _SOURCE
     needs = "as its base (opi), and calibration data; weights are tuned, without labels"
 
-    iterations: int = 100
+    iterations: int = 50
     lr: float = 1e-3
     batch: int = 32
     potentials: bool = True
