@@ -259,6 +259,16 @@ def test_calibrated_networks_copy_and_pickle() -> None:
         assert torch.equal(pickle.loads(pickle.dumps(snn))(x), out)
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_weights_are_tuned_whatever_the_gradient_mode(mode: Any) -> None:
+    ann, x = deep(), images(32)
+    method = Advanced(iterations=5)
+    want = convert(ann, x, method=method, T=4, progress=False)
+    with mode():
+        got = convert(ann, x, method=method, T=4, progress=False)
+        assert torch.equal(got(x), want(x))
+
+
 def test_one_pass_loaders_and_few_images() -> None:
     ann, x = deep(), images(12)
     snn = convert(ann, iter([x]), method="light", T=4, progress=False)

@@ -28,7 +28,8 @@ def own_weights(snn: ConvertedNetwork) -> None:
         for path, module in list(part.named_modules(remove_duplicate=False)):
             if isinstance(module, WEIGHTED_MODULES):
                 if id(module) not in copies:
-                    copies[id(module)] = copy.deepcopy(module)
+                    with torch.inference_mode(False):  # they are to have gradients
+                        copies[id(module)] = copy.deepcopy(module)
                 part.set_submodule(path, copies[id(module)])
 
 
@@ -144,6 +145,9 @@ def tune(
     bias = None if layer.node.bias is None else shaped(layer.node.bias)
     most = walk.T * (layer.node.max_spikes or 1)
     with torch.inference_mode(False), torch.enable_grad():
+        # Copies: what inference mode made cannot be part of a gradient.
+        goal, threshold, weight, start = (t.clone() for t in (goal, threshold, weight, start))
+        bias = None if bias is None else bias.clone()
         for p in parameters:
             p.requires_grad_(True)
         adam = torch.optim.Adam(parameters, lr=lr)
