@@ -193,6 +193,13 @@ def test_the_base_may_be_a_name() -> None:
     assert Light(base=LTB(updates=7)).threshold == LTB(updates=7).threshold
 
 
+def test_every_hook_of_a_method_is_the_bases() -> None:
+    hooks = {n for n, v in vars(Method).items() if callable(v) and not n.startswith("__")}
+    assert hooks - set(vars(Light.__mro__[1])) == {"finish"}
+    assert "finish" in vars(Light)
+    assert "finish" in vars(Advanced)
+
+
 def test_potentials_are_of_every_position() -> None:
     ann, x = deep(), images(16)
     snn = convert(ann, x, method=Advanced(iterations=0), T=4, progress=False)
@@ -207,7 +214,7 @@ def test_weights_follow_the_floor() -> None:
     """The staircase is floor's, its gradient that of a clipped line."""
     z = torch.tensor([-0.5, 0.1, 0.3, 0.9, 2.0], requires_grad=True)
     theta = torch.tensor(1.0)
-    y = staircase(z, theta, torch.tensor(0.5), 4, 4)
+    y = staircase(z, theta, torch.tensor(0.5), 4, 4, theta)
     assert y.tolist() == [0.0, 0.0, 0.25, 1.0, 1.0]
     y.sum().backward()
     assert z.grad.tolist() == [0.0, 1.0, 1.0, 1.0, 0.0]
@@ -250,6 +257,16 @@ def test_calibrated_networks_copy_and_pickle() -> None:
         out = snn(x)
         assert torch.equal(copy.deepcopy(snn)(x), out)
         assert torch.equal(pickle.loads(pickle.dumps(snn))(x), out)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_weights_are_tuned_whatever_the_gradient_mode(mode: Any) -> None:
+    ann, x = deep(), images(32)
+    method = Advanced(iterations=5)
+    want = convert(ann, x, method=method, T=4, progress=False)
+    with mode():
+        got = convert(ann, x, method=method, T=4, progress=False)
+        assert torch.equal(got(x), want(x))
 
 
 def test_one_pass_loaders_and_few_images() -> None:

@@ -28,15 +28,18 @@ def own_weights(snn: ConvertedNetwork) -> None:
         for path, module in list(part.named_modules(remove_duplicate=False)):
             if isinstance(module, WEIGHTED_MODULES):
                 if id(module) not in copies:
-                    copies[id(module)] = copy.deepcopy(module)
+                    with torch.inference_mode(False):  # they are to have gradients
+                        copies[id(module)] = copy.deepcopy(module)
                 part.set_submodule(path, copies[id(module)])
 
 
-def staircase(z: Tensor, threshold: Tensor, v_init: Tensor, T: int, most: int) -> Tensor:
-    """``θ/T clip(floor((z T + v_init) / θ), 0, most)``; the floor passes gradients on."""
+def staircase(
+    z: Tensor, threshold: Tensor, v_init: Tensor, T: int, most: int, weight: Tensor
+) -> Tensor:
+    """``weight / T clip(floor((z T + v_init) / θ), 0, most)``; the floor passes gradients on."""
     count = (z * T + v_init) / threshold
     count = count + (count.floor() - count).detach()
-    return threshold / T * count.clamp(0, most)
+    return weight / T * count.clamp(0, most)
 
 
 class _Way:
@@ -136,11 +139,15 @@ def tune(
 
     goal = target if unit is None else target / shaped(unit)
     threshold = shaped(layer.node.threshold).detach()
+    weight = shaped(layer._weight()).detach()
     start = layer.node.v_init
     start = 0.5 * threshold if isinstance(start, str) else shaped(start).detach()
     bias = None if layer.node.bias is None else shaped(layer.node.bias)
     most = walk.T * (layer.node.max_spikes or 1)
     with torch.inference_mode(False), torch.enable_grad():
+        # Copies: what inference mode made cannot be part of a gradient.
+        goal, threshold, weight, start = (t.clone() for t in (goal, threshold, weight, start))
+        bias = None if bias is None else bias.clone()
         for p in parameters:
             p.requires_grad_(True)
         adam = torch.optim.Adam(parameters, lr=lr)
@@ -149,7 +156,8 @@ def tune(
             pick = torch.randperm(count, generator=draw)[:batch].to(target.device)
             z = way.current(pick)
             z = z if bias is None else z + bias
-            loss = (staircase(z, threshold, start, walk.T, most) - goal[pick]).square().mean()
+            answer = staircase(z, threshold, start, walk.T, most, weight)
+            loss = (answer - goal[pick]).square().mean()
             adam.zero_grad()
             loss.backward()
             adam.step()

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from ..correction import Walk, activations, correct_bias, correct_start, first_images, progress_bar
 from ..errors import ConversionError
@@ -30,6 +31,9 @@ _SOURCE = "Li, Deng, Dong, Gong, Gu: A Free Lunch From ANN: SNN Calibration, ICM
 @dataclass(frozen=True)
 class _Calibrated(Method):
     """A method on top of another: everything is the base's, and then its network is corrected."""
+
+    threshold = "mmse"  # of the default base
+    v_init = "half"
 
     base: Any = "opi"  # settled: a Method
     images: int = 128
@@ -59,6 +63,10 @@ class _Calibrated(Method):
     def steps(self) -> Steps:
         """As the base."""
         return self.base.steps()
+
+    def behind(self) -> nn.Module | None:
+        """As the base."""
+        return self.base.behind()
 
     def neuron(self, site: Site, T: int) -> dict[str, Any]:
         """As the base."""
@@ -160,7 +168,7 @@ class Advanced(_Calibrated):
     source = _SOURCE
     needs = "as its base (opi), and calibration data; weights are tuned, without labels"
 
-    iterations: int = 100
+    iterations: int = 50
     lr: float = 1e-3
     batch: int = 32
     potentials: bool = True
