@@ -118,11 +118,11 @@ __global__ void __launch_bounds__(kThreads, sizeof(X) == 8 ? 3 : 0) if_general(c
   const Current<X> current(p.input_scale, p.bias, p.options, n);
   const X* const x = static_cast<const X*>(p.base.x) + place.in(p.base.x_rows);
   const i64 x_step = p.base.x_rows.step;
-  const S v_init = read<S>(p.base.v_init, n);
+  S start = read<S>(p.base.v_init, n);
   Emitter<X, SMOOTH> out(p, n, place);
 
   if (p.options & kParallel) {
-    S total = v_init;
+    S total = start;
     SNN_KEEP_LOOP
     for (i64 t = 0; t < T; ++t) total += current(widen(x[t * x_step]));
     const S k = parallel_count(total, neuron.threshold, S(T));
@@ -136,7 +136,6 @@ __global__ void __launch_bounds__(kThreads, sizeof(X) == 8 ? 3 : 0) if_general(c
     return;
   }
 
-  S start = v_init;
   if (p.options & kProbeShift) {
     SNN_KEEP_LOOP
     for (i32 i = 0; i < p.iterations; ++i) {
@@ -150,6 +149,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(X) == 8 ? 3 : 0) if_general(c
         v = neuron.reset(m, k);
         probe.see(m, k != S(0));
       }
+      // Read again: kept, it would take a register of every step.
+      const S v_init = read<S>(p.base.v_init, n);
       start =
           probe.shifted(start, v_init, v, neuron.threshold, S(1.0 - p.margin), S(1.0 + p.margin));
     }

@@ -19,7 +19,7 @@ DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 NEURONS = ((7,), (2, 3, 4), (plan.FULL * plan.THREADS * 8,), (plan.FULL * plan.THREADS * 8 + 2,))
 
 # The struct of a kernel, and how many addresses it begins with.
-LAYOUT = {"forward": (params.IF_FORWARD, 6), "backward": (params.IF_BACKWARD, 11)}
+LAYOUT = {"forward": (params.IF_FORWARD, 7), "backward": (params.IF_BACKWARD, 12)}
 
 
 class Kept:
@@ -66,7 +66,8 @@ def test_kernels_are_told_the_same(
     g, g_v = torch.zeros_like(x), torch.zeros(shape, dtype=prepared_state(dtype))
     if_multi_step(x[:1])  # the first call of all takes the long way
     kept.take()
-    told = []
+    told, start = [], torch.ones(shape, dtype=prepared_state(dtype))
+    out = torch.empty_like(x)
     # amplitude=1.0 says nothing new, but is not plain.
     for more in ({}, {"amplitude": 1.0}):
         assert found(x, "half", 0.7)
@@ -74,9 +75,13 @@ def test_kernels_are_told_the_same(
         torch.autograd.grad((s, v), x, (g, g_v))
         s = if_multi_step(x, 0.25, 3, **more)[0]
         torch.autograd.grad(s, x, g)
+        s = if_multi_step(x, start, 0.7, **more)[0]
+        torch.autograd.grad(s, x, g)
+        if_multi_step(x.detach(), start, 0.7, out=out, **more)
         told.append(kept.take())
     assert told[0] == told[1]
-    assert [name for name, _, _ in told[0]] == ["forward", "backward"] * 2
+    assert [name for name, _, _ in told[0]] == [*(["forward", "backward"] * 3), "forward"]
+    assert found(x, start, 0.7)
 
 
 def prepared_state(dtype: torch.dtype) -> torch.dtype:
@@ -92,7 +97,13 @@ def test_what_is_not_plain_is_left_alone() -> None:
         pytest.skip("no kernels are installed")
     assert found(x)
     assert found(x, 1, 2)
-    assert not found(x, torch.zeros(6))
+    assert found(x, torch.zeros(6))
+    assert not found(x, torch.zeros(1))
+    assert not found(x, torch.zeros(6, dtype=torch.float64))
+    assert not found(x, torch.zeros(12)[::2])
+    assert not found(x, torch.zeros(6, requires_grad=True))
+    with torch.no_grad():
+        assert found(x, torch.zeros(6, requires_grad=True))
     assert not found(x, 0.0, torch.ones(()))
     assert not found(x, True)
     assert not found(x[:, ::2])
@@ -176,11 +187,34 @@ def test_what_is_remembered_stays_bounded(monkeypatch: pytest.MonkeyPatch) -> No
         assert len(prepared._prepared) <= 5
 
 
+def test_a_carried_membrane_has_its_gradient_and_its_memory() -> None:
+    x, v = torch.rand(4, 6, requires_grad=True), torch.rand(6, requires_grad=True)
+    g = torch.rand(4, 6)
+    for start in (v.detach(), v):
+        s = if_multi_step(x, start)[0]
+        grads = torch.autograd.grad(s, [t for t in (x, start) if t.requires_grad], g)
+        with snnkernels.use_backend("reference"):
+            s = if_multi_step(x, start)[0]
+            want = torch.autograd.grad(s, [t for t in (x, start) if t.requires_grad], g)
+        for a, b in zip(grads, want, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+    store = torch.rand(30)
+    with pytest.raises(ValueError, match="out shares memory with v"):
+        if_multi_step(x.detach(), store[3:9], out=store[:24].view(4, 6))
+    node = snnkernels.IFNode()
+    rows = torch.rand(12, 6)
+    both = torch.cat([node(rows[:5]), node(rows[5:])])
+    assert torch.equal(both, if_multi_step(rows)[0])
+
+
 def test_the_addresses_are_the_first_fields() -> None:
     for fields, count in LAYOUT.values():
         assert fields.fields is not None
         offsets = [fields.fields[name][1] for name in fields.names or ()]
-        assert offsets[: count + 1] == [8 * i for i in range(count + 1)]
+        assert offsets[:count] == [8 * i for i in range(count)]
         kinds = [fields.fields[name][0].kind for name in fields.names or ()]
-        assert kinds[:count] == ["u"] * count
-        assert kinds[count] != "u"
+        assert kinds[: count - 1] == ["u"] * (count - 1)
+        # The last is the operand v_init, whose address comes first.
+        assert (fields.names or ())[count - 1] == "v_init"
+        assert params.OPERAND.fields is not None
+        assert params.OPERAND.fields["data"][1] == 0

@@ -89,10 +89,15 @@ def outputs(spikes: Tensor, v: Tensor) -> Outputs:
 
 
 def plain(
-    prepared: Prepared, surrogate: _surrogate.Surrogate, detach_reset: bool, x: Tensor
+    prepared: Prepared,
+    surrogate: _surrogate.Surrogate,
+    detach_reset: bool,
+    x: Tensor,
+    v_init: Tensor | None,
 ) -> Outputs:
     """A plain run with a graph behind it."""
-    return outputs(*_Plain.apply(prepared, (surrogate.kind, surrogate.alpha, detach_reset), x))
+    how = (surrogate.kind, surrogate.alpha, detach_reset)
+    return outputs(*_Plain.apply(prepared, how, x, v_init))
 
 
 class _Plain(torch.autograd.Function):
@@ -100,27 +105,32 @@ class _Plain(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, prepared: Prepared, how: tuple[int, float, bool], x: Tensor
+        ctx: Any,
+        prepared: Prepared,
+        how: tuple[int, float, bool],
+        x: Tensor,
+        v_init: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(x)
+        ctx.save_for_backward(x, v_init)
         ctx.prepared, ctx.how = prepared, how
         ctx.set_materialize_grads(False)
-        return prepared.forward(x)
+        return prepared.forward(x, v_init)
 
     @staticmethod
     def backward(
         ctx: Any, grad_spikes: Tensor | None, grad_v: Tensor | None
-    ) -> tuple[None, None, Tensor]:
-        (x,) = ctx.saved_tensors
+    ) -> tuple[None, None, Tensor, None]:
+        x, v_init = ctx.saved_tensors
         prepared, how = ctx.prepared, ctx.how
         direct = not torch.is_grad_enabled() and not through_operator(x)
-        if direct and prepared.serves(x, grad_spikes, grad_v):
-            return None, None, prepared.backward(x, grad_spikes, grad_v, how)
+        if direct and prepared.serves(x, v_init, grad_spikes, grad_v):
+            return None, None, prepared.backward(x, v_init, grad_spikes, grad_v, how), None
         saved = Saved(x, None, None, None, False, prepared.steps, prepared.dtype)
         given = Grads(grad_spikes, False, grad_v)
         needs = [True] + [False] * len(OPERANDS)
-        found = _backward(saved, prepared.neuron, given, how, needs)
-        return None, None, found[0]
+        neuron = prepared.neuron if v_init is None else prepared.neuron._replace(v=v_init)
+        found = _backward(saved, neuron, given, how, needs)
+        return None, None, found[0], None
 
 
 def _there(c: Config) -> tuple[bool, ...]:

@@ -49,7 +49,6 @@ def run(
         and amplitude is None
         and input_scale is None
         and spike_dtype is None
-        and out is None
         and layout == "T,N"
         and save == "recompute"
         and tie == ">="
@@ -59,9 +58,17 @@ def run(
         and (known := prepared.find(x, v, v_threshold)) is not None
     ):
         surrogate = _surrogate.resolve(surrogate_function)
-        if x.requires_grad and torch.is_grad_enabled():
-            return autograd.plain(known, surrogate, bool(detach_reset), x)
-        return autograd.outputs(*known.forward(x))
+        needs_grad = x.requires_grad and torch.is_grad_enabled()
+        start = v if isinstance(v, Tensor) else None
+        if out is not None:
+            arguments.check_out(out, x, known.steps, known.shape, x.dtype, needs_grad)
+            arguments.check_no_overlap(out, "x_seq", x)
+            if start is not None:
+                arguments.check_no_overlap(out, "v", start)
+        if needs_grad:
+            return autograd.plain(known, surrogate, bool(detach_reset), x, start)
+        if out is None or known.fits(out, x.dtype):
+            return autograd.outputs(*known.forward(x, start, out))
     if layout != "T,N":
         x, T, out = _time_first(x, T, layout, out)
     steps, shape = arguments.steps_and_shape(x, T)

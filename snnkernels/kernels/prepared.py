@@ -1,7 +1,8 @@
 """Plain calls that came before: arguments checked once, parameters packed once, addresses new.
 
 What a small layer waits for is Python, and between two calls of one layer only addresses differ. A
-call is plain when its operands are numbers and everything else is as by default.
+call is plain when its threshold is a number, its membrane a number or what the last call left, and
+everything else as by default.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from .params import DTYPE_CODES
 from .spec import Neuron
 
 # The first fields of the structs, which are addresses; what follows them stays.
-_ADDRESS, _FORWARD_ADDRESSES, _BACKWARD_ADDRESSES = 8, 6, 11
+_ADDRESS, _FORWARD_ADDRESSES, _BACKWARD_ADDRESSES = 8, 7, 12
 _FORWARD = struct.Struct(f"@{_FORWARD_ADDRESSES}Q").pack
 _BACKWARD = struct.Struct(f"@{_BACKWARD_ADDRESSES}Q").pack
 _NUMBERS = (float, int, str)
@@ -38,37 +39,51 @@ class Prepared(NamedTuple):
     state: torch.dtype
     align: int  # of every address
     lead: int  # rows of scratch that the backward pass needs
+    v_fields: tuple[int, int, int, float]  # of the operand v_init, its address left out
     forward_rest: bytes
     backward_rest: dict[tuple[int, float, bool], bytes]
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Spikes and final membranes of ``x``."""
-        spikes, v = torch.empty_like(x), x.new_empty(self.shape, dtype=self.state)
-        addresses = _FORWARD(x.data_ptr(), spikes.data_ptr(), 0, 0, 0, v.data_ptr())
+    def forward(
+        self, x: Tensor, v_init: Tensor | None = None, out: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Spikes (in ``out``, if it is given and :meth:`fits`) and final membranes of ``x``."""
+        spikes = torch.empty_like(x) if out is None else out
+        v = x.new_empty(self.shape, dtype=self.state)
+        start = 0 if v_init is None else v_init.data_ptr()
+        addresses = _FORWARD(x.data_ptr(), spikes.data_ptr(), 0, 0, 0, v.data_ptr(), start)
         self.kernels.forward(addresses + self.forward_rest, self.device)
         return spikes, v
 
-    def serves(self, x: Tensor, grad_spikes: Tensor | None, grad_v: Tensor | None) -> bool:
-        """Whether the backward kernel can read all three where they are."""
+    def serves(
+        self,
+        x: Tensor,
+        v_init: Tensor | None,
+        grad_spikes: Tensor | None,
+        grad_v: Tensor | None,
+    ) -> bool:
+        """Whether the backward kernel can read all of them where they are."""
         return (
             backends.chosen(self.device) is self.kernels
-            and (grad_spikes is None or self._fits(grad_spikes, self.dtype))
-            and (grad_v is None or self._fits(grad_v, self.state))
+            and (grad_spikes is None or self.fits(grad_spikes, self.dtype))
+            and (grad_v is None or self.fits(grad_v, self.state))
+            and (v_init is None or self.fits(v_init, self.state))
             and x.is_contiguous()
             and not x.data_ptr() % self.align
         )
 
-    def _fits(self, grad: Tensor, dtype: torch.dtype) -> bool:
+    def fits(self, array: Tensor, dtype: torch.dtype) -> bool:
+        """Whether kernels can walk ``array``, of a shape that is right, where it is."""
         return (
-            type(grad) is Tensor
-            and grad.dtype is dtype
-            and grad.is_contiguous()
-            and not grad.data_ptr() % self.align
+            type(array) is Tensor
+            and array.dtype is dtype
+            and array.is_contiguous()
+            and not array.data_ptr() % self.align
         )
 
     def backward(
         self,
         x: Tensor,
+        v_init: Tensor | None,
         grad_spikes: Tensor | None,
         grad_v: Tensor | None,
         how: tuple[int, float, bool],
@@ -91,6 +106,7 @@ class Prepared(NamedTuple):
             0,
             0,
             0 if scratch is None else scratch.data_ptr(),
+            0 if v_init is None else v_init.data_ptr(),
         )
         self.kernels.backward(addresses + rest, self.device)
         return grad_x
@@ -99,8 +115,8 @@ class Prepared(NamedTuple):
         """The parameters of the backward kernel behind the addresses."""
         N, neuron = self.shape.numel(), self.neuron
         packed = params.pack_backward(
-            *(0,) * _BACKWARD_ADDRESSES,
-            *packing.number(neuron.v_value),
+            *(0,) * (_BACKWARD_ADDRESSES - 1),
+            *self.v_fields,
             *packing.number(neuron.threshold_value),
             *packing.number(1.0),
             self.steps,
@@ -124,30 +140,44 @@ def find(x: Tensor, v: Any, v_threshold: Any) -> Prepared | None:
 
     Raises what :mod:`.arguments` raises, for the operands.
     """
-    if type(v) not in _NUMBERS or type(v_threshold) not in _NUMBERS or not x.is_contiguous():
+    kind = type(v)
+    carried = kind is Tensor
+    if (not carried and kind not in _NUMBERS) or type(v_threshold) not in _NUMBERS:
         return None
-    device = x.device
+    if not x.is_contiguous():
+        return None
+    device, shape = x.device, x.shape
     kernels = backends.chosen(device)
     if kernels is None:
         return None
     # Zeros of both signs are equal, their bits are not; 1 and 1.0 give the same numbers.
-    key = (x.shape, x.dtype, device, kernels, v or repr(v), v_threshold)
+    start = _CARRIED if carried else v or repr(v)
+    key = (shape, x.dtype, device, kernels, start, v_threshold)
     found = _prepared.get(key)
     if found is None:
-        found = _prepare(x, device, kernels, v, v_threshold)
+        found = _prepare(x, device, kernels, 0.0 if carried else v, v_threshold, carried)
         if found is None:
             return None
         if len(_prepared) >= _MOST:
             _prepared.clear()
         _prepared[key] = found
+    if carried and not (
+        v.shape == found.shape
+        and v.device == device
+        and found.fits(v, found.state)
+        and not (v.requires_grad and torch.is_grad_enabled())
+    ):
+        return None
     return None if x.data_ptr() % found.align else found
 
 
+# In a key: the membrane that another call left.
+_CARRIED = object()
 _prepared: dict[tuple[Any, ...], Prepared] = {}
 
 
 def _prepare(
-    x: Tensor, device: torch.device, kernels: Kernels, v: Any, v_threshold: Any
+    x: Tensor, device: torch.device, kernels: Kernels, v: Any, v_threshold: Any, carried: bool
 ) -> Prepared | None:
     steps, shape = arguments.steps_and_shape(x, None)
     neuron = arguments.neuron(
@@ -158,9 +188,10 @@ def _prepare(
         return None
     state = reference.state_dtype(dtype)
     vec = plan.dense(dtype.itemsize, N) if kernels.gpu else 1
+    v_fields = (0, 1, N, 0.0) if carried else packing.number(neuron.v_value)
     packed = params.pack_forward(
-        *(0,) * _FORWARD_ADDRESSES,
-        *packing.number(neuron.v_value),
+        *(0,) * (_FORWARD_ADDRESSES - 1),
+        *v_fields,
         *packing.number(neuron.threshold_value),
         *packing.NONE,
         steps,
@@ -177,4 +208,6 @@ def _prepare(
     lead = (steps - 1) // params.CHUNK if kernels.gpu else 0
     align = plan.ALIGNED if kernels.gpu else dtype.itemsize
     rest = packed[_ADDRESS * _FORWARD_ADDRESSES :]
-    return Prepared(neuron, kernels, device, shape, steps, dtype, state, align, lead, rest, {})
+    return Prepared(
+        neuron, kernels, device, shape, steps, dtype, state, align, lead, v_fields, rest, {}
+    )
