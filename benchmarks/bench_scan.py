@@ -10,6 +10,7 @@ and ``lif_scan`` should choose them (``snnkernels/scan.py``).
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from common import arguments, interleaved, save, start
@@ -59,16 +60,12 @@ def main() -> None:
                 continue
             x = torch.randn(T, N, device=args.device)
             z = x.clone().requires_grad_()
-            for what in ("forward", "forward + backward"):
-                runs: dict[str, Callable[[], object]] = {}
-                for chunk in CHUNKS:
-
-                    def scan(x: Tensor, chunk: int = chunk) -> Tensor:
-                        return lif_scan(x, BETA, chunk=chunk)
-
-                    forward = what == "forward"
-                    runs[str(chunk)] = (lambda s=scan: s(x)) if forward else trained(scan, z)
-                runs["loop"] = (lambda: loop(x)) if forward else trained(learning_loop, z)
+            forward = {"loop": partial(loop, x)}
+            both = {"loop": trained(learning_loop, z)}
+            for chunk in CHUNKS:
+                scan = partial(lif_scan, beta=BETA, chunk=chunk)
+                forward[str(chunk)], both[str(chunk)] = partial(scan, x), trained(scan, z)
+            for what, runs in (("forward", forward), ("forward + backward", both)):
                 want = runs["loop"]()
                 for run in runs.values():
                     torch.testing.assert_close(run(), want, rtol=1e-4, atol=1e-4)

@@ -21,8 +21,8 @@ def lif_scan(
     ``beta ** chunk``. Cost and memory are linear in T, and the number of launches falls from T to
     its logarithm. Membranes that fire are not linear: see :func:`lif_multi_step`.
 
-    Idea: time-parallel linear recurrences, as in scalable mechanistic networks (Chen et al.,
-    ICLR 2025); the threshold itself is not parallel in time.
+    Idea: time-parallel linear recurrences, as in S-MNN (ICLR 2025, arXiv 2410.06074); the threshold
+    itself is not parallel in time.
 
     Args:
         x: currents ``[T, *shape]``, floating point, T >= 1; 16-bit ones are computed in float32

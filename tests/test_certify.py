@@ -12,7 +12,7 @@ from conversion_helpers import Everything, dyadic, images, make_dyadic, randomiz
 from torch import Tensor, nn
 
 from snnkernels.conversion import QCFS, ConversionError, ConvertedNetwork, convert
-from snnkernels.conversion.interval_rules import window_sum
+from snnkernels.conversion.interval_layers import window_sum
 from snnkernels.conversion.intervals import Bounds, affine, cumulative_pool, fire, fired, step_pool
 
 EPS = 2.0**-24

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from .errors import ConversionError
-from .interval_rules import IntervalInterpreter, eps_of, window_sum
+from .interval_layers import eps_of, window_sum
+from .interval_rules import IntervalInterpreter
 from .intervals import Bounds, cumulative_pool, fire, fired
 from .pools import CumulativeMaxPool
 from .spiking import CountSpikes, Repeat, SpikingActivation, TimeShape, per_channel_view

@@ -6,18 +6,18 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.conv import _ConvNd
 
 from .errors import ConversionError
-from .fold import ChannelAffine, with_weights
+from .fold import ChannelAffine
 from .graphs import module_of, name_of
+from .interval_layers import growing, per_channel, signs, softmax, weighted, window_sum
 from .intervals import Bounds, added, affine, linear, step_pool
 from .ops import MAX_POOL_MODULES
 
-__all__ = ["IntervalInterpreter", "window_sum"]
+__all__ = ["IntervalInterpreter"]
 
 # Elements are selected, moved or repeated: the six numbers go along.
 MOVES = {
@@ -54,46 +54,6 @@ SUMMING = {
 }
 JOINS = {"cat", "concat", "concatenate", "stack"}
 GROWING = {"sigmoid", "tanh"}  # monotone, where only one step is left: on rates
-
-
-def eps_of(dtype: torch.dtype) -> float:
-    """Unit roundoff of ``dtype``."""
-    return torch.finfo(dtype).eps / 2
-
-
-def window_sum(pool: nn.Module) -> Callable[[Tensor], Tensor]:
-    """The sum over the windows of a max-pool, or more, of values that are not negative."""
-    if isinstance(pool, nn.MaxPool2d) and pool.dilation in (1, (1, 1)):
-        return lambda x: F.avg_pool2d(
-            x, pool.kernel_size, pool.stride, pool.padding, pool.ceil_mode, True, 1
-        )  # fmt: skip
-    rank = int(type(pool).__name__[-2])
-    if hasattr(pool, "kernel_size"):
-        size = pool.kernel_size
-        sides = (size,) * rank if isinstance(size, int) else tuple(size)  # type: ignore[arg-type]
-
-        def members(x: Tensor, out: Tensor) -> int:
-            return int(torch.tensor(sides).prod())
-    else:
-
-        def members(x: Tensor, out: Tensor) -> int:
-            pairs = zip(x.shape[-rank:], out.shape[-rank:], strict=True)
-            return int(torch.tensor([-(-a // b) + 1 for a, b in pairs]).prod())
-
-    def at_most(x: Tensor) -> Tensor:
-        out = pool(x)
-        return members(x, out) * out
-
-    return at_most
-
-
-def _signs(weight: Tensor) -> tuple[Tensor, Tensor]:
-    weight = weight.detach().double()
-    return weight.clamp(min=0), (-weight).clamp(min=0)
-
-
-def _per_channel(value: Tensor, x: Tensor) -> Tensor:
-    return value.detach().double().view(1, -1, *(1,) * (x.dim() - 2))
 
 
 class IntervalInterpreter(fx.Interpreter):
@@ -159,9 +119,9 @@ class IntervalInterpreter(fx.Interpreter):
                 return self.refuse(n, type(module).__name__, "has a forward of its own")
             if isinstance(module, nn.Linear):
                 self.last_linear[n] = (module, x)
-            return self._weighted(module, x)
+            return weighted(module, x, self.eps)
         if isinstance(module, ChannelAffine):
-            return self._channels(x, module.scale, module.shift, module.shift)
+            return per_channel(x, module.scale, module.shift, module.shift, self.eps)
         if isinstance(module, _BatchNorm):
             return self._batch_norm(n, module, x)
         if isinstance(module, MOVING_MODULES):
@@ -175,9 +135,9 @@ class IntervalInterpreter(fx.Interpreter):
         if isinstance(module, nn.modules.padding._ConstantPadNd):
             return self._padded(n, x, module, module.value)
         if isinstance(module, (nn.Softmax, nn.LogSoftmax)) and x.T == 1 and module.dim is not None:
-            return self._softmax(x, module.dim, isinstance(module, nn.LogSoftmax))
+            return softmax(x, module.dim, isinstance(module, nn.LogSoftmax), self.eps)
         if isinstance(module, (nn.Sigmoid, nn.Tanh)) and x.T == 1:
-            return self._growing(x, module)
+            return growing(x, module, self.eps)
         return self.refuse(n, type(module).__name__)
 
     def function_rule(
@@ -225,28 +185,10 @@ class IntervalInterpreter(fx.Interpreter):
         if name in ("softmax", "log_softmax") and first.T == 1:
             dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
             if dim is not None:
-                return self._softmax(first, dim, name == "log_softmax")
+                return softmax(first, dim, name == "log_softmax", self.eps)
         if name in GROWING and first.T == 1:
-            return self._growing(first, again)
+            return growing(first, again, self.eps)
         return self.refuse(n, name)
-
-    def _weighted(self, module: nn.Linear | _ConvNd, x: Bounds) -> Bounds:
-        up, down = (with_weights(module, w, None) for w in _signs(module.weight))
-        terms = module.weight[0].numel()
-        if isinstance(module, _ConvTransposeNd):
-            terms = module.weight[:, 0].numel() // module.groups
-        bias = module.bias
-        if bias is not None and isinstance(module, _ConvNd):
-            bias = bias.view(1, -1, *(1,) * (len(module.kernel_size)))
-        return affine(x, _detached(up), _detached(down), bias, terms + 1, self.eps)
-
-    def _channels(self, x: Bounds, scale: Tensor, shift: Tensor, around: Tensor) -> Bounds:
-        """``x * scale + shift``; ``around``: magnitudes met on the way to ``shift``."""
-        up, down = (_per_channel(w, x.low) for w in _signs(scale))
-        bias = _per_channel(shift, x.low)
-        out = affine(x, lambda r: r * up, lambda r: r * down, bias, 4, self.eps)
-        more = 8 * (self.eps + 2.0**-52) * _per_channel(around.abs(), x.low)
-        return out.wider(x.T * more, more).tight()
 
     def _batch_norm(self, n: fx.Node, module: _BatchNorm, x: Bounds) -> Bounds:
         if module.training or module.running_mean is None or module.running_var is None:
@@ -257,7 +199,7 @@ class IntervalInterpreter(fx.Interpreter):
         around = around.abs()
         if module.bias is not None:
             shift, around = shift + module.bias.double(), around + module.bias.double().abs()
-        return self._channels(x, scale, shift, around)
+        return per_channel(x, scale, shift, around, self.eps)
 
     def _joined(self, n: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Bounds:
         rest = dict(kwargs)
@@ -289,7 +231,7 @@ class IntervalInterpreter(fx.Interpreter):
             return self.refuse(n, name, "of two values that change has no rule for intervals")
         factor = torch.as_tensor(b).double()
         factor = 1 / factor if name in ("div", "divide", "truediv") else factor
-        up, down = _signs(factor)
+        up, down = signs(factor)
 
         def times(weight: Tensor) -> Callable[[Tensor], Tensor]:
             # The batch apart from the seven: the factor may have one value for each input.
@@ -309,7 +251,7 @@ class IntervalInterpreter(fx.Interpreter):
             weight = weight.t()
         if weight.dim() > 2:
             return self.refuse(n, name, "with a batch of matrices has no rule for intervals")
-        up, down = _signs(weight)
+        up, down = signs(weight)
         return affine(x, lambda r: r @ up, lambda r: r @ down, bias, weight.shape[0] + 1, self.eps)
 
     def _interpolate(
@@ -329,34 +271,10 @@ class IntervalInterpreter(fx.Interpreter):
             return self.refuse(n, f"pad, value={value}")
         return x.map(function)
 
-    def _softmax(self, x: Bounds, dim: int, log: bool) -> Bounds:
-        """Each output grows with its own logit and falls with every other."""
-        low, high = x.low, x.high
-        room = 16 * self.eps * (1 + x.size.amax(dim, keepdim=True))
-
-        def others(own: Tensor, rest: Tensor) -> Tensor:
-            # own - log(exp(own) + sum of the others' exp)
-            own, rest = own.movedim(dim, -1), rest.movedim(dim, -1)
-            size = rest.shape[-1]
-            each = rest.unsqueeze(-2).expand(*rest.shape[:-1], size, size).clone()
-            each.diagonal(dim1=-2, dim2=-1).copy_(own)
-            return (own - each.logsumexp(-1)).movedim(-1, dim)
-
-        low, high = others(low, high) - room, (others(high, low) + room).clamp(max=0)
-        return Bounds.between(low, high) if log else Bounds.between(low.exp(), high.exp())
-
-    def _growing(self, x: Bounds, function: Callable[[Tensor], Tensor]) -> Bounds:
-        room = 8 * self.eps
-        return Bounds.between(function(x.low) - room, function(x.high) + room)
-
 
 def _spatial(x: Bounds) -> int:
     """Positions of a channel: the most an average can take in."""
     return max(1, x.low[0, 0].numel()) if x.low.dim() > 1 else 1
-
-
-def _detached(module: nn.Module) -> Callable[[Tensor], Tensor]:
-    return lambda x: module(x).detach()
 
 
 def _holds_bounds(value: Any) -> bool:
