@@ -39,6 +39,7 @@ from .maps import (
 )
 from .options import Probe, Signed
 from .packed import PackedSpikes
+from .scan import lif_scan
 
 __all__ = [
     "Run",
@@ -53,6 +54,7 @@ __all__ = [
     "if_run",
     "if_step",
     "lif_multi_step",
+    "lif_scan",
     "mmse_errors",
     "mmse_threshold",
     "pack_bits",

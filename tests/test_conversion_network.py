@@ -189,7 +189,7 @@ def test_report(snn: ConvertedNetwork) -> None:
         assert word in text
         assert word in markdown
     header, rule = markdown.splitlines()[:2]
-    assert header.count("|") == rule.count("|") == 6
+    assert header.count("|") == rule.count("|") == 10
     rows = {row.name: row for row in snn.report.rows}
     assert rows["bn3"].action == "batch norm kept as scale and shift"
     for name, layer in snn.neurons():

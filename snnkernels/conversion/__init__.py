@@ -6,14 +6,17 @@ from .activations import QCFS, ClipReLU, ThresholdReLU
 from .activations_named import ACTIVATIONS, name_activation
 from .activations_rates import RateNorm, lock_rates, rate_inference_loss, record_rates
 from .datta import datta_search
+from .certify import Certificate
 from .errors import ConversionError
 from .network import ConvertedNetwork
 from .pipeline import convert, methods
 from .report import NodeReport, Report
+from .stochastic import stochastic_prefix
 
 __all__ = [
     "ACTIVATIONS",
     "QCFS",
+    "Certificate",
     "ClipReLU",
     "ConversionError",
     "ConvertedNetwork",
@@ -28,4 +31,5 @@ __all__ = [
     "name_activation",
     "rate_inference_loss",
     "record_rates",
+    "stochastic_prefix",
 ]

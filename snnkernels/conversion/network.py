@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,9 @@ from .pools import CumulativeMaxPool
 from .report import Report
 from .spiking import SpikingActivation
 from .steps import Clock
+
+if TYPE_CHECKING:
+    from .certify import Certificate
 
 __all__ = ["ConvertedNetwork"]
 
@@ -174,6 +177,15 @@ class ConvertedNetwork(nn.Module):
         if not ends:
             raise ValueError("steps is empty: predict_curve needs at least one number of steps")
         return dict(zip(ends, self._segments(x, ends), strict=True))
+
+    def certify(self, x: Tensor, T: int | None = None) -> Certificate:
+        """What spike counts and answers can be, and which predictions are proven.
+
+        See :func:`snnkernels.conversion.certify.certify`.
+        """
+        from .certify import certify
+
+        return certify(self, x, T)
 
     def extra_repr(self) -> str:
         """Show T and the number of spiking layers."""

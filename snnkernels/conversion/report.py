@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ConversionError
+from .errors_by_source import Sources, sources, suggestion
 from .spiking import SpikingActivation
 from .verify import leaves, relative_error
 
@@ -25,6 +26,8 @@ class NodeReport:
         threshold: θ, scalar or ``[C]``; None where no neuron stands.
         rate: spikes per neuron and step on the sample, or None.
         error: root mean square of SNN - ANN over that of the ANN on the sample, or None.
+        clipping, quantisation, unevenness, inherited: where that error enters, each over the root
+            mean square of the ANN (:mod:`snnkernels.conversion.errors_by_source`), or None.
     """
 
     name: str
@@ -32,16 +35,28 @@ class NodeReport:
     threshold: Tensor | None = None
     rate: float | None = None
     error: float | None = None
+    clipping: float | None = None
+    quantisation: float | None = None
+    unevenness: float | None = None
+    inherited: float | None = None
 
-    def cells(self) -> list[str]:
-        """The row as text."""
+    def cells(self, split: bool = False) -> list[str]:
+        """The row as text; ``split``: with where the error enters."""
         theta = "-"
         if self.threshold is not None:
             low, high = self.threshold.min().item(), self.threshold.max().item()
             theta = f"{low:.4g}" if low == high else f"{low:.4g} .. {high:.4g}"
         rate = "-" if self.rate is None else f"{self.rate:.4f}"
         error = "-" if self.error is None else f"{self.error:.2%}"
-        return [self.name, self.action, theta, rate, error]
+        parts = [self.clipping, self.quantisation, self.unevenness, self.inherited]
+        return [self.name, self.action, theta, rate, error, *map(_part, parts if split else ())]
+
+
+def _part(value: float | None) -> str:
+    """A part of an error; empty where there are no neurons, so that layers stand out."""
+    if value is None:
+        return ""
+    return "0" if value == 0 else f"{value:.1%}"
 
 
 @dataclass
@@ -63,6 +78,13 @@ class Report:
     notes: list[str] = field(default_factory=list)
 
     HEADER = ("node", "what was done", "threshold", "rate", "error vs ANN")
+    SOURCES = ("clipping", "quantisation", "unevenness", "inherited")
+
+    def _table(self) -> list[list[str]]:
+        """Header and rows; sources of errors have columns where one was measured."""
+        split = any(getattr(row, s) is not None for row in self.rows for s in self.SOURCES)
+        header = [*self.HEADER, *(self.SOURCES if split else ())]
+        return [header, *(row.cells(split) for row in self.rows)]
 
     def _notes(self) -> list[str]:
         notes = [
@@ -78,16 +100,17 @@ class Report:
         return notes
 
     def __str__(self) -> str:
-        table = [list(self.HEADER), *(row.cells() for row in self.rows)]
-        widths = [max(len(line[i]) for line in table) for i in range(len(self.HEADER))]
+        table = self._table()
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) for line in table]
         lines.insert(1, "  ".join("-" * w for w in widths))
         return "\n".join([*(line.rstrip() for line in lines), "", *self._notes()])
 
     def to_markdown(self) -> str:
         """The table and the notes as GitHub markdown."""
-        table = [list(self.HEADER), ["---", "---", "---:", "---:", "---:"]]
-        table += [[c.replace("|", "\\|") for c in row.cells()] for row in self.rows]
+        header, *rows = self._table()
+        table = [header, ["---"] * 2 + ["---:"] * (len(header) - 2)]
+        table += [[c.replace("|", "\\|") for c in row] for row in rows]
         lines = ["| " + " | ".join(line) + " |" for line in table]
         return "\n".join([*lines, "", *(f"* {note}" for note in self._notes())])
 
@@ -110,21 +133,32 @@ def measure(snn: nn.Module, graph: nn.Module, x: Tensor, expected: Any, report: 
         ConversionError: the converted network fails on ``x``.
     """
     T = report.T
-    wanted: dict[str, Tensor] = {}
+    wanted: dict[str, tuple[Tensor, Tensor]] = {}
+    split: list[tuple[str, Sources]] = []
+    whole: list[str] = []
     handles = []
     layers = {p: m for p, m in snn.body.named_modules() if isinstance(m, SpikingActivation)}  # type: ignore[union-attr]
 
     def keep(path: str) -> object:
-        def hook(module: nn.Module, args: object, out: Tensor) -> None:
-            wanted[path] = out
+        def hook(module: nn.Module, args: tuple[Tensor], out: Tensor) -> None:
+            wanted[path] = (args[0], out)
 
         return hook
 
     def compare(path: str) -> object:
-        def hook(module: SpikingActivation, args: object, out: Tensor) -> None:
+        def hook(module: SpikingActivation, args: tuple[Tensor, int], out: Tensor) -> None:
             row = report[module.label]
+            z, a = wanted.pop(path)
             row.rate = float(module.spikes_per_step(out, T))
-            row.error = relative_error(module.answer(out, T, wanted[path].dtype), wanted[path])
+            answer = module.answer(out, T, a.dtype)
+            row.error = relative_error(answer, a)
+            found = sources(module, z, a, args[0], answer, T)
+            if found is None:
+                whole.append(module.label)
+                return
+            split.append((module.label, found))
+            row.clipping, row.quantisation = found.clipping, found.quantisation
+            row.unevenness, row.inherited = found.unevenness, found.inherited
 
         return hook
 
@@ -144,6 +178,17 @@ def measure(snn: nn.Module, graph: nn.Module, x: Tensor, expected: Any, report: 
     finally:
         for handle in handles:
             handle.remove()
+    if whole:
+        report.notes.append(
+            f"{', '.join(whole)}: no answer to a held current is defined there, so the error is "
+            "not split by source"
+        )
+    nodes = [layer.node for layer in layers.values()]
+    rules = " ".join(report[name].action for name, _ in split)
+    half = all(isinstance(node.v_init, str) for node in nodes)
+    advice = suggestion(split, report.method, rules, half, T)
+    if advice is not None:
+        report.notes.append(advice)
     answers = dict(leaves(answer))
     for name, value in leaves(expected):
         report.rows.append(

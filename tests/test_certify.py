@@ -1,0 +1,449 @@
+"""Certificates: what they claim holds for every order of spikes; what they cannot claim is said."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conversion_helpers import Everything, dyadic, images, make_dyadic, randomize
+from torch import Tensor, nn
+
+from snnkernels.conversion import QCFS, ConversionError, ConvertedNetwork, convert
+from snnkernels.conversion.interval_layers import window_sum
+from snnkernels.conversion.intervals import Bounds, affine, cumulative_pool, fire, fired, step_pool
+
+EPS = 2.0**-24
+
+
+def count(current: list[float], theta: float, v: float) -> int:
+    """Spikes of one integrate-and-fire neuron, soft reset: the oracle."""
+    n = 0
+    for c in current:
+        v += c
+        if v >= theta:
+            v -= theta
+            n += 1
+    return n
+
+
+def known(x: Tensor) -> Bounds:
+    """The sharpest bounds of one given current ``[T, N]``."""
+    x = x.double()
+    parts = (x.sum(0), x.sum(0), x.amin(0), x.amax(0), x.clamp(min=0).sum(0))
+    return Bounds(*parts, (-x).clamp(min=0).sum(0), len(x))
+
+
+def holds(bounds: Bounds, x: Tensor, slack: float = 1e-9) -> bool:
+    """Whether ``x`` ``[T, *]`` is within ``bounds``."""
+    exact = known(x.flatten(1))
+    parts = [p.flatten() for p in bounds.parts]
+    return bool(
+        (parts[0] <= exact.low + slack).all()
+        and (parts[1] >= exact.high - slack).all()
+        and (parts[2] <= exact.least + slack).all()
+        and (parts[3] >= exact.most - slack).all()
+        and (parts[4] >= exact.plus - slack).all()
+        and (parts[5] >= exact.minus - slack).all()
+    )
+
+
+# The neuron.
+
+
+def test_certified_bounds_of_one_neuron() -> None:
+    """Certified bounds for arbitrary input order (section 0.3), 40,000 random dyadic currents."""
+    g = torch.Generator().manual_seed(0)
+    for T in (1, 2, 3, 5, 8):
+        x = torch.randint(-16, 25, (T, 8000), generator=g) / 8
+        start = torch.randint(0, 8, (8000,), generator=g) / 8
+        theta = torch.ones(8000)
+        low, high = fire(known(x), theta, start, EPS)
+        S, plus = x.sum(0), x.clamp(min=0).sum(0)
+        E = (x - 1).clamp(min=0).sum(0)
+        # The formula of the specification; E is known to ``fire`` only by its own bounds.
+        least = torch.floor(S + start - E).clamp(0, T)
+        most = torch.floor(plus + start).clamp(0, T)
+        assert bool((low <= least).all())
+        assert bool((high >= most).all())
+        tie = (plus + start) == torch.floor(plus + start)  # rounding may cost one there
+        assert bool((high == most)[~tie].all())
+        even = (x <= 1).all(0) & (torch.floor(S + start) - start != S)
+        assert bool((low == least)[even].all())
+        v, n = start.clone(), torch.zeros(8000)
+        for step in x:
+            v = v + step
+            s = (v >= 1).float()
+            v, n = v - s, n + s
+        assert bool(((low <= n) & (n <= high)).all())
+        assert bool((least <= n).all())
+        assert bool((n <= most).all())
+
+
+@pytest.mark.parametrize(
+    ("x", "low", "high", "actual"),
+    [
+        # Worked examples of COS (section 3.5), θ = 1, v_init = 1/2: the desired counts are 0, 2, 2.
+        ([1.0, 1.0, -1.0, -1.0], 0, 2, 2),
+        ([-2.0, 1.0, 1.0, 2.0], 0, 4, 1),
+        ([-3.0, 0.25, 0.25, 4.0], 0, 4, 1),
+        ([0.3] * 4, 1, 1, 1),
+    ],
+)
+def test_offset_spikes_are_within_the_bounds(
+    x: list[float], low: int, high: int, actual: int
+) -> None:
+    half = torch.tensor([0.5])
+    found = fire(known(torch.tensor(x)[:, None]), torch.ones(1), half, EPS)
+    assert count(x, 1.0, 0.5) == actual
+    assert [int(n) for n in found] == [low, high]
+
+
+def test_bounds_hold_for_every_order_of_given_spikes() -> None:
+    """All that is known are counts of inputs; currents are random orders of them. The neuron's
+    count is inside, for thousands of neurons, weights and orders."""
+    rng, checked = random.Random(0), 0
+    for trial in range(60):
+        T, fan, out = rng.choice([2, 3, 4, 8]), rng.choice([1, 2, 5]), 9
+        w = dyadic(out, fan, seed=trial, scale=4, low=-6, high=6).double()
+        if trial % 2:
+            w = w + torch.randn(w.shape, generator=torch.Generator().manual_seed(trial)) / 9
+        b = dyadic(out, seed=trial + 1, scale=8, low=-4, high=4).double()
+        n = torch.tensor([[rng.randint(0, T) for _ in range(fan)]])
+        up, down = w.clamp(min=0).t(), (-w).clamp(min=0).t()
+        spikes = fired(n, n, torch.tensor(1.0), T)
+        current = affine(spikes, lambda r, a=up: r @ a, lambda r, a=down: r @ a, b, fan, EPS)
+        low, high = fire(current, torch.ones(()), torch.full((), 0.5), EPS)
+        for _ in range(10):
+            train = torch.zeros(T, fan, dtype=torch.float64)
+            for i in range(fan):
+                train[rng.sample(range(T), int(n[0, i])), i] = 1
+            x = train @ w.t() + b
+            assert holds(current, x)
+            for j in range(out):
+                assert low[0, j] <= count(x[:, j].tolist(), 1.0, 0.5) <= high[0, j]
+                checked += 1
+    assert checked >= 2000
+
+
+def test_a_lone_spike_proves_what_it_can() -> None:
+    """Weights that sum to less than a threshold with all inputs firing leave no doubt."""
+    n = torch.tensor([[2, 1]])
+    spikes = fired(n, n, torch.tensor(1.0), 4)
+    weight = torch.tensor([[0.25], [0.125]], dtype=torch.float64)
+    current = affine(spikes, lambda r: r @ weight, None, None, 2, EPS)
+    low, high = fire(current, torch.ones(1), torch.tensor([0.25]), EPS)
+    # S = 0.625, nothing negative, nothing above θ: floor(0.875) = 0, whatever the order.
+    assert int(low) == int(high) == 0
+
+
+# Pools.
+
+
+@pytest.mark.parametrize(
+    "pool",
+    [
+        nn.MaxPool2d(2),
+        nn.MaxPool2d(3, 2, 1),
+        nn.MaxPool2d(2, 1, dilation=2),
+        nn.MaxPool2d(3, 2, ceil_mode=True),
+        nn.AdaptiveMaxPool2d(3),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("cumulative", [True, False])
+def test_max_pools_of_any_order(pool: nn.Module, cumulative: bool) -> None:
+    """Currents of known sums in random orders stay inside through both max-pools."""
+    g = torch.Generator().manual_seed(1)
+    for T in (1, 3, 8):
+        x = torch.randint(-16, 17, (T, 2, 3, 7, 7), generator=g).double() / 8
+        bounds = Bounds(
+            x.sum(0), x.sum(0), x.amin(0), x.amax(0), x.clamp(min=0).sum(0),
+            (-x).clamp(min=0).sum(0), T,
+        )  # fmt: skip
+        if cumulative:
+            out = cumulative_pool(bounds, pool, window_sum(pool), EPS)
+        else:
+            out = step_pool(bounds, pool, window_sum(pool))
+        for _ in range(20):
+            order = torch.stack([torch.randperm(T, generator=g) for _ in range(x[0].numel())], 1)
+            y = x.flatten(1).gather(0, order).reshape(x.shape)
+            if cumulative:
+                peaks = torch.stack([pool(s) for s in y.cumsum(0)])
+                z = torch.diff(peaks, dim=0, prepend=torch.zeros_like(peaks[:1]))
+            else:
+                z = torch.stack([pool(s) for s in y])
+            assert holds(out, z)
+
+
+def test_window_sums_are_sums_or_more() -> None:
+    x = torch.rand(1, 2, 7, 7, dtype=torch.float64)
+    exact = F.avg_pool2d(x, 2, divisor_override=1)
+    torch.testing.assert_close(window_sum(nn.MaxPool2d(2))(x), exact)
+    for pool in (nn.MaxPool2d(2, 2, dilation=2), nn.AdaptiveMaxPool2d(2)):
+        assert bool((window_sum(pool)(x) >= pool(x)).all())
+    assert bool((window_sum(nn.MaxPool1d(2))(x[0]) >= F.avg_pool1d(x[0], 2) * 2 - 1e-12).all())
+
+
+# Whole networks.
+
+
+class Parts(nn.Module):
+    """Residual sum, concatenation, subtraction, constants, slices, transposed convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 1)
+        self.up = nn.ConvTranspose2d(8, 4, 2, 2)
+        self.bn = nn.BatchNorm2d(4)
+        self.fc = nn.Linear(16, 6)
+        self.last = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu(self.a(x))
+        g = F.relu(self.b(h) * 0.5 - h + x[:, :1])
+        h = F.avg_pool2d(torch.cat([h, g], dim=1), 2)
+        h = F.relu(self.bn(self.up(h)) / 2)
+        first, second = h.chunk(2, dim=1)
+        h = F.relu(F.pad(first - second, (1, 1, 1, 1)))
+        h = F.interpolate(h, scale_factor=0.5, mode="nearest")
+        h = F.adaptive_avg_pool2d(h, 2).permute(0, 2, 3, 1).reshape(h.shape[0], -1)
+        h = torch.cat([h, h.flip(1)], 1)
+        return self.last(F.relu(self.fc(h)))
+
+
+def convnet(seed: int = 0, activation: Callable[[], nn.Module] = nn.ReLU) -> nn.Module:
+    torch.manual_seed(seed)
+    return randomize(
+        nn.Sequential(
+            *(nn.Conv2d(3, 5, 3, padding=1), nn.BatchNorm2d(5), activation(), nn.MaxPool2d(2)),
+            *(nn.Conv2d(5, 6, 3), nn.AvgPool2d(2), activation(), nn.Flatten()),
+            *(nn.Linear(6, 8), activation(), nn.Linear(8, 4)),
+        ),
+        seed,
+    )
+
+
+def counts(snn: ConvertedNetwork, x: Tensor, T: int) -> tuple[dict[str, Tensor], Tensor]:
+    """Counts of every layer in a run of T steps, and the answer."""
+    found: dict[str, Tensor] = {}
+
+    def hook(module: nn.Module, args: object, out: Tensor) -> None:
+        found[module.label] = module._net_count(out, T)  # type: ignore[operator, index]
+
+    handles = [layer.register_forward_hook(hook) for _, layer in snn.neurons()]
+    with torch.no_grad():
+        answer = snn(x, T)
+    for handle in handles:
+        handle.remove()
+    return found, answer
+
+
+def check(snn: ConvertedNetwork, x: Tensor, T: int) -> int:
+    """The spiking run and the quantised ANN are inside; returns how many counts were compared."""
+    certificate = snn.certify(x, T)
+    found, answer = counts(snn, x, T)
+    assert [layer.name for layer in certificate.layers] == list(found)
+    checked = 0
+    for layer in certificate.layers:
+        n = found[layer.name]
+        assert bool(((layer.low <= n) & (n <= layer.high)).all()), layer.name
+        assert bool(((layer.low >= 0) & (layer.high <= T)).all())
+        checked += n.numel()
+    for y in (answer, certificate.quantised):
+        assert bool(((certificate.low <= y) & (y <= certificate.high)).all())
+    same = answer.argmax(1) == certificate.prediction
+    assert bool(same[certificate.proven].all())
+    return checked
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+@pytest.mark.parametrize("T", [1, 3, 8])
+def test_counts_of_networks_are_inside(T: int, dtype: torch.dtype) -> None:
+    checked = 0
+    for seed in range(3):
+        for net, maxpool in ((convnet(seed), "cumulative"), (convnet(seed), "pre_spike")):
+            x = images(6, seed=seed).to(dtype)
+            snn = convert(net.to(dtype), x, T=T, maxpool=maxpool)
+            checked += check(snn, x, T)
+        dyadics = make_dyadic(convnet(seed), seed)
+        snn = convert(dyadics.to(dtype), T=T, threshold=1.0, v_init=0.25)
+        checked += check(snn, dyadic(6, 3, 8, 8, seed=seed).to(dtype), T)
+    assert checked >= 2000
+
+
+@pytest.mark.parametrize("options", [{}, {"v_init": "uniform"}, {"fold": False}], ids=str)
+def test_every_operation_with_a_rule(options: dict) -> None:
+    torch.manual_seed(0)
+    x = images(4)
+    assert check(convert(randomize(Parts()), x, T=4, **options), x, 4) >= 2000
+    assert check(convert(Everything(), x, T=4, **options), x, 4) >= 2000
+
+
+def test_thresholds_folded_into_weights() -> None:
+    x = images(4)
+    snn = convert(convnet(), x, T=4, normalize="weights")
+    assert check(snn, x, 4) > 300
+
+
+def test_the_first_layer_is_a_point_and_that_of_its_own_run() -> None:
+    x = images(4)
+    snn = convert(convnet(), x, T=8)
+    first = snn.certify(x).layers[0]
+    assert torch.equal(first.low, first.high)
+    assert torch.equal(first.low, counts(snn, x, 8)[0][first.name].to(torch.int32))
+    assert first.certain == 1
+    assert first.width == 0
+
+
+def test_a_network_of_one_layer_is_proven_and_exact() -> None:
+    """Constant current: the spiking network is the QCFS network, and that is a proof."""
+    net = make_dyadic(nn.Sequential(nn.Flatten(), nn.Linear(27, 6), QCFS(4, 2.0), nn.Linear(6, 3)))
+    x = dyadic(16, 3, 3, 3)
+    certificate = convert(net, T=4).certify(x)
+    torch.testing.assert_close(certificate.quantised, net(x).detach(), atol=1e-6, rtol=0)
+    torch.testing.assert_close(certificate.low, certificate.high, atol=1e-4, rtol=0)
+    clear = net(x).topk(2, 1).values.diff(dim=1).abs().squeeze(1) > 1e-3
+    assert torch.equal(certificate.proven, clear)
+    assert int(clear.sum()) > 0
+
+
+def test_a_proof_that_needs_the_difference_of_two_classes() -> None:
+    """Both logits follow the same uncertain neuron, their difference does not."""
+    net = nn.Sequential(
+        nn.Linear(1, 2), nn.ReLU(), nn.Linear(2, 1, bias=False), nn.ReLU(), nn.Linear(1, 2)
+    )
+    with torch.no_grad():
+        net[0].weight.copy_(torch.tensor([[1.0], [1.0]]))
+        net[0].bias.copy_(torch.tensor([0.0, 0.0]))
+        net[2].weight.copy_(torch.tensor([[1.0, -1.0]]))
+        net[4].weight.fill_(8.0)
+        net[4].bias.copy_(torch.tensor([0.0, 1.0]))
+    snn = convert(net, T=4, threshold=1.0)
+    certificate = snn.certify(torch.tensor([[0.5]]))
+    layer = certificate.layers[1]
+    assert int(layer.low) == 0
+    assert int(layer.high) == 2  # two spikes may come before the two that cancel them
+    assert certificate.low[0, 1] < certificate.high[0, 0]  # the intervals overlap
+    assert certificate.proven.tolist() == [True]
+    assert certificate.prediction.tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    "last", [nn.LogSoftmax(1), nn.Softmax(1), nn.Sigmoid(), nn.Tanh()], ids=str
+)
+def test_answers_behind_a_softmax(last: nn.Module) -> None:
+    x = images(4)
+    snn = convert(nn.Sequential(convnet(), last), x, T=8)
+    assert check(snn, x, 8) > 300
+
+
+def test_answers_with_positions() -> None:
+    """Segmentation: one prediction for each position."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 3, 1))
+    x = images(2)
+    certificate = convert(net, x, T=4).certify(x)
+    assert certificate.proven.shape == (2, 6, 6)
+    assert bool(certificate.proven.all())
+
+
+def test_certify_leaves_the_network_as_it_was() -> None:
+    x = images(4)
+    snn = convert(convnet(), x, T=8)
+    with torch.no_grad():
+        before = snn(x)
+        snn.certify(x, 3)
+        assert torch.equal(snn(x), before)
+    assert snn.extra_steps == 0
+    assert not snn.certify(x).low.requires_grad
+
+
+def test_the_table() -> None:
+    x = images(4)
+    certificate = convert(convnet(), x, T=8).certify(x, 4)
+    text = str(certificate)
+    assert "count certain" in text
+    assert [layer.low[0].numel() for layer in certificate.layers] == [80, 6, 8]
+    assert "of 4" in text
+    assert "T=4" in text
+    name = certificate.layers[0].name
+    assert certificate[name] is certificate.layers[0]
+    with pytest.raises(KeyError, match="there are"):
+        certificate["nothing"]
+
+
+# What is refused.
+
+
+@pytest.mark.parametrize("method", ["srp", "cos", "parallel", "signed"])
+def test_other_ways_to_run_are_refused(method: str) -> None:
+    x = images(2)
+    with pytest.raises(ConversionError, match=f"method '{method}'"):
+        convert(convnet(), x, T=4, method=method).certify(x)
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value", "words"),
+    [
+        ("max_spikes", 4, "bursts"),
+        ("v_reset", 0.0, "a reset to a value"),
+        ("tie", ">", "tie='>'"),
+        ("beta", 0.5, "a leak"),
+        ("bias", 0.5, "a bias of its own"),
+        ("fire_level", 0.5, "a fire level"),
+        ("mask", torch.ones(1), "a mask"),
+    ],
+)
+def test_other_neurons_are_refused(attribute: str, value: object, words: str) -> None:
+    x = images(2)
+    snn = convert(convnet(), x, T=4)
+    setattr(next(snn.neurons())[1].node, attribute, value)
+    with pytest.raises(ConversionError, match=words):
+        snn.certify(x)
+
+
+@pytest.mark.parametrize("v_init", [-0.25, 1.0, 2.0])
+def test_starts_outside_are_refused(v_init: float) -> None:
+    x = images(2)
+    snn = convert(convnet(), x, T=4, threshold=1.0, v_init=v_init)
+    with pytest.raises(ConversionError, match=r"v_init of 2 must lie in \[0, θ\)"):
+        snn.certify(x)
+
+
+def test_operations_without_a_rule_are_named() -> None:
+    class Kept(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.fc = nn.LayerNorm(6), nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.relu(self.fc(self.norm(F.relu(x))))
+
+    x = dyadic(4, 6)
+    snn = convert(nn.Sequential(Kept(), nn.Linear(6, 2)), x, T=4, on_unsupported="keep")
+    with pytest.raises(ConversionError, match=r"0.norm \(LayerNorm\) has no rule"):
+        snn.certify(x)
+    snn = convert(nn.Sequential(nn.ReLU(), nn.Linear(6, 2), nn.GELU()), x, T=4)
+    with pytest.raises(ConversionError, match=r"2 \(GELU\) has no rule"):
+        snn.certify(x)
+
+
+def test_answers_that_are_no_scores_are_refused() -> None:
+    class Two(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            x = F.relu(x)
+            return x, x
+
+    x = dyadic(4, 6)
+    with pytest.raises(ConversionError, match="one tensor"):
+        convert(Two(), x, T=4).certify(x)
+
+
+@pytest.mark.parametrize("T", [0, -1, 1.5, True])
+def test_steps_are_checked(T: object) -> None:
+    x = images(2)
+    with pytest.raises(ValueError, match="T must be"):
+        convert(convnet(), x, T=4).certify(x, T)  # type: ignore[arg-type]
