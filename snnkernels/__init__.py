@@ -11,7 +11,14 @@ from .neurons import IFNode, LIFNode, reset_net
 from .packed import PackedSpikes
 
 if TYPE_CHECKING:
-    from .conversion import QCFS, ClipReLU, ConversionError, ConvertedNetwork
+    from .conversion import (
+        QCFS,
+        ClipReLU,
+        ConversionError,
+        ConvertedModules,
+        ConvertedNetwork,
+        convert_modules,
+    )
     from .conversion.pipeline import convert, methods
 
 __version__ = "0.1.0"
@@ -19,12 +26,14 @@ __all__ = [
     "QCFS",
     "ClipReLU",
     "ConversionError",
+    "ConvertedModules",
     "ConvertedNetwork",
     "IFNode",
     "LIFNode",
     "PackedSpikes",
     "backend_info",
     "convert",
+    "convert_modules",
     "functional",
     "get_backend",
     "methods",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .activations import QCFS, ClipReLU
 from .errors import ConversionError
+from .modules import ConvertedModules, convert_modules
 from .network import ConvertedNetwork
 from .pipeline import convert, methods
 from .report import NodeReport, Report
@@ -12,9 +13,11 @@ __all__ = [
     "QCFS",
     "ClipReLU",
     "ConversionError",
+    "ConvertedModules",
     "ConvertedNetwork",
     "NodeReport",
     "Report",
     "convert",
+    "convert_modules",
     "methods",
 ]
