@@ -106,18 +106,21 @@ def batches(loader: Any, device: torch.device | None, inputs: Any = None) -> Ite
             "loader must be an iterable of input batches or one tensor, got "
             f"{type(loader).__name__}"
         ) from None
+    given: Any
     for item in items:
-        x: Any = item[0] if isinstance(item, (tuple, list)) and item else item
-        x = x if inputs is None else as_given(inputs(item))
-        if not isinstance(x, Tensor) and inputs is None:
+        if inputs is not None:
+            given = as_given(inputs(item))
+        else:
+            given = item[0] if isinstance(item, (tuple, list)) and item else item
+        if not isinstance(given, Tensor) and inputs is None:
             raise TypeError(
                 "loader must yield tensors or (input, anything); got "
                 f"{type(item).__name__}. Wrap it so that the first element is the input tensor, or "
                 "pass inputs=, a function from an item to the network's inputs"
             )
-        if isinstance(x, Tensor) and x.dim() == 0:
+        if isinstance(given, Tensor) and given.dim() == 0:
             raise TypeError("loader yields scalars; it must yield batches of inputs, [B, *]")
-        yield x.to(device) if device is not None else x
+        yield given.to(device) if device is not None else given
 
 
 def first_batch(

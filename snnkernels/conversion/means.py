@@ -7,10 +7,10 @@ such an operation f emits
     ``o_t = t f(m_t) - (t - 1) f(m_(t-1))``
 
 which sums to ``T f(m_T)``: after any number of steps the mean of what was emitted is f of the
-means, the ANN's own operation on rates. It is causal, so it adds no step; it costs f at every step, and
-f is no spiking operation: the report names it. (The cumulative max-pool is the same idea with the
-maximum, and "expectation compensation" is its name in spiking Transformers: Huang et al., ACM MM
-2024.) ``f(x) = x`` gives back the currents themselves, so a value may leave the means and return.
+means, the ANN's own operation on rates. It is causal, so it adds no step; it costs f at every
+step, and f is no spiking operation: the report names it. ``f(x) = x`` gives back the currents
+themselves, so a value may leave the means and return. The cumulative max-pool is the same idea for
+the maximum; for spiking Transformers, see expectation compensation (Huang et al., ACM MM 2024).
 """
 
 from __future__ import annotations

@@ -297,7 +297,7 @@ def _replace(net: nn.Module, done: dict[str, ConvertedNetwork]) -> None:
     """Put the converted modules wherever the originals are registered."""
     twins = {id(net.get_submodule(path)): snn for path, snn in done.items()}
     for parent in list(net.modules()):
-        for name, child in list(parent.named_children()):
+        for name, child in list(parent._modules.items()):  # named_children skips second names
             if id(child) in twins:
                 parent.register_module(name, twins[id(child)])
 
