@@ -489,3 +489,79 @@ def test_several_outputs(kind: str) -> None:
         if want is not None:
             assert relative(got, want) < 0.02
     assert "analog" not in str(snn.report)
+
+
+# Operations.
+
+
+class Middle(nn.Module):
+    """linear -> relu -> a function of (module, tensor) -> relu -> linear, on ``[B, 5, 6]``."""
+
+    def __init__(self, function: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc1, self.fc2, self.fc3 = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+        self.register_buffer("keep", torch.rand(5, 6) > 0.3)
+        self.register_buffer("order", torch.tensor([3, 0, 5, 1, 4, 2]))
+        self.token = nn.Parameter(torch.randn(1, 1, 6))
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc3(F.relu(self.function(self, F.relu(self.fc1(x)))))
+
+
+AFFINE: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "expand": lambda n, h: n.fc2(h).mean(1, keepdim=True).expand(-1, 5, -1) - h,
+    "expand_as": lambda n, h: n.fc2(h).mean(1, keepdim=True).expand_as(h) - h,
+    "token": lambda n, h: torch.cat([n.token.expand(h.shape[0], -1, -1), n.fc2(h)], 1),
+    "repeat": lambda n, h: n.fc2(h).repeat(1, 2, 1),
+    "repeat_interleave": lambda n, h: n.fc2(h).repeat_interleave(2, dim=1),
+    "roll": lambda n, h: n.fc2(h) - torch.roll(h, 1, dims=1),
+    "cumsum": lambda n, h: n.fc2(h).cumsum(1),
+    "index_select": lambda n, h: n.fc2(h).index_select(2, n.order),
+    "unbind": lambda n, h: torch.stack(n.fc2(h).unbind(1), 1) - h.unbind(1)[2][:, None],
+    "tensor_split": lambda n, h: torch.cat(n.fc2(h).tensor_split(3, dim=2)[::-1], 2),
+    "masked_fill": lambda n, h: n.fc2(h).masked_fill(n.keep, 0.0),
+    "where": lambda n, h: torch.where(n.keep, n.fc2(h), h),
+    "zeros_like": lambda n, h: torch.cat([n.fc2(h), torch.zeros_like(h)], 1),
+    "new_ones": lambda n, h: n.fc2(h) - h.new_ones(5, 6),
+    "einsum": lambda n, h: torch.einsum("bnc,dc->bnd", h, n.fc2.weight),
+    "mT": lambda n, h: n.fc2(h).mT.mT,
+    "bmm": lambda n, h: torch.matmul(n.fc2.weight[:5, :5], n.fc2(h)),
+    "view_as": lambda n, h: n.fc2(h).flatten(1).view_as(h),
+}
+
+
+@pytest.mark.parametrize("name", AFFINE)
+@torch.no_grad()
+def test_affine_operations_between_neurons(name: str) -> None:
+    net = Middle(AFFINE[name])
+    x = torch.randn(4, 5, 6, generator=torch.Generator().manual_seed(0))
+    snn = convert(net, x, threshold="max", T=512)
+    for batch in (1, 4):
+        assert relative(snn(x[:batch]), net(x[:batch])) < 0.03
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        (lambda n, h: n.fc2(h).roll(1, 0), "roll over dimension 0 mixes the batch"),
+        (lambda n, h: n.fc2(h).roll(1), "roll over all dimensions mixes the batch"),
+        (lambda n, h: n.fc2(h).repeat(2, 1, 1), "repeat along dimension 0 mixes the batch"),
+        (lambda n, h: n.fc2(h).repeat(1, 2, 1, 1), "repeat along dimension 0 mixes the batch"),
+        (lambda n, h: n.fc2(h).cumsum(0), "cumsum over dimension 0"),
+        (lambda n, h: torch.stack(n.fc2(h).unbind(0)), "unbind over dimension 0"),
+        (lambda n, h: torch.where(h > 0.5, h, n.fc2(h)), "gt is not affine"),
+        (lambda n, h: torch.einsum("bnc,bmc->bnm", h, n.fc2(h)), "einsum of two values"),
+        (lambda n, h: torch.einsum("bnc,ab->anc", h, n.fc2.weight[:4, :4]), "einsum .* batch"),
+    ],
+)
+def test_operations_that_are_not(function: Callable, words: str) -> None:
+    with pytest.raises(ConversionError, match=words):
+        convert(Middle(function), torch.rand(4, 5, 6))
+
+
+def test_thresholds_do_not_fold_through_gates() -> None:
+    net, x = build("se", relu)
+    with pytest.raises(ConversionError, match="Use normalize='threshold'"):
+        convert(net, x, on_unsupported="mean", normalize="weights")
