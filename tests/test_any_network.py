@@ -192,6 +192,42 @@ def test_any_function_converges_on_means(function: Callable) -> None:
     assert torch.equal(curve[16], snn(x, T=16))  # cut into pieces, the same bits
 
 
+@torch.no_grad()
+def test_kept_products_stay_wrong_where_means_are_right() -> None:
+    torch.manual_seed(0)  # spikes of 0 and θ have squares of mean θ a, not a^2
+    net, x = Gate(lambda a, b: a * a), torch.rand(16, 4, generator=torch.Generator().manual_seed(1))
+    error = {}
+    for how in ("keep", "mean"):
+        snn = convert(net, x, threshold="max", T=1024, on_unsupported=how)
+        error[how] = relative(snn(x), net(x))
+    assert error["mean"] < 0.01
+    assert error["keep"] > 0.1
+
+
+@pytest.mark.parametrize("with_data", [True, False])
+@torch.no_grad()
+def test_attention_of_torch_on_means(with_data: bool) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.fc1, self.fc2, self.fc3 = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            h = F.relu(self.fc1(x))
+            a, weights = self.attention(h, h, h)
+            return self.fc3(F.relu(self.fc2(a) + h)), weights
+
+    net, x = Net().eval(), torch.randn(4, 5, 6, generator=torch.Generator().manual_seed(0))
+    rest = {"loader": x, "threshold": "max"} if with_data else {"threshold": 2.0}
+    snn = convert(net, T=512, on_unsupported="mean", **rest)
+    assert "on running means" in snn.report["attention"].action
+    assert "on running means" in snn.report["getitem"].action
+    for got, want in zip(snn(x), net(x), strict=True):
+        assert relative(got, want) < 0.01
+
+
 @pytest.mark.parametrize("method", ["srp", "cos", "parallel", "burst", "signed"])
 @torch.no_grad()
 def test_gates_with_every_kind_of_step(method: str) -> None:

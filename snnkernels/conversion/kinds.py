@@ -51,7 +51,7 @@ def kinds_of(net: nn.Module, graph: fx.Graph) -> dict[fx.Node, Kind]:
             kinds[node] = Kind.STATIC
         else:
             kinds[node] = Kind.CONST
-        if returns_list(node):
+        if returns_list(node) or isinstance(module_of(net, node), nn.MultiheadAttention):
             node.meta["tensor_list"] = True
     return kinds
 

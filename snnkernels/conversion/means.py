@@ -1,7 +1,8 @@
 """Operations on running means: exact in the mean for whatever is not affine.
 
 A gate ``x * sigmoid(z)``, a softmax, a layer norm: applied to the spikes of one step it gives
-something else than on rates, for ever. With ``m_t`` the mean of the first t steps of its inputs,
+something else than on rates, and more steps need not help (spikes of 0 and θ at rate a have squares
+of mean θ a, not a^2). With ``m_t`` the mean of the first t steps of its inputs,
 such an operation f emits
 
     ``o_t = t f(m_t) - (t - 1) f(m_(t-1))``

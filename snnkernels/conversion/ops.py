@@ -285,7 +285,7 @@ def _order_reason(node: fx.Node, name: str) -> str | None:
 
 
 def returns_list(node: fx.Node) -> bool:
-    """Whether ``node`` returns several tensors (chunk, split, unbind)."""
+    """Whether ``node`` returns several tensors (chunk, split, unbind, topk, ...)."""
     name = str(getattr(node.target, "__name__", node.target))
-    several = ("chunk", "split", "unbind", "tensor_split")
+    several = ("chunk", "split", "unbind", "tensor_split", "topk", "sort")
     return node.op in ("call_function", "call_method") and name in several

@@ -362,6 +362,8 @@ def _describe(
                 analog.append(f"{name} ({reason.split()[0]})")
         elif name in kept and means:
             what = f"on running means, every step: {kept[name]}"
+        elif node.meta.get("on_means"):
+            what = "on running means, every step"
         elif name in kept:
             what = f"KEPT as it is, every step: {kept[name]}"
         elif isinstance(module, MAX_POOL_MODULES):
