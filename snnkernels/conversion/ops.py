@@ -206,7 +206,14 @@ def why_not_affine(node: fx.Node, net: nn.Module, varying: set[fx.Node]) -> str 
     name = str(getattr(node.target, "__name__", node.target))
     if node.target in MAX_POOLS:
         return "a max-pool whose window is computed cannot be placed; give it numbers"
-    changing = [n for n in node.all_input_nodes if n in varying]
+    changing: list[fx.Node] = []  # as often as they occur: x * x has one input, but two values
+
+    def note(n: fx.Node) -> fx.Node:
+        if n in varying:
+            changing.append(n)
+        return n
+
+    fx.node.map_arg((node.args, node.kwargs), note)
     if name in SUMS:
         return None
     if name in PRODUCTS or name in CONVOLUTIONS:
