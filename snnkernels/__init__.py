@@ -15,9 +15,11 @@ if TYPE_CHECKING:
         QCFS,
         ClipReLU,
         ConversionError,
+        ConvertedModules,
         ConvertedNetwork,
         RateNorm,
         ThresholdReLU,
+        convert_modules,
     )
     from .conversion.pipeline import convert, methods
 
@@ -26,6 +28,7 @@ __all__ = [
     "QCFS",
     "ClipReLU",
     "ConversionError",
+    "ConvertedModules",
     "ConvertedNetwork",
     "IFNode",
     "LIFNode",
@@ -34,6 +37,7 @@ __all__ = [
     "ThresholdReLU",
     "backend_info",
     "convert",
+    "convert_modules",
     "functional",
     "get_backend",
     "methods",

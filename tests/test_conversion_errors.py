@@ -44,6 +44,7 @@ class Between(nn.Module):
         (lambda n, h: n.norm(h), "norm cannot be converted: LayerNorm is not affine"),
         (lambda n, h: n.leaky(h), "leaky cannot be converted: LeakyReLU"),
         (lambda n, h: h * n.fc2(h), "mul of two values that spike is not linear"),
+        (lambda n, h: h * h, "mul of two values that spike is not linear"),
         (lambda n, h: n.fc1(h) @ n.fc2(h).t(), "t is not affine|matmul of two"),
         (lambda n, h: n.fc2(h) / (h + 1), "divides by a value that spikes"),
         (lambda n, h: n.batchless(n.fc2(h)), "without running statistics"),

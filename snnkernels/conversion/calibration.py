@@ -14,6 +14,7 @@ from .balancing import Balancing
 from .divergence import kl_threshold
 from .errors import ConversionError
 from .histogram import Histogram
+from .inputs import as_given
 from .ops import Activation
 
 __all__ = [
@@ -73,10 +74,11 @@ class Statistics:
         self.histogram.update(table)
 
 
-def batches(loader: Any, device: torch.device | None) -> Iterator[Tensor]:
+def batches(loader: Any, device: torch.device | None, inputs: Any = None) -> Iterator[Any]:
     """The inputs of a loader: tensors, or the first element of tuples and lists.
 
-    A single tensor is one batch. Inputs are moved to ``device``.
+    A single tensor is one batch. Inputs are moved to ``device``. With ``inputs``, a function, what
+    that gives for an item: a tensor, or :class:`Inputs`.
 
     Raises:
         TypeError: ``loader`` cannot be iterated over, or is a data set or an (inputs, labels) pair
@@ -87,7 +89,7 @@ def batches(loader: Any, device: torch.device | None) -> Iterator[Tensor]:
             f"loader is a Dataset ({type(loader).__name__}), whose items are single samples; "
             "pass torch.utils.data.DataLoader(dataset, batch_size=64)"
         )
-    if isinstance(loader, (tuple, list)) and len(loader) == 2:
+    if inputs is None and isinstance(loader, (tuple, list)) and len(loader) == 2:
         x, y = loader
         if (
             isinstance(x, Tensor)
@@ -106,25 +108,32 @@ def batches(loader: Any, device: torch.device | None) -> Iterator[Tensor]:
             "loader must be an iterable of input batches or one tensor, got "
             f"{type(loader).__name__}"
         ) from None
+    given: Any
     for item in items:
-        x = item[0] if isinstance(item, (tuple, list)) and item else item
-        if not isinstance(x, Tensor):
+        if inputs is not None:
+            given = as_given(inputs(item))
+        else:
+            given = item[0] if isinstance(item, (tuple, list)) and item else item
+        if not isinstance(given, Tensor) and inputs is None:
             raise TypeError(
                 "loader must yield tensors or (input, anything); got "
-                f"{type(item).__name__}. Wrap it so that the first element is the input tensor"
+                f"{type(item).__name__}. Wrap it so that the first element is the input tensor, or "
+                "pass inputs=, a function from an item to the network's inputs"
             )
-        if x.dim() == 0:
+        if isinstance(given, Tensor) and given.dim() == 0:
             raise TypeError("loader yields scalars; it must yield batches of inputs, [B, *]")
-        yield x.to(device) if device is not None else x
+        yield given.to(device) if device is not None else given
 
 
-def first_batch(loader: Any, device: torch.device | None) -> tuple[Tensor, Iterator[Tensor]]:
+def first_batch(
+    loader: Any, device: torch.device | None, inputs: Any = None
+) -> tuple[Any, Iterator[Any]]:
     """The first batch of ``loader`` and an iterator over the others; see :func:`batches`.
 
     Raises:
         ValueError: there is none.
     """
-    items = batches(loader, device)
+    items = batches(loader, device, inputs)
     for x in items:
         if len(x) > 0:
             return x, items

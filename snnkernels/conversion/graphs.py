@@ -6,7 +6,17 @@ from typing import Any
 
 from torch import fx, nn
 
-__all__ = ["add_module", "copy_graph", "first_input", "module_of", "name_of", "place_module"]
+from .inputs import network_input
+
+__all__ = [
+    "add_module",
+    "copy_graph",
+    "first_input",
+    "is_given",
+    "module_of",
+    "name_of",
+    "place_module",
+]
 
 
 def module_of(net: nn.Module, node: object) -> nn.Module | None:
@@ -18,6 +28,11 @@ def module_of(net: nn.Module, node: object) -> nn.Module | None:
 def first_input(node: fx.Node) -> Any:
     """The first argument of a call, however it was passed."""
     return node.args[0] if node.args else next(iter(node.kwargs.values()))
+
+
+def is_given(node: fx.Node) -> bool:
+    """Whether ``node`` is an input or a constant of the network."""
+    return node.op in ("placeholder", "get_attr") or node.target is network_input
 
 
 def name_of(node: fx.Node) -> str:

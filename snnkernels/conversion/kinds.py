@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import operator
 from enum import Enum
 
 from torch import fx, nn
 
 from .errors import ConversionError
-from .graphs import module_of, name_of
+from .graphs import first_input, module_of, name_of
 from .inplace import is_meta
 from .ops import MAX_POOL_MODULES, Activation, returns_list, why_not_affine
 
@@ -50,7 +51,7 @@ def kinds_of(net: nn.Module, graph: fx.Graph) -> dict[fx.Node, Kind]:
             kinds[node] = Kind.STATIC
         else:
             kinds[node] = Kind.CONST
-        if returns_list(node):
+        if returns_list(node) or isinstance(module_of(net, node), nn.MultiheadAttention):
             node.meta["tensor_list"] = True
     return kinds
 
@@ -68,12 +69,20 @@ def before_neurons(net: nn.Module, graph: fx.Graph) -> set[fx.Node]:
 
 
 def check_supported(
-    net: nn.Module, graph: fx.Graph, kinds: dict[fx.Node, Kind], keep: bool
+    net: nn.Module,
+    graph: fx.Graph,
+    kinds: dict[fx.Node, Kind],
+    keep: bool,
+    means: bool = False,
 ) -> dict[str, str]:
     """Check every operation between neurons; returns reasons of those kept, by name.
 
+    With ``means``, what is not affine is marked ``node.meta["on_means"]``: :func:`parts.cut` lets
+    it run on running means.
+
     Raises:
-        ConversionError: an operation between neurons is not affine and ``keep`` is False.
+        ConversionError: an operation between neurons is not affine, ``keep`` and ``means`` are
+            False; or with ``means`` it mixes the batch.
     """
     varying = {n for n, kind in kinds.items() if kind is Kind.TIME}
     kept: dict[str, str] = {}
@@ -85,13 +94,23 @@ def check_supported(
             continue
         reason = why_not_affine(node, net, varying)
         if reason is None:
+            # One entry of several results of an operation on means.
+            source = first_input(node) if means and node.target is operator.getitem else None
+            if isinstance(source, fx.Node) and source.meta.get("on_means"):
+                node.meta["on_means"] = True
             continue
         name = name_of(node)
-        if not keep:
+        if means and "batch" in reason:
+            raise ConversionError(f"{name} cannot be converted, on means either: {reason}")
+        if not keep and not means:
             raise ConversionError(
                 f"{name} cannot be converted: {reason}, and spiking neurons follow it. Replace it "
                 "(an activation by ReLU and fine-tune; a normalisation by BatchNorm), or pass "
-                "on_unsupported='keep' to apply it to the spikes of every step as it is"
+                "on_unsupported='mean' to apply it to running means at every step (exact in the "
+                "mean, but no spiking operation), or on_unsupported='keep' to apply it to the "
+                "spikes of every step as it is"
             )
         kept[name] = reason
+        if means:
+            node.meta["on_means"] = True
     return kept

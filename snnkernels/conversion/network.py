@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .inputs import Inputs, Ports, as_given
+from .means import FromMeans, RunningMean
 from .parts import Parts
 from .pools import CumulativeMaxPool
 from .report import Report
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     from .certify import Certificate
 
 __all__ = ["ConvertedNetwork"]
+
+_WITH_STATE = (SpikingActivation, CumulativeMaxPool, RunningMean, FromMeans)
 
 
 def _steps(T: Any) -> int:
@@ -48,11 +52,19 @@ class ConvertedNetwork(nn.Module):
         extra_steps: what the method adds to the T steps of a call, in latency and in work.
         report: what was done with every node.
 
-    Shape: the input and the output of the ANN; any batch size.
+    Shape: the inputs and the output of the ANN; any batch size.
     """
 
-    def __init__(self, parts: Parts, T: int, report: Report, clock: Clock | None = None) -> None:
+    def __init__(
+        self,
+        parts: Parts,
+        T: int,
+        report: Report,
+        clock: Clock | None = None,
+        ports: Ports | None = None,
+    ) -> None:
         super().__init__()
+        self._ports = Ports.single() if ports is None else ports
         self.T = _steps(T)
         self._clock = Clock() if clock is None else clock
         self.report = report
@@ -85,7 +97,7 @@ class ConvertedNetwork(nn.Module):
     def reset(self) -> None:
         """Back to the initial potentials; calls do it themselves."""
         for module in self.body.modules():
-            if isinstance(module, (SpikingActivation, CumulativeMaxPool)):
+            if isinstance(module, _WITH_STATE):
                 module.reset()
 
     def train(self, mode: bool = True) -> ConvertedNetwork:
@@ -102,7 +114,7 @@ class ConvertedNetwork(nn.Module):
             rates.append(layer.rate(count, T, dtype))
         return self.suffix(*(statics[i] for i in self._of_suffix), *rates)
 
-    def _segments(self, x: Tensor, ends: list[int]) -> Iterator[Any]:
+    def _segments(self, x: Any, ends: list[int]) -> Iterator[Any]:
         """The answer after each number of steps in ``ends`` (rising), from one run."""
         self.reset()
         clock, steps = self._clock, self._clock.steps
@@ -142,23 +154,31 @@ class ConvertedNetwork(nn.Module):
             clock.ends = None
             self.reset()
 
-    def forward(self, x: Tensor, T: int | None = None) -> Any:
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The names of the inputs, in order; other parameters of the ANN keep their values."""
+        return self._ports.names
+
+    def forward(self, *inputs: Any, T: int | None = None, **named: Any) -> Any:
         """The ANN's output as estimated in ``T`` steps (default: those of the conversion).
 
         Args:
-            x: ``[B, *]``, what the ANN takes, shown unchanged at every step.
+            inputs: what the ANN takes, ``[B, *]`` each, shown unchanged at every step.
             T: number of steps, at least 1.
+            named: inputs by name.
 
         Raises:
-            ValueError: T < 1 or not a whole number.
+            TypeError: inputs are missing, or the ANN does not have them.
+            ValueError: T < 1 or not a whole number; the inputs differ in their batch; a parameter
+                that is no input of the converted network has another value than at conversion.
         """
         T = self.T if T is None else _steps(T)
-        (out,) = self._segments(x, [T])
+        one = len(inputs) == 1 and not named
+        x = inputs[0] if one and isinstance(inputs[0], (Tensor, Inputs)) else Inputs(inputs, named)
+        (out,) = self._segments(self._ports.bind(x), [T])
         return out
 
-    def predict_curve(
-        self, x: Tensor, steps: Iterable[int] = (1, 2, 4, 8, 16, 32)
-    ) -> dict[int, Any]:
+    def predict_curve(self, x: Any, steps: Iterable[int] = (1, 2, 4, 8, 16, 32)) -> dict[int, Any]:
         """The outputs after several numbers of steps, from one run: ``{T: output}``.
 
         At the price of the longest (a parallel network: of all together). The same as separate
@@ -167,7 +187,7 @@ class ConvertedNetwork(nn.Module):
         same bit for bit.
 
         Args:
-            x: ``[B, *]``.
+            x: ``[B, *]``; of several inputs a tuple by position or a dict by name.
             steps: numbers of steps; order and repetitions do not matter.
 
         Raises:
@@ -176,6 +196,7 @@ class ConvertedNetwork(nn.Module):
         ends = sorted({_steps(T) for T in steps})
         if not ends:
             raise ValueError("steps is empty: predict_curve needs at least one number of steps")
+        x = self._ports.bind(as_given(x))
         return dict(zip(ends, self._segments(x, ends), strict=True))
 
     def certify(self, x: Tensor, T: int | None = None) -> Certificate:

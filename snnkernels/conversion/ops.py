@@ -13,7 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 from .activations import QCFS, ClipReLU, ThresholdReLU
 from .activations_rates import RateNorm
 from .fold import ChannelAffine
-from .graphs import module_of
+from .graphs import first_input, module_of
 
 __all__ = [
     "MAX_POOLS",
@@ -149,7 +149,7 @@ AFFINE_MODULES = (
     nn.modules.padding._CircularPadNd,
 )
 SUMS = {"add", "sub", "neg", "rsub"}
-PRODUCTS = {"mul", "multiply", "matmul", "linear", "bilinear", "__matmul__"}
+PRODUCTS = {"mul", "multiply", "matmul", "linear", "bilinear", "__matmul__", "bmm", "mm", "einsum"}
 CONVOLUTIONS = {f"conv{n}d" for n in "123"} | {f"conv_transpose{n}d" for n in "123"}
 QUOTIENTS = {"div", "truediv", "divide", "true_divide"}
 # Linear maps whose dims must leave the batch (dim 0) alone: (position, keyword) of the dims.
@@ -169,16 +169,37 @@ WITH_DIMS: dict[str, tuple[int, str]] = {
     "unflatten": (1, "dim"),
     "select": (1, "dim"),
     "flip": (1, "dims"),
+    "unbind": (1, "dim"),
+    "tensor_split": (2, "dim"),
+    "cumsum": (1, "dim"),
+    "index_select": (1, "dim"),
+    "roll": (2, "dims"),
+    "repeat_interleave": (2, "dim"),
 }
-DEFAULT_DIM = {"cat": 0, "concat": 0, "concatenate": 0, "stack": 0, "chunk": 0, "split": 0}
+DEFAULT_DIM = {
+    **{"cat": 0, "concat": 0, "concatenate": 0, "stack": 0},
+    **{"chunk": 0, "split": 0, "unbind": 0, "tensor_split": 0},
+}
+WHOLE = ("mean", "sum", "roll", "repeat_interleave")  # without dims these take all dimensions
 FREE = {
     *(f"avg_pool{n}d" for n in "123"),
     *(f"adaptive_avg_pool{n}d" for n in "123"),
     *("pad", "interpolate", "upsample", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle"),
     *("fold", "unfold", "contiguous", "view", "reshape", "getitem", "batch_norm"),
     *("to", "type", "float", "double", "half", "bfloat16", "type_as", "permute", "transpose"),
-    *("zero_pad2d", "swapaxes", "movedim"),
+    *("zero_pad2d", "swapaxes", "movedim", "expand", "expand_as", "view_as", "reshape_as"),
+    # Constants in the shape of a value, and choices that the input or a constant makes.
+    *("zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full"),
+    *("where", "masked_fill"),
 }
+# Of these, (position, keyword) of what must not spike: it chooses.
+CHOICES = {
+    "where": (0, "condition"),
+    "masked_fill": (1, "mask"),
+    "index_select": (2, "index"),
+    "repeat_interleave": (1, "repeats"),
+}
+ATTRIBUTES = {"mT", "data"}  # of a tensor, linear in it
 
 
 def why_not_affine(node: fx.Node, net: nn.Module, varying: set[fx.Node]) -> str | None:
@@ -196,7 +217,14 @@ def why_not_affine(node: fx.Node, net: nn.Module, varying: set[fx.Node]) -> str 
     name = str(getattr(node.target, "__name__", node.target))
     if node.target in MAX_POOLS:
         return "a max-pool whose window is computed cannot be placed; give it numbers"
-    changing = [n for n in node.all_input_nodes if n in varying]
+    changing: list[fx.Node] = []  # as often as they occur: x * x has one input, but two values
+
+    def note(n: fx.Node) -> fx.Node:
+        if n in varying:
+            changing.append(n)
+        return n
+
+    fx.node.map_arg((node.args, node.kwargs), note)
     if name in SUMS:
         return None
     if name in PRODUCTS or name in CONVOLUTIONS:
@@ -204,8 +232,14 @@ def why_not_affine(node: fx.Node, net: nn.Module, varying: set[fx.Node]) -> str 
     if name in QUOTIENTS:
         divisor = _bound(node, 1, "other")
         return "it divides by a value that spikes" if divisor in varying else None
+    if name in CHOICES and _bound(node, *CHOICES[name]) in varying:
+        return f"{name} by a value that spikes is not linear"
     if name in WITH_DIMS:
         return _dim_reason(node, name)
+    if name == "getattr" and node.args[1] in ATTRIBUTES:
+        return None
+    if name == "repeat":
+        return _repeat_reason(node)
     if name in ("permute", "transpose", "swapaxes", "movedim", "getitem"):
         return _order_reason(node, name)
     if name == "batch_norm" and _bound(node, 5, "training", False):
@@ -230,7 +264,7 @@ def _dim_reason(node: fx.Node, name: str) -> str | None:
         dims = node.kwargs.get("axis", dims)
     if name == "flatten" and dims is None:
         dims = 0
-    if name in ("mean", "sum") and dims is None:
+    if name in WHOLE and dims is None:
         return f"{name} over all dimensions mixes the batch"
     flat = dims if isinstance(dims, (tuple, list)) else [dims]
     if name == "flip" and len(flat) == 1 and isinstance(flat[0], (tuple, list)):
@@ -239,6 +273,14 @@ def _dim_reason(node: fx.Node, name: str) -> str | None:
     if any(_from_front(node, d, added) == 0 for d in flat) or (name == "squeeze" and dims is None):
         return f"{name} over dimension 0 mixes the batch"
     return None
+
+
+def _repeat_reason(node: fx.Node) -> str | None:
+    times = node.args[1:] or tuple(node.kwargs.values())
+    times = tuple(times[0]) if len(times) == 1 and isinstance(times[0], (tuple, list)) else times
+    shape = first_input(node).meta.get("shape")
+    added = shape is not None and len(times) > len(shape)
+    return "repeat along dimension 0 mixes the batch" if added or times[0] != 1 else None
 
 
 def _order_reason(node: fx.Node, name: str) -> str | None:
@@ -261,6 +303,7 @@ def _order_reason(node: fx.Node, name: str) -> str | None:
 
 
 def returns_list(node: fx.Node) -> bool:
-    """Whether ``node`` returns several tensors (chunk, split, unbind)."""
+    """Whether ``node`` returns several tensors (chunk, split, unbind, topk, ...)."""
     name = str(getattr(node.target, "__name__", node.target))
-    return node.op in ("call_function", "call_method") and name in ("chunk", "split", "unbind")
+    several = ("chunk", "split", "unbind", "tensor_split", "topk", "sort")
+    return node.op in ("call_function", "call_method") and name in several

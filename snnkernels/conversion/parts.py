@@ -10,6 +10,7 @@ from torch import fx, nn
 
 from .graphs import add_module, first_input, module_of
 from .kinds import Kind, is_activation
+from .means import FromMeans, RunningMean
 from .ops import MAX_POOL_MODULES
 from .pools import CumulativeMaxPool
 from .spiking import CountSpikes, Repeat, SpikingActivation, TimeShape
@@ -134,11 +135,16 @@ class _Body:
         self.steps = self.graph.placeholder("T")
         self.env: dict[fx.Node, fx.Node] = {}
         self.repeated: dict[fx.Node, fx.Node] = {}
+        self.means: dict[fx.Node, fx.Node] = {}  # nodes by their running means
         self.root: dict[str, Any] = {}
 
     def build(self) -> fx.GraphModule:
         for node in self.cut.nodes:
-            if node in self.cut.in_body:
+            if node not in self.cut.in_body:
+                continue
+            if node.meta.get("on_means") and self.kinds[node] is Kind.TIME:
+                self.means[node] = self.graph.node_copy(node, self._mean)
+            else:
                 self.env[node] = self._copy(node)
         counts = []
         for node in self.cut.counted:
@@ -160,10 +166,22 @@ class _Body:
     def _timed(self, node: fx.Node) -> fx.Node:
         """``node`` with a value for every step."""
         if self.kinds[node] is not Kind.STATIC:
+            if node not in self.env:  # known by its running means
+                layer = FromMeans(self.clock)
+                self.env[node] = self._helper(layer, "from_means", self.means[node])
             return self.env[node]
         if node not in self.repeated:
             self.repeated[node] = self._helper(Repeat(), "repeat", self.raw[node])
         return self.repeated[node]
+
+    def _mean(self, node: fx.Node) -> fx.Node:
+        """``node`` as an operation on running means takes it."""
+        if self.kinds[node] is not Kind.TIME:
+            return self._timed(node)  # the mean of what is constant in time is itself
+        if node not in self.means:
+            layer = RunningMean(self.clock)
+            self.means[node] = self._helper(layer, "running_mean", self._timed(node))
+        return self.means[node]
 
     def _copy(self, node: fx.Node) -> fx.Node:
         if is_activation(self.net, node):

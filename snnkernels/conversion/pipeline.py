@@ -20,6 +20,7 @@ from .errors import ConversionError
 from .fit import fit_starts
 from .fold import fold_batch_norm
 from .graphs import add_module, copy_graph, first_input, module_of, name_of
+from .inputs import Ports
 from .kinds import Kind, before_neurons, check_supported, is_activation, kinds_of
 from .marks import mark
 from .methods import METHODS, Method, find_method
@@ -67,6 +68,7 @@ def convert(
     ann: nn.Module,
     loader: Any = None,
     *,
+    inputs: Callable[[Any], Any] | None = None,
     method: str | Method = "opi",
     T: int = 16,
     threshold: Any = None,
@@ -96,6 +98,12 @@ def convert(
         ann: maps ``[B, *]`` to its output; the first dimension is the batch. Any device.
         loader: calibration inputs: an iterable of tensors or of (input, anything), or one tensor.
             Not needed where thresholds are learned (``ClipReLU``, ``QCFS``) or given.
+        inputs: a function from an item of the loader to the network's inputs, if that is more than
+            one tensor: a tensor, a tuple of the inputs by position, or a dict of them by name, such
+            as ``lambda item: item[:2]``. An input is a tensor ``[B, *]``, or a tuple, list or dict
+            of such; numbers, None and other constants keep their value in the converted network, as
+            do parameters of ``forward`` that are not given. None: the tensor, or the first of a
+            tuple. Without a loader, all required parameters are inputs.
         method: a name of :func:`methods`, or one of :mod:`snnkernels.conversion.methods` with
             options of its own, such as ``SRP(probe=8)``.
         T: number of time steps the thresholds are made for, and the default of ``snn(x)``.
@@ -112,8 +120,12 @@ def convert(
             shape) in the units of the current, or a dict.
         maxpool: ``"cumulative"`` (exact in the mean at every T), ``"pre_spike"`` (maximum of the
             currents of each step) or ``"avg"`` (replaced by average pooling: a different ANN).
-        on_unsupported: ``"error"``, or ``"keep"`` to apply what cannot be converted to the spikes
-            of every step as it is; the report names it.
+        on_unsupported: what becomes of an operation between neurons that is not affine (a product
+            of two values that spike, a sigmoid, a layer norm): ``"error"``; ``"mean"`` to apply it
+            to running means at every step, so that the mean of what it emits is exact at every T
+            (:mod:`snnkernels.conversion.means`): right for squeeze-and-excite gates and attention,
+            but no spiking operation; ``"keep"`` to apply it to the spikes of every step as it is.
+            The report names it.
         normalize: ``"threshold"`` (spikes weigh θ) or ``"weights"`` (θ folded into the weights,
             every threshold 1); equal up to rounding.
         fold: fold batch norms into the weights before them; False leaves them where they are,
@@ -131,7 +143,7 @@ def convert(
         raise TypeError(f"ann must be a torch.nn.Module, got {type(ann).__name__}")
     chosen, T = find_method(method), _steps(T)
     _one_of("maxpool", maxpool, MAXPOOL_MODES)
-    _one_of("on_unsupported", on_unsupported, ("error", "keep"))
+    _one_of("on_unsupported", on_unsupported, ("error", "keep", "mean"))
     _one_of("normalize", normalize, ("threshold", "weights"))
     report = Report(str(chosen), T)
     if chosen.steps().extra:
@@ -145,8 +157,16 @@ def convert(
             "binary methods"
         )
 
-    traced = trace(ann)
-    net, graph = traced.net, traced.graph
+    if inputs is not None and not callable(inputs):
+        raise TypeError(
+            "inputs must be a function from an item of the loader to the network's inputs, got "
+            f"{type(inputs).__name__}"
+        )
+    first, rest = None, iter(())
+    if loader is not None:
+        first, rest = first_batch(loader, _device(ann), inputs)
+    traced = trace(ann, first)
+    net, graph, ports = traced.net, traced.graph, traced.ports
     behind = chosen.behind()
     if behind is not None:
         _append(net, graph, behind, chosen)
@@ -155,14 +175,13 @@ def convert(
             f"forward hooks of {', '.join(traced.hooked)} were not called: what they change is "
             "neither in this network nor in the ANN of the errors; put it into forward"
         )
-    batch: Tensor | None = None
-    rest: Iterator[Tensor] = iter(())
+    batch: Any = None
     sample, expected, failure = None, None, None
-    if loader is not None:
-        batch, rest = first_batch(loader, _device(net))
+    if first is not None:
+        batch = ports.bind(first)
         sample = batch[:SAMPLE]
         try:
-            expected = answer_of(own_copy(ann, share=True)[0], batch, sample)
+            expected = answer_of(own_copy(ann, share=True)[0], batch, sample, ports.call)
             expected = expected if behind is None else behind(expected)
             check_same(expected, note_shapes(net, graph, sample))
         except ConversionError as error:
@@ -180,7 +199,8 @@ def convert(
     paths = [str(node.target) for node in graph.nodes if is_activation(net, node)]
     activations: dict[str, Activation] = {p: net.get_submodule(p) for p in paths}  # type: ignore
     kinds = kinds_of(net, graph)
-    kept = check_supported(net, graph, kinds, keep=on_unsupported == "keep")
+    keep, means = on_unsupported == "keep", on_unsupported == "mean"
+    kept = check_supported(net, graph, kinds, keep, means)
     if failure is not None:
         raise failure
     model = fx.GraphModule(net, copy_graph(graph)).eval()
@@ -204,9 +224,10 @@ def convert(
     if batch is not None and sample is not None:
         how = {s.path: (s.per_channel if s.needs_histogram else None, s.channel_dim) for s in sites}
         once = not any(site.needs_histogram for site in sites)
-        seen = collect(model, how, batch, rest, loader=loader, progress=progress, once=once)
-        again = partial(batches, loader, _device(net))
-        _balance(model, sites, chain([batch], rest) if once else None, again, report, progress)
+        later = map(ports.bind, rest)
+        seen = collect(model, how, batch, later, loader=loader, progress=progress, once=once)
+        again = partial(_bound_batches, ports, loader, _device(net), inputs)
+        _balance(model, sites, chain([batch], later) if once else None, again, report, progress)
         with torch.no_grad():
             note = check_same(expected, (unpooled if maxpool == "avg" else model)(sample))
         if note is not None:
@@ -214,7 +235,7 @@ def convert(
         try:
             check_independent(net, graph, kinds, sample)
         except ConversionError as error:
-            if not kept:
+            if not kept or means:
                 raise
             report.notes.append(str(error))
     for site in sites:
@@ -240,8 +261,8 @@ def convert(
     weights = normalize == "weights"
     neurons = {site.path: _neurons(site, chosen, T, weights, clock) for site in sites}
     parts = cut(net, spiking_graph, spiking_kinds, neurons, cumulative=maxpool == "cumulative")
-    _describe(report, model, sites, folded, pools, kept, maxpool)
-    snn = ConvertedNetwork(parts, T, report, clock)
+    _describe(report, model, sites, folded, pools, kept, maxpool, means)
+    snn = ConvertedNetwork(parts, T, report, clock, ports)
     device = _device(net)
     if device is not None:
         snn.to(device)
@@ -292,6 +313,12 @@ def _balance(
             f"the loader can be read only once: thresholds were balanced on {done} batches instead "
             f"of {asked}"
         )
+
+
+def _bound_batches(
+    ports: Ports, loader: Any, device: torch.device | None, inputs: Any
+) -> Iterator[Any]:
+    return map(ports.bind, batches(loader, device, inputs))
 
 
 def _device(net: nn.Module) -> torch.device | None:
@@ -358,6 +385,7 @@ def _describe(
     pools: list[str],
     kept: dict[str, str],
     maxpool: str,
+    means: bool = False,
 ) -> None:
     """One row for every operation of the ANN."""
     by_path = {site.path: site for site in sites}
@@ -383,8 +411,12 @@ def _describe(
         elif node not in early:
             what = "once, on rates"
             reason = why_not_affine(node, model, varying) or ""
-            if reason.endswith("is not affine"):
+            if reason.endswith("is not affine") and not isinstance(node.target, type):
                 analog.append(f"{name} ({reason.split()[0]})")
+        elif name in kept and means:
+            what = f"on running means, every step: {kept[name]}"
+        elif node.meta.get("on_means"):
+            what = "on running means, every step"
         elif name in kept:
             what = f"KEPT as it is, every step: {kept[name]}"
         elif isinstance(module, MAX_POOL_MODULES):
@@ -395,6 +427,12 @@ def _describe(
             what += ", max-pool averaged" if maxpool == "avg" else ", moved before its neurons"
         operation = type(module).__name__ if module is not None else _operation(node)
         report.rows.append(NodeReport(name, f"{operation}: {what}"))
+    if kept and means:
+        report.notes.append(
+            f"{len(kept)} operation{'s' if len(kept) > 1 else ''} between neurons run"
+            f"{'' if len(kept) > 1 else 's'} on running means at every step, exact in the mean "
+            f"but not spiking: {', '.join(kept)}"
+        )
     if analog:
         report.notes.append(
             f"{len(analog)} operation{'s' if len(analog) > 1 else ''} behind the last neurons "

@@ -18,7 +18,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from .errors import ConversionError
 from .fold import ChannelAffine, scale_outputs, with_weights
-from .graphs import add_module, first_input, module_of, name_of
+from .graphs import add_module, first_input, is_given, module_of, name_of
 from .kinds import Kind, is_activation
 from .ops import MAX_POOL_MODULES, SCALE_FREE_MODULES, SUMS, WEIGHTED_MODULES
 from .verify import note_shapes
@@ -134,7 +134,7 @@ class _Folder:
         """``node`` in whatever scale comes naturally, and that scale (scalar or ``[C]``)."""
         if is_activation(self.net, node):
             return node, self.theta[str(node.target)]
-        if self.layer(node) is not None or node.op in ("placeholder", "get_attr"):
+        if self.layer(node) is not None or is_given(node):
             return self.deliver(node, ONE, reader), ONE
         if (operation := self.operation(node)) is not None:
             source = node.all_input_nodes[0]
@@ -211,7 +211,7 @@ class _Folder:
             new = self.copy(node, {source: new_source})
             new.target = path
             return new
-        if is_activation(self.net, node) or node.op in ("placeholder", "get_attr"):
+        if is_activation(self.net, node) or is_given(node):
             own = self.theta.get(str(node.target), ONE)
             single = own.value.numel() == scale.value.numel() == 1
             if own.same(scale, node) or (single and bool(own.value == scale.value)):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dis
-import inspect
 import linecache
 import operator
 import sys
@@ -24,13 +23,14 @@ from ..neurons import IFNode
 from .errors import ConversionError
 from .graphs import first_input, module_of
 from .inplace import is_meta, remove_inplace
-from .ops import TRAINED
+from .inputs import Inputs, Ports, network_input
+from .ops import TRAINED, activation_of
 
 __all__ = ["Traced", "own_copy", "trace"]
 
 WAY_OUT = (
     "Rewrite that part without control flow or asserts that depend on the data (or move it outside "
-    "the network), or convert the convertible part of the network alone."
+    "the network), or convert the modules that have none and leave the rest as it is: "
 )
 
 
@@ -51,9 +51,20 @@ class _Proxy(fx.Proxy):
 
 
 class _Tracer(fx.Tracer):
-    def __init__(self) -> None:
+    def __init__(self, ports: Ports | None = None) -> None:
         super().__init__()
+        self.ports = ports
         self.stack: list[str] = []
+
+    def create_args_for_root(
+        self, root_fn: Any, is_module: bool, concrete_args: Any = None
+    ) -> tuple[Any, list[Any]]:
+        """Placeholders for the inputs; the other parameters of forward keep their values."""
+        if self.ports is None:
+            return super().create_args_for_root(root_fn, is_module, concrete_args)
+        named = {n: self.create_proxy("placeholder", n, (), {}) for n in self.ports.names}
+        args, kwargs = self.ports.arguments(named)
+        return (lambda root: root_fn(root, *args, **kwargs)), [self.root]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Stop at our activations and at whatever runs a forward of torch.nn itself."""
@@ -189,19 +200,29 @@ def own_copy(ann: nn.Module, *, share: bool = False) -> tuple[nn.Module, list[st
     return net, hooked
 
 
-def _defaults(net: nn.Module) -> dict[str, Any]:
-    """Values of the optional inputs of ``net.forward``; more than one required is an error."""
-    parameters = list(inspect.signature(net.forward).parameters.values())
-    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    plain = [p for p in parameters if p.kind not in kinds]
-    required = [p.name for p in plain if p.default is inspect.Parameter.empty]
-    if len(required) > 1 or (len(required) == 0 and not plain):
-        raise ConversionError(
-            f"{type(net).__name__}.forward takes {len(required)} required inputs {required}; "
-            "conversion needs exactly one. Wrap the network in a module with one input"
-        )
-    kept = required[0] if required else plain[0].name
-    return {p.name: p.default for p in plain if p.name != kept}
+def _convertible(net: nn.Module, above: str = "") -> list[str]:
+    """Paths of the largest modules that can be traced and have weights and activations."""
+    found: list[str] = []
+    for name, child in net.named_children():
+        path = f"{above}.{name}" if above else name
+        try:
+            graph = _Tracer().trace(child)
+        except Exception:
+            found += _convertible(child, path)
+            continue
+        weights = next(child.parameters(), None) is not None
+        called = [n for n in graph.nodes if n.op not in ("placeholder", "get_attr", "output")]
+        if weights and any(activation_of(node, child) is not None for node in called):
+            found.append(path)
+    return found
+
+
+def _way_out(net: nn.Module) -> str:
+    paths = _convertible(net)
+    if not paths:
+        return WAY_OUT + "snnkernels.convert_modules (no module of this network can be, as it is)."
+    shown = ", ".join(map(repr, paths[:6])) + (", ..." if len(paths) > 6 else "")
+    return WAY_OUT + f"snnkernels.convert_modules(ann, [{shown}], loader)."
 
 
 @dataclass
@@ -211,59 +232,61 @@ class Traced:
     Attributes:
         net: the copy.
         graph: what it computes.
+        ports: its inputs.
         hooked: modules whose forward (pre-)hooks are not part of it.
     """
 
     net: nn.Module
     graph: fx.Graph
+    ports: Ports
     hooked: list[str] = field(default_factory=list)
 
 
-def trace(ann: nn.Module) -> Traced:
+def trace(ann: nn.Module, first: Tensor | Inputs | None = None) -> Traced:
     """Copy and trace ``ann``; the graph is free of in-place operations.
 
     The copy is in eval mode and carries no hooks; ``ann`` is untouched. The graph has one
-    placeholder; dropout and identity nodes are gone.
+    placeholder: the input, or an :class:`Inputs` if ``first``, a batch, has several; without it all
+    required parameters of forward are inputs. Dropout and identity nodes are gone.
 
     Raises:
-        ConversionError: the network cannot be copied or traced (the message names the module),
-            needs more than one input, or changes a tensor in place through a view.
+        ConversionError: the network cannot be copied or traced (the message names the module and
+            the line), does not take these inputs, or changes a tensor in place through a view.
     """
     net, hooked = own_copy(ann)
-    tracer = _Tracer()
+    ports = Ports.of(net, first)
+    tracer = _Tracer(ports)
     try:
-        graph = tracer.trace(net, concrete_args=_defaults(net) or None)
+        graph = tracer.trace(net)
     except ConversionError:
         raise
     except Exception as error:
         where = tracer.stack[-1] if tracer.stack else f"the forward of {type(net).__name__}"
         raise ConversionError(
             f"cannot trace the network: {where} failed with {type(error).__name__}: {error}"
-            f"{_user_line(error)}. " + WAY_OUT
+            f"{_user_line(error)}. " + _way_out(net)
         ) from error
     for node in graph.nodes:
         node.type = None  # annotations may be strings, which torch.fx cannot pickle
-    _one_placeholder(graph)
+    if ports.packed:
+        _pack(graph)
     remove_inplace(net, graph)
     _drop_identities(net, graph)
-    return Traced(net, graph, hooked)
+    return Traced(net, graph, ports, hooked)
 
 
-def _one_placeholder(graph: fx.Graph) -> None:
-    """Remove the inputs that have default values, and torch.fx's guards on them."""
-    for node in list(graph.nodes):
-        if node.op == "call_function" and node.target is torch._assert:
-            guard = node.args[0]
-            graph.erase_node(node)
-            if isinstance(guard, fx.Node) and not guard.users:
-                graph.erase_node(guard)
-    for node in [n for n in graph.nodes if n.op == "placeholder"][1:]:
-        if node.users:
-            raise ConversionError(
-                f"input {node.target!r} is used by the network; conversion needs exactly one "
-                "input. Wrap the network in a module with one input"
-            )
+def _pack(graph: fx.Graph) -> None:
+    """Let the graph take its inputs as one :class:`Inputs`."""
+    single = [node for node in graph.nodes if node.op == "placeholder"]
+    with graph.inserting_before(single[0]):
+        inputs = graph.placeholder("network_inputs")
+    for node in single:
+        with graph.inserting_before(node):
+            name = str(node.target)
+            new = graph.create_node("call_function", network_input, (inputs, name), name=name)
+        node.replace_all_uses_with(new)
         graph.erase_node(node)
+        new.name = name  # as users know it; it is free now
 
 
 def _drop_dead(graph: fx.Graph) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -10,6 +10,8 @@ from torch import Tensor, fx, nn
 
 from .errors import ConversionError
 from .graphs import name_of
+from .inputs import Inputs, tree_map
+from .inputs import leaves as everything
 from .kinds import Kind, before_neurons, is_activation
 
 __all__ = [
@@ -23,15 +25,8 @@ __all__ = [
 
 
 def leaves(value: Any, name: str = "output") -> Iterator[tuple[str, Tensor]]:
-    """The tensors of an output (tensor, tuple, list or mapping), each with its name."""
-    if isinstance(value, Tensor):
-        yield name, value
-    elif isinstance(value, Mapping):
-        for key, part in value.items():
-            yield from leaves(part, f"{name}.{key}")
-    elif isinstance(value, (tuple, list)):
-        for i, part in enumerate(value):
-            yield from leaves(part, f"{name}.{i}")
+    """The tensors of an output (tensor, tuple, list, mapping, dataclass), each with its name."""
+    return ((key, part) for key, part in everything(value, name) if isinstance(part, Tensor))
 
 
 def relative_error(value: Tensor, reference: Tensor) -> float:
@@ -50,14 +45,19 @@ def _rounding(dtype: torch.dtype) -> float:
 
 
 @torch.no_grad()
-def answer_of(ann: nn.Module, batch: Tensor, sample: Tensor) -> Any:
-    """The ANN's own output on ``sample``, the first inputs of ``batch``.
+def answer_of(
+    ann: nn.Module,
+    batch: Tensor | Inputs,
+    sample: Tensor | Inputs,
+    call: Callable[[nn.Module, Any], Any] = lambda ann, x: ann(x),
+) -> Any:
+    """The ANN's own output on ``sample``, the first inputs of ``batch``; ``call`` calls it.
 
     Raises:
         ConversionError: the ANN fails on it; says whether the loader or a fixed batch size is why.
     """
     try:
-        return ann(sample)
+        return call(ann, sample)
     except Exception as error:
         why = (
             "loader must yield batches of inputs, [B, *], as tensors or (input, anything), of the "
@@ -65,7 +65,7 @@ def answer_of(ann: nn.Module, batch: Tensor, sample: Tensor) -> Any:
         )
         if len(sample) < len(batch):
             try:
-                ann(batch)
+                call(ann, batch)
             except Exception:
                 pass
             else:
@@ -93,7 +93,7 @@ class _Shapes(fx.Interpreter):
 
 
 @torch.no_grad()
-def note_shapes(net: nn.Module, graph: fx.Graph, sample: Tensor) -> Any:
+def note_shapes(net: nn.Module, graph: fx.Graph, sample: Tensor | Inputs) -> Any:
     """Run ``graph`` on ``sample``; shapes go to ``node.meta["shape"]``. Returns the output."""
     return _Shapes(net, graph=graph).run(sample)
 
@@ -124,36 +124,32 @@ def check_same(expected: Any, got: Any) -> str | None:
     return note
 
 
-def _each(value: Any, function: Callable[[Any], Any]) -> Any:
-    """``function`` of every entry of a tuple (named ones too), list or mapping."""
-    if isinstance(value, Mapping):
-        return {key: function(v) for key, v in value.items()}
-    parts = [function(v) for v in value]
-    return value._make(parts) if hasattr(value, "_make") else type(value)(parts)
-
-
 def _part(value: Any, samples: int, first: int, last: int) -> Any:
     """Samples ``first`` to ``last`` of a value computed from ``samples``."""
-    if isinstance(value, (tuple, list, Mapping)):
-        return _each(value, lambda v: _part(v, samples, first, last))
-    if not isinstance(value, Tensor) or value.dim() == 0 or value.shape[0] % samples:
-        return value
-    rows = value.shape[0] // samples
-    return value[first * rows : last * rows]
+
+    def rows(t: Tensor) -> Tensor:
+        if t.dim() == 0 or t.shape[0] % samples:
+            return t
+        each = t.shape[0] // samples
+        return t[first * each : last * each]
+
+    return tree_map(value, rows)
 
 
 def _two(value: Any) -> Any:
     """A second sample beside the only one there is."""
-    if isinstance(value, (tuple, list, Mapping)):
-        return _each(value, _two)
-    if not isinstance(value, Tensor) or value.dim() == 0:
-        return value
-    return torch.cat([value, value / 2 if value.is_floating_point() else value])
+
+    def two(t: Tensor) -> Tensor:
+        if t.dim() == 0:
+            return t
+        return torch.cat([t, t / 2 if t.is_floating_point() else t])
+
+    return tree_map(value, two)
 
 
 @torch.no_grad()
 def check_independent(
-    net: nn.Module, graph: fx.Graph, kinds: dict[fx.Node, Kind], sample: Tensor
+    net: nn.Module, graph: fx.Graph, kinds: dict[fx.Node, Kind], sample: Tensor | Inputs
 ) -> None:
     """Check that what lies between neurons treats the samples of a batch one by one.
 
