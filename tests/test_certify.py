@@ -235,7 +235,7 @@ def counts(snn: ConvertedNetwork, x: Tensor, T: int) -> tuple[dict[str, Tensor],
 
     handles = [layer.register_forward_hook(hook) for _, layer in snn.neurons()]
     with torch.no_grad():
-        answer = snn(x, T)
+        answer = snn(x, T=T)
     for handle in handles:
         handle.remove()
     return found, answer

@@ -38,7 +38,7 @@ def test_zero_std_is_the_network_itself(per: str, method: str) -> None:
         return
     for T in (4, 3):
         with torch.no_grad():
-            want = snn(x, T)
+            want = snn(x, T=T)
         got = stochastic_prefix(snn, std=0.0, per=per)(x, T)
         # per="step" runs the first layer on T * B rows: another batch, another rounding.
         tolerance = 0.0 if per == "example" else 1e-5

@@ -269,7 +269,7 @@ def certify(snn: ConvertedNetwork, x: Tensor, T: int | None = None) -> Certifica
             + (f"{answer.low.dim()} dimension" if isinstance(answer, Bounds) else str(type(answer)))
         )
     with _quantised(snn):
-        quantised = snn(x, T)
+        quantised = snn(x, T=T)
     best = quantised.argmax(1, keepdim=True)
     rivals = answer.high.scatter(1, best, -torch.inf)
     proven = answer.low.gather(1, best) > rivals.amax(1, keepdim=True)

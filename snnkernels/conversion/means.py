@@ -11,7 +11,7 @@ which sums to ``T f(m_T)``: after any number of steps the mean of what was emitt
 means, the ANN's own operation on rates. It is causal, so it adds no step; it costs f at every
 step, and f is no spiking operation: the report names it. ``f(x) = x`` gives back the currents
 themselves, so a value may leave the means and return. The cumulative max-pool is the same idea for
-the maximum; for spiking Transformers, see expectation compensation (Huang et al., ACM MM 2024).
+the maximum.
 """
 
 from __future__ import annotations

@@ -187,7 +187,7 @@ class StochasticPrefix(nn.Module):
                 f"samples must be a whole number of at least 1, got {samples!r}"
             ) from error
         many = x.unsqueeze(0).expand(samples, *x.shape).flatten(0, 1)
-        logits = self.network(many, T)
+        logits = self.network(many, T=T)
         if not isinstance(logits, Tensor) or logits.dim() != 2:
             raise ConversionError("stochastic_prefix: the answer must be one tensor [B, C]")
         logits = logits.view(samples, len(x), -1)
