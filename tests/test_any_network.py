@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch.utils.data import DataLoader, Dataset
 
 from snnkernels.conversion import QCFS, ConversionError, convert
+from snnkernels.conversion.methods import BitSerial
 from snnkernels.conversion.trace import trace
 
 L = 8
@@ -601,3 +602,12 @@ def test_thresholds_do_not_fold_through_gates() -> None:
     net, x = build("se", relu)
     with pytest.raises(ConversionError, match="Use normalize='threshold'"):
         convert(net, x, on_unsupported="mean", normalize="weights")
+
+
+@pytest.mark.parametrize("how", ["mean", "keep"])
+@pytest.mark.parametrize("method", ["st_bif", BitSerial(unrolled=True), "ptl"])
+def test_methods_that_time_the_constant_terms_take_affine_operations(method, how):
+    """Between neurons only: no value of a squeeze-excite says what of it is constant."""
+    net, x = nets.SENet(nn.ReLU), torch.randn(4, 3, 16, 16)
+    with pytest.raises(ConversionError, match=f"on_unsupported='{how}' cannot be combined"):
+        convert(net, x, method=method, on_unsupported=how)

@@ -11,26 +11,26 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ..neurons import IFNode
 from .balancing import Balancing, balance
 from .calibration import SAMPLE, Statistics, batches, collect, first_batch
 from .channels import channels_of
 from .context import Context
+from .describe import describe
 from .errors import ConversionError
 from .fit import fit_starts
 from .fold import fold_batch_norm
-from .graphs import add_module, copy_graph, first_input, module_of, name_of
+from .graphs import add_module, copy_graph, first_input
 from .inputs import Ports
-from .kinds import Kind, before_neurons, check_supported, is_activation, kinds_of
+from .kinds import check_supported, is_activation, kinds_of
 from .marks import mark
 from .methods import METHODS, Method, find_method
 from .network import ConvertedNetwork, _steps
-from .ops import MAX_POOL_MODULES, Activation, why_not_affine
+from .ops import Activation
 from .parts import cut
+from .place import place
 from .pools import MAXPOOL_MODES, average_instead, check_pools, pools_first
-from .report import NodeReport, Report, measure
+from .report import Report, measure
 from .scale import Scale, fold_thresholds
-from .spiking import SpikingActivation
 from .steps import Clock
 from .thresholds import Site, plan, settle
 from .trace import own_copy, trace
@@ -203,6 +203,14 @@ def convert(
     kept = check_supported(net, graph, kinds, keep, means)
     if failure is not None:
         raise failure
+    if kept and chosen.steps().bias != "every":
+        name, reason = next(iter(kept.items()))
+        raise ConversionError(
+            f"{name}: {reason}; method={str(chosen)!r} has the constant terms of the layers act at "
+            f"other steps than their spikes, which takes affine operations: "
+            f"on_unsupported={on_unsupported!r} cannot be combined with it, but with a method "
+            "whose input comes at every step, such as 'opi'"
+        )
     model = fx.GraphModule(net, copy_graph(graph)).eval()
 
     memo: dict[fx.Node, Any] = {}
@@ -259,9 +267,9 @@ def convert(
         spiking_graph = fold_thresholds(net, graph, kinds, theta, sample)
         spiking_kinds = kinds_of(net, spiking_graph)
     weights = normalize == "weights"
-    neurons = {site.path: _neurons(site, chosen, T, weights, clock) for site in sites}
+    neurons = {site.path: place(site, chosen, T, weights, clock) for site in sites}
     parts = cut(net, spiking_graph, spiking_kinds, neurons, cumulative=maxpool == "cumulative")
-    _describe(report, model, sites, folded, pools, kept, maxpool, means)
+    describe(report, model, sites, folded, pools, kept, maxpool, means)
     snn = ConvertedNetwork(parts, T, report, clock, ports)
     device = _device(net)
     if device is not None:
@@ -327,119 +335,3 @@ def _device(net: nn.Module) -> torch.device | None:
 
 def _dtype(net: nn.Module) -> torch.dtype:
     return next((p.dtype for p in net.parameters() if p.is_floating_point()), torch.float32)
-
-
-# What a neuron has in the units of its current: divided by θ where θ is folded into the weights.
-_IN_UNITS = ("v_threshold", "v_init", "amplitude", "bias", "fire_level")
-
-
-def _neurons(site: Site, method: Method, T: int, folded: bool, clock: Clock) -> SpikingActivation:
-    """The spiking layer of one activation."""
-    given: dict[str, Any] = {
-        "v_threshold": site.theta,
-        "v_init": site.v_init,
-        "amplitude": "threshold",
-        **method.neuron(site, T),
-    }
-    weight = given["amplitude"]
-    weight = given["v_threshold"] if isinstance(weight, str) else weight
-    if folded:
-        for name in _IN_UNITS:
-            value = given.get(name)
-            if value is not None and not isinstance(value, str):
-                given[name] = _over(value, site)
-        if given["amplitude"] == "threshold" and given["v_threshold"].dim() == 0:
-            given["amplitude"] = None if bool(given["v_threshold"] == 1) else "threshold"
-    tensors = [value for value in given.values() if isinstance(value, Tensor)]
-    per_channel = any(t.dim() == 1 and t.numel() > 1 for t in tensors)
-    node = IFNode(**given, channel_dim=site.channel_dim if per_channel else None)
-    scale = torch.as_tensor(weight, dtype=site.theta.dtype, device=site.theta.device)
-    return method.layer(site)(
-        node,
-        site.label,
-        constant=False,
-        counts=False,
-        scale=scale.clone() if folded else None,
-        channel_dim=site.channel_dim,
-        clock=clock,
-    )
-
-
-def _over(value: Any, site: Site) -> Tensor:
-    """``value`` in units of the threshold."""
-    theta = site.theta
-    if value is theta:
-        return theta.new_ones(())
-    value = torch.as_tensor(value, dtype=theta.dtype, device=theta.device)
-    if theta.dim() == 1 and value.dim() > 1:
-        where = (site.channel_dim if site.channel_dim < 0 else site.channel_dim - 1) % value.dim()
-        theta = theta.view(*(-1 if d == where else 1 for d in range(value.dim())))
-    return value / theta
-
-
-def _describe(
-    report: Report,
-    model: fx.GraphModule,
-    sites: list[Site],
-    folded: dict[str, str],
-    pools: list[str],
-    kept: dict[str, str],
-    maxpool: str,
-    means: bool = False,
-) -> None:
-    """One row for every operation of the ANN."""
-    by_path = {site.path: site for site in sites}
-    early = before_neurons(model, model.graph)
-    report.rows += [NodeReport(name, f"batch norm {what}") for name, what in folded.items()]
-    kinds = kinds_of(model, model.graph)  # the model holds a copy of the graph
-    varying = {n for n, kind in kinds.items() if kind is Kind.TIME}
-    analog = []
-    for node in model.graph.nodes:
-        if node.op not in ("call_module", "call_function", "call_method"):
-            continue
-        kind = kinds[node]
-        name = name_of(node)
-        if kind in (Kind.META, Kind.CONST) or name in folded:
-            continue
-        if name in by_path:
-            site = by_path[name]
-            report.rows.append(NodeReport(site.label, site.describe(), site.theta))
-            continue
-        module = module_of(model, node)
-        if kind is Kind.STATIC:
-            what = "once, before the neurons"
-        elif node not in early:
-            what = "once, on rates"
-            reason = why_not_affine(node, model, varying) or ""
-            if reason.endswith("is not affine") and not isinstance(node.target, type):
-                analog.append(f"{name} ({reason.split()[0]})")
-        elif name in kept and means:
-            what = f"on running means, every step: {kept[name]}"
-        elif node.meta.get("on_means"):
-            what = "on running means, every step"
-        elif name in kept:
-            what = f"KEPT as it is, every step: {kept[name]}"
-        elif isinstance(module, MAX_POOL_MODULES):
-            what = f"every step, {maxpool} max-pool"
-        else:
-            what = "every step"
-        if name in pools:
-            what += ", max-pool averaged" if maxpool == "avg" else ", moved before its neurons"
-        operation = type(module).__name__ if module is not None else _operation(node)
-        report.rows.append(NodeReport(name, f"{operation}: {what}"))
-    if kept and means:
-        report.notes.append(
-            f"{len(kept)} operation{'s' if len(kept) > 1 else ''} between neurons run"
-            f"{'' if len(kept) > 1 else 's'} on running means at every step, exact in the mean "
-            f"but not spiking: {', '.join(kept)}"
-        )
-    if analog:
-        report.notes.append(
-            f"{len(analog)} operation{'s' if len(analog) > 1 else ''} behind the last neurons "
-            f"stay{'' if len(analog) > 1 else 's'} analog and run once, on rates: "
-            + ", ".join(analog)
-        )
-
-
-def _operation(node: fx.Node) -> str:
-    return str(getattr(node.target, "__name__", node.target))
