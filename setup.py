@@ -221,12 +221,12 @@ class BuildExt(build_ext):
                 source / f"{unit}_isa.cpp",
                 [*base, f"-DSNN_ISA={isa}", *flags],
             )
-            for unit in ("cpu", "maps")
+            for unit in ("cpu", "maps", "spike_conv")
             for isa, flags in ISA_FLAGS.items()
             if X86 or isa == "baseline"
         ]
         binding = [*base, *(["-DSNN_X86"] if X86 else []), *self.python_headers]
-        for unit in ("bind_cpu", "bind_maps_cpu"):
+        for unit in ("bind_cpu", "bind_maps_cpu", "bind_spike_conv_cpu"):
             objects.append(file.compile(folder / f"{unit}.o", source / f"{unit}.cpp", binding))
         # libgomp is torch's own, loaded before this module: never a second OpenMP runtime.
         link = [*self.cxx, "-shared", "-fopenmp", *self.sanitize]

@@ -214,6 +214,7 @@ void if_backward_general(const py::bytes& bytes) {
 
 const char* snn::isa_name() { return g_isa->name; }
 void bind_maps(py::module_& m);
+void bind_spike_conv(py::module_& m);
 
 PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.doc() = "snnkernels CPU kernels";
@@ -251,4 +252,5 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   });
   m.attr("LAYOUT") = layout();
   bind_maps(m);
+  bind_spike_conv(m);
 }

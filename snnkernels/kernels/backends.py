@@ -53,6 +53,7 @@ class Kernels:
     backward_general: Launch
     check: Callable[[torch.device], None] = lambda device: None
     map: Callable[[str, bytes, torch.device], None] | None = None  # the small kernels, by name
+    spike_conv: Callable[[bytes, bytes], None] | None = None  # its struct, those of its branches
 
 
 def entries(module: Any, wrap: Callable[[Any], Launch]) -> dict[str, Any]:
@@ -148,7 +149,9 @@ def _cpu() -> Kernels:
     def small(name: str, packed: bytes, device: torch.device) -> None:
         module.map(name, packed)
 
-    return Kernels("cpu", "cpu", False, **entries(module, run), map=small)
+    return Kernels(
+        "cpu", "cpu", False, **entries(module, run), map=small, spike_conv=module.spike_conv
+    )
 
 
 def _remedy(tool: str, switch: str) -> str:
