@@ -230,7 +230,7 @@ def spike_conv(
     layer: Layer,
     *,
     current: Tensor | None = None,
-    spikes: bool = True,
+    spikes: bool | Tensor = True,
     count_at: Sequence[int] = (),
     currents: bool = False,
     T: int | None = None,
@@ -241,7 +241,7 @@ def spike_conv(
         sources: maps of one batch and number of steps, and what each adds.
         layer: bias, pool and neurons.
         current: float32 ``[B, OH, OW, panels * 64]``, added at every step.
-        spikes: return the neurons' spikes.
+        spikes: return the neurons' spikes; a tensor is where they go.
         count_at: numbers of steps after which counts are wanted, rising, at most 16.
         currents: return what the neurons got.
         T: number of steps; needed without sources.
@@ -262,9 +262,17 @@ def spike_conv(
     shape = (B, OH // layer.pool, OW // layer.pool)
     kernels = backends.choose(first.device)
     if kernels is None or kernels.spike_conv is None:
-        return _reference(sources, layer, current, spikes, count_at, currents, T, (OH, OW))
+        wanted = spikes is not False
+        words, counts, rows = _reference(
+            sources, layer, current, wanted, count_at, currents, T, (OH, OW)
+        )
+        if isinstance(spikes, Tensor) and words is not None:
+            words = spikes.copy_(words)
+        return words, counts, rows
     new = first.new_empty
-    words = new((*shape, T, panels), dtype=torch.int64) if spikes else None
+    words = spikes if isinstance(spikes, Tensor) else None
+    if words is None and spikes is not False:
+        words = new((*shape, T, panels), dtype=torch.int64)
     counts = (
         new((len(count_at), *shape, panels * PANEL), dtype=torch.int32) if count_at else None
     )

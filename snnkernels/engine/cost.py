@@ -1,0 +1,85 @@
+"""What a layer costs, in multiply-adds and in seconds of one core, by a model."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from ..kernels.spike_conv import PANEL
+from .network import Network, Node, Term
+
+__all__ = ["Cost", "choose_convolution", "cost_of"]
+
+# Per second and core, of the machine the model was fitted to (benchmarks/results/engine_cost.csv);
+# only their ratios choose. Rows of 64 weights added; lists begun; dense multiply-adds; bytes that
+# dense layers and neurons move.
+ADDS = 0.45e9
+LISTS = 60e6
+DENSE = 45e9
+BYTES = 4e9
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one image and step.
+
+    Attributes:
+        dense_macs: multiply-adds of the dense layers.
+        synaptic: additions of weights where there are spikes, at the layer's measured rates.
+        packed, dense: seconds of one core, on packed spikes and as a dense convolution with
+            neurons behind.
+    """
+
+    dense_macs: float
+    synaptic: float
+    packed: float
+    dense: float
+
+
+def _positions(node: Node) -> int:
+    """Positions of the sum of a layer's terms."""
+    return math.prod(node.size[1:]) * node.side * node.side
+
+
+def _of_term(net: Network, node: Node, term: Term) -> tuple[float, float, float]:
+    """Dense multiply-adds, weights added, rows of 64 weights added."""
+    source = net.origin_of(term.source)
+    positions, out = _positions(node), term.weight.shape[0]
+    taps = math.prod(term.weight.shape[2:])
+    macs = positions * out * term.weight.shape[1] * taps
+    rate = min(1.0, net.rate(source) * (1 if term.either else math.prod(term.pool)))
+    if not term.either:
+        rate = net.rate(source) * math.prod(term.pool)
+    if term.groups == out and term.weight.shape[1] == 1:
+        return macs, macs * rate, positions * taps * -(-out // PANEL) * min(1.0, rate * PANEL)
+    per_panel = term.weight.shape[1] * max(1, min(PANEL * term.groups // out, term.groups))
+    return macs, macs * rate, positions * taps * per_panel * rate * -(-out // PANEL)
+
+
+def cost_of(net: Network, node: Node) -> Cost:
+    """What a layer costs; needs its terms."""
+    macs = synaptic = rows = lists = 0.0
+    neurons = math.prod(node.size)
+    moved = 12.0 * neurons
+    for term in node.terms:
+        m, s, r = _of_term(net, node, term)
+        macs, synaptic, rows = macs + m, synaptic + s, rows + r
+        taps = math.prod(term.weight.shape[2:]) * -(-node.size[0] // PANEL)
+        lists += _positions(node) * taps
+        moved += 8.0 * math.prod(net.origin_of(term.source).size)
+    packed = rows / ADDS + lists / LISTS + neurons / 10e9
+    return Cost(macs, synaptic, packed, macs / DENSE + moved / BYTES)
+
+
+def choose_convolution(net: Network) -> list[str]:
+    """Layers that a dense convolution runs faster stay as the converted network has them."""
+    done = []
+    for node in net:
+        if node.op != "layer" or not node.terms:
+            continue
+        cost = cost_of(net, node)
+        if cost.dense < cost.packed:
+            node.op = "neurons"
+            node.why = "a dense convolution is expected to be faster"
+            done.append(f"{node.name}: dense, {cost.packed / cost.dense:.1f} times faster")
+    return done

@@ -1,0 +1,183 @@
+"""What a plan runs: layers on packed spikes, and the ways between those and dense tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..conversion.spiking import SpikingActivation, per_channel_view
+from ..kernels.spike_conv import PANEL, Branch, Layer, SpikeMap, branches_of, spike_conv
+from .network import Network, Node
+
+__all__ = ["CountAt", "Dense", "Pack", "Run", "SpikingLayer"]
+
+
+class Run:
+    """What the layers of one plan know about the run they are in.
+
+    Attributes:
+        T: number of steps.
+        ends: numbers of steps after which counts are read, rising; the last is T.
+        arena: memory of the packed spikes, one int64 tensor, or None: each layer takes its own.
+        offsets: where each layer's spikes lie there, in words per image.
+    """
+
+    def __init__(self) -> None:
+        self.T = 0
+        self.ends: tuple[int, ...] = ()
+        self.arena: Tensor | None = None
+        self.offsets: dict[str, int] = {}
+
+    def words(self, name: str, shape: tuple[int, ...]) -> Tensor | bool:
+        """Where the spikes of a layer go."""
+        if self.arena is None or name not in self.offsets:
+            return True
+        start = self.offsets[name] * shape[0]
+        size = 1
+        for n in shape:
+            size *= n
+        return self.arena[start : start + size].view(shape)
+
+
+def panels_of(channels: int) -> int:
+    """Words of so many channels."""
+    return -(-channels // PANEL)
+
+
+def _spread(value: Tensor, size: tuple[int, ...], fill: float) -> Tensor:
+    """A scalar, ``[C]`` or ``[C, H, W]`` value as the kernel reads it, padded channels ``fill``."""
+    value = value.detach().float()
+    channels = size[0]
+    padding = panels_of(channels) * PANEL - channels
+    if value.dim() <= 1:
+        return F.pad(value.expand(channels), (0, padding), value=fill).contiguous()
+    full = value.expand(size)
+    full = full[:, None, None] if full.dim() == 1 else full
+    return F.pad(full.permute(1, 2, 0), (0, padding), value=fill).contiguous()
+
+
+class SpikingLayer(nn.Module):
+    """Neurons and the linear maps of spikes before them, in one kernel.
+
+    Called with the :class:`SpikeMap` of each source and then the values constant in time, as
+    ``[B, C]`` or ``[B, C, H, W]``; returns ``(SpikeMap or None, counts or None)`` with counts
+    ``[times, B, *size]`` int32.
+    """
+
+    bias: Tensor | None
+
+    def __init__(self, net: Network, node: Node, run: Run, int16: bool, counted: bool) -> None:
+        super().__init__()
+        neurons = node.neurons
+        assert neurons is not None
+        self.name, self.size, self.side = node.name, node.size, node.side
+        self.channels, self.panels = node.size[0], panels_of(node.size[0])
+        self.strict, self.spikes, self.counted = neurons.strict, node.spikes, counted
+        self.sources = [net.origin_of(term.source).name for term in node.terms]
+        self._run = (run,)
+        self._branches: list[list[Branch]] = []
+        for i, term in enumerate(node.terms):
+            mine = branches_of(
+                term.weight.float(), stride=term.stride, padding=term.padding,
+                dilation=term.dilation, groups=term.groups, pool=term.pool,
+                pool_stride=term.pool_stride, either=term.either,
+                int16=int16 and not term.each,
+            )  # fmt: skip
+            self._branches.append(mine)
+            for j, branch in enumerate(mine):
+                self.register_buffer(f"weights_{i}_{j}", branch.weights, persistent=False)
+        bias = node.bias
+        if neurons.bias is not None:
+            own = neurons.bias.double().expand(self.channels)
+            bias = own if bias is None else bias + own
+        self.register_buffer(
+            "bias", None if bias is None else _spread(bias, node.size, 0.0), persistent=False
+        )
+        self.register_buffer(
+            "threshold", _spread(neurons.threshold, node.size, torch.inf), persistent=False
+        )
+        self.register_buffer("v_init", _spread(neurons.v_init, node.size, 0.0), persistent=False)
+
+    def forward(self, *values: Any) -> tuple[SpikeMap | None, Tensor | None]:
+        """Run all steps."""
+        run = self._run[0]
+        maps, statics = values[: len(self.sources)], values[len(self.sources) :]
+        current: Tensor | None = None
+        for static in statics:
+            current = static if current is None else current + static
+        if current is not None:
+            full = current[..., None, None] if current.dim() == 2 else current
+            full = full.permute(0, 2, 3, 1)
+            current = F.pad(full, (0, self.panels * PANEL - self.channels)).contiguous()
+        pairs = [
+            (m, branch)
+            for m, mine in zip(maps, self._branches, strict=True)
+            for branch in mine
+        ]
+        layer = Layer(
+            self.panels, self.bias, self.threshold, self.v_init, self.side, self.strict
+        )
+        batch = len(maps[0].words) if maps else len(statics[0])
+        rows, columns = self.size[1:] if len(self.size) == 3 else (1, 1)
+        shape = (batch, rows, columns, run.T, self.panels)
+        words, counts, _ = spike_conv(
+            pairs, layer, current=current,
+            spikes=run.words(self.name, shape) if self.spikes else False,
+            count_at=run.ends if self.counted else (), T=run.T,
+        )  # fmt: skip
+        if counts is not None:
+            counts = counts[..., : self.channels].permute(0, 1, 4, 2, 3)
+            counts = counts.flatten(2) if len(self.size) == 1 else counts
+        return None if words is None else SpikeMap(words, self.channels), counts
+
+    def extra_repr(self) -> str:
+        """Show what it is made of."""
+        return f"{self.name!r}, size={self.size}, reads={self.sources}"
+
+
+class Dense(nn.Module):
+    """Packed spikes as the converted network's layers take them: ``[T * B, *size]``."""
+
+    amplitude: Tensor
+
+    def __init__(self, node: Node) -> None:
+        super().__init__()
+        assert node.neurons is not None
+        self.flat = len(node.size) == 1
+        self.register_buffer("amplitude", node.neurons.amplitude.float(), persistent=False)
+
+    def forward(self, spikes: SpikeMap) -> Tensor:
+        """Unpack; each spike is the amplitude itself."""
+        x = spikes.dense().flatten(0, 1)
+        x = x * per_channel_view(self.amplitude, 1, 4)
+        return x.flatten(1) if self.flat else x
+
+
+class Pack(nn.Module):
+    """Spikes of the converted network's own neurons, ``[T * B, *size]``, packed."""
+
+    def __init__(self, run: Run) -> None:
+        super().__init__()
+        self._run = (run,)
+
+    def forward(self, spikes: Tensor) -> SpikeMap:
+        """Pack: what is not 0 is a spike."""
+        x = spikes.unflatten(0, (self._run[0].T, -1))
+        return SpikeMap.of(x[..., None, None] if x.dim() == 3 else x)
+
+
+class CountAt(nn.Module):
+    """Spikes ``[T * B, *size]`` of the converted network's own neurons, counted at several times."""
+
+    def __init__(self, layer: SpikingActivation, run: Run) -> None:
+        super().__init__()
+        self._of = (layer, run)
+
+    def forward(self, spikes: Tensor) -> Tensor:
+        """``[times, B, *size]``."""
+        layer, run = self._of
+        rows = spikes.unflatten(0, (run.T, -1))
+        return torch.stack([layer.count(rows[:end]) for end in run.ends])

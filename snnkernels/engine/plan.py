@@ -1,0 +1,376 @@
+"""The plan: a converted network lowered, with the same call."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from ..conversion.inputs import Inputs, as_given
+from ..conversion.means import FromMeans, RunningMean
+from ..conversion.network import ConvertedNetwork, _steps
+from ..conversion.pools import CumulativeMaxPool
+from ..conversion.spiking import SpikingActivation
+from ..conversion.steps import CAUSAL
+from ..kernels.spike_conv import TIMES
+from .buffers import Buffers, plan_buffers
+from .cost import choose_convolution
+from .emit import emit
+from .explain import Explanation, explain
+from .layers import Run
+from .passes import PASSES, Pass
+from .read import read
+
+__all__ = ["ALL_PASSES", "Plan", "lower"]
+
+ALL_PASSES: dict[str, Pass | None] = {
+    **{name: run for name, run in PASSES.items() if name != "count_at_end"},
+    "choose_convolution": choose_convolution,
+    "count_at_end": PASSES["count_at_end"],
+    "reuse_buffers": None,  # of the memory, not of the network
+}
+_UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+_WITH_STATE = (SpikingActivation, CumulativeMaxPool, RunningMean, FromMeans)
+
+
+def lower(
+    snn: ConvertedNetwork,
+    *,
+    precision: str = "float32",
+    without: Sequence[str] = (),
+    max_memory: int | str = "1GiB",
+) -> Plan:
+    """A converted network as a plan that gives the same answer in a fraction of the time.
+
+    Example::
+
+        fast = snnkernels.lower(snn)
+        logits = fast(images)  # as snn(images)
+        print(fast.explain(images))
+
+    On CPUs spikes stay packed between layers, 64 channels a word, and a weight is added where there
+    is a spike (:mod:`snnkernels.engine`). What the engine has no layer for runs as the converted
+    network runs it; :meth:`Plan.explain` says what and why. A plan is for inference: it has no
+    gradients.
+
+    The same answer: given the same spikes, a layer adds the same weights in another order, so a
+    neuron can only answer differently where its membrane comes within the rounding of that sum of
+    its threshold. With weights and thresholds whose sums are exact all spike counts are equal, bit
+    for bit. An image's answer does not depend on the batch it is in, nor on threads.
+
+    Args:
+        snn: made by :func:`snnkernels.convert`. The plan keeps it, reads its weights at the first
+            call, and reads them again when they have changed.
+        precision: ``"float32"`` (weights as they are), or ``"int16"``: weights as multiples of
+            a 16-bit unit per output channel, sums exact; each weight is off by at most half a
+            unit, about 1 / 65,000 of the largest sum there can be.
+        without: names of passes to leave out, of :data:`snnkernels.engine.ALL_PASSES`.
+        max_memory: bound on what a call takes for spikes and currents beside weights, in bytes or
+            such as ``"256MiB"``: larger batches go through in pieces of as many images as fit, at
+            least one.
+
+    Raises:
+        TypeError: ``snn`` is no converted network.
+        ValueError: an argument is not allowed; names it.
+    """
+    return Plan(snn, precision=precision, without=without, max_memory=max_memory)
+
+
+def _bytes(value: int | str) -> int:
+    if isinstance(value, str):
+        for unit, factor in _UNITS.items():
+            if value.endswith(unit):
+                try:
+                    return int(float(value[: -len(unit)]) * factor)
+                except ValueError:
+                    break
+    elif type(value) is int and value > 0:
+        return value
+    raise ValueError(
+        f"max_memory={value!r} must be a positive number of bytes, or such as '256MiB' "
+        f"({', '.join(_UNITS)})"
+    )
+
+
+class _Built:
+    """A plan for inputs of one shape."""
+
+    def __init__(self, snn: ConvertedNetwork, x: Any, off: frozenset[str], int16: bool) -> None:
+        self.run = Run()
+        self.before = read(snn, x)
+        self.net = self.before.copy()
+        self.notes: dict[str, list[str]] = {name: [] for name in ALL_PASSES}
+        changed = True
+        while changed:  # one pass may make room for an earlier one
+            changed = False
+            for name, apply in ALL_PASSES.items():
+                done = [] if apply is None or name in off else apply(self.net)
+                if done and name != "count_at_end":
+                    changed = True
+                self.notes[name] += done
+        self.body = emit(snn, self.net, self.run, int16)
+        self.reuse = "reuse_buffers" not in off
+        self.memory: dict[int, Buffers] = {}
+        if not self.reuse:
+            self.notes["reuse_buffers"] = []
+
+    def buffers(self, T: int) -> Buffers:
+        if T not in self.memory:
+            self.memory[T] = plan_buffers(self.body.graph, T)
+        return self.memory[T]
+
+    def bytes_per_image(self, T: int) -> int:
+        """Most that one image takes at a time: packed spikes, and dense values left."""
+        buffers = self.buffers(T)
+        packed = 8 * (buffers.words if self.reuse else buffers.apart)
+        dense = [
+            4 * T * math.prod(node.size)
+            for node in self.net
+            if node.op not in ("layer", "static", "count", "linear") and node.size
+        ]
+        constant = [4 * math.prod(n.size) for n in self.net if n.op == "static"]
+        # A value, what it is made of and what its neurons give live together.
+        return packed + 3 * max(dense, default=0) + 2 * sum(constant)
+
+
+class Plan(nn.Module):
+    """A converted network lowered by :func:`lower`; call it like the network.
+
+    Attributes:
+        snn: the converted network.
+        T: the default number of steps of a call.
+        precision: of the weights on spikes.
+    """
+
+    def __init__(
+        self,
+        snn: ConvertedNetwork,
+        *,
+        precision: str,
+        without: Sequence[str],
+        max_memory: int | str,
+    ) -> None:
+        super().__init__()
+        if not isinstance(snn, ConvertedNetwork):
+            raise TypeError(
+                f"snn must be a converted network (snnkernels.convert), got {type(snn).__name__}"
+            )
+        if precision not in ("float32", "int16"):
+            raise ValueError(f"precision={precision!r} is unknown; allowed: 'float32', 'int16'")
+        names = (without,) if isinstance(without, str) else tuple(without)
+        unknown = [name for name in names if name not in ALL_PASSES]
+        if unknown:
+            raise ValueError(
+                f"without={unknown!r}: no such pass; there are {', '.join(ALL_PASSES)}"
+            )
+        self.snn = snn
+        self.precision = precision
+        self.without = frozenset(names)
+        self.max_memory = _bytes(max_memory)
+        self._built: dict[Any, _Built] = {}
+        self._weights: Any = None
+        self._arena: Tensor | None = None
+        self._lock = threading.RLock()
+        self.eval()
+
+    # A plan holds no parameters of its own: what it has made of the weights is made again.
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        state.update(_built={}, _weights=None, _arena=None, _lock=None)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._lock = threading.RLock()
+
+    @property
+    def T(self) -> int:
+        """The default number of steps of a call."""
+        return self.snn.T
+
+    @property
+    def report(self) -> Any:
+        """The report of the conversion."""
+        return self.snn.report
+
+    def latency(self, T: int | None = None) -> int:
+        """As of the converted network."""
+        return self.snn.latency(T)
+
+    def neurons(self) -> Iterator[tuple[str, SpikingActivation]]:
+        """As of the converted network."""
+        return self.snn.neurons()
+
+    def train(self, mode: bool = True) -> Plan:
+        """Plans are always in evaluation mode."""
+        super().train(False)
+        return self
+
+    def why_not(self) -> str:
+        """Why the network runs as it is, if it does; else nothing."""
+        steps = self.snn._clock.steps
+        if steps != CAUSAL:
+            return "its method runs time otherwise than one spike after another at every step"
+        tensors = [*self.snn.parameters(), *self.snn.buffers()]
+        if any(t.device.type != "cpu" for t in tensors):
+            return "it is not on a CPU"
+        floats = {t.dtype for t in self.snn.body.parameters() if t.is_floating_point()}
+        if floats - {torch.float32}:
+            return f"its weights are {', '.join(map(str, floats))}, not float32"
+        return ""
+
+    def forward(self, *inputs: Any, T: int | None = None, **named: Any) -> Any:
+        """As :meth:`snnkernels.ConvertedNetwork.forward`, without gradients."""
+        if self.why_not():
+            with torch.no_grad():
+                return self.snn(*inputs, T=T, **named)
+        T = self.T if T is None else _steps(T)
+        one = len(inputs) == 1 and not named
+        x = inputs[0] if one and isinstance(inputs[0], (Tensor, Inputs)) else Inputs(inputs, named)
+        (out,) = self._answers(self.snn._ports.bind(x), (T,))
+        return out
+
+    def predict_curve(self, x: Any, steps: Iterable[int] = (1, 2, 4, 8, 16, 32)) -> dict[int, Any]:
+        """As :meth:`snnkernels.ConvertedNetwork.predict_curve`, from one run."""
+        ends = sorted({_steps(T) for T in steps})
+        if not ends:
+            raise ValueError("steps is empty: predict_curve needs at least one number of steps")
+        if self.why_not():
+            with torch.no_grad():
+                return self.snn.predict_curve(x, ends)
+        bound = self.snn._ports.bind(as_given(x))
+        found: dict[int, Any] = {}
+        for i in range(0, len(ends), TIMES):
+            part = tuple(ends[i : i + TIMES])
+            found.update(zip(part, self._answers(bound, part), strict=True))
+        return found
+
+    def explain(self, *inputs: Any, **named: Any) -> Explanation:
+        """What every pass did for inputs of this shape, and what every layer costs.
+
+        Args:
+            inputs: as of a call; with none, those of the last call.
+
+        Raises:
+            ValueError: no inputs are given and there was no call yet.
+        """
+        if self.why_not():
+            return Explanation(self.why_not(), {}, [], 0, 0)
+        if inputs or named:
+            one = len(inputs) == 1 and isinstance(inputs[0], (Tensor, Inputs))
+            x = self.snn._ports.bind(inputs[0] if one else Inputs(inputs, named))
+            with self._lock, torch.no_grad():
+                built = self._plan(x)
+        elif self._built:
+            built = next(reversed(self._built.values()))
+        else:
+            raise ValueError(
+                "explain() needs inputs: the plan depends on their shape, and there was no call yet"
+            )
+        return explain(built.before, built.net, built.notes, built.buffers(self.T), self.T)
+
+    def peak_memory(self, batch: int, T: int | None = None) -> int:
+        """Bytes that a call on so many images takes for spikes, beside weights, as planned.
+
+        Of inputs as in the last call.
+        """
+        T = self.T if T is None else _steps(T)
+        if not self._built:
+            raise ValueError("peak_memory needs a call first: the plan depends on the inputs")
+        built = next(reversed(self._built.values()))
+        each = built.bytes_per_image(T)
+        return each * min(batch, max(1, self.max_memory // max(each, 1)))
+
+    # ---- running
+
+    def _answers(self, x: Any, ends: tuple[int, ...]) -> list[Any]:
+        with self._lock, torch.no_grad():
+            built = self._plan(x)
+            batch = _batch(x)
+            each = built.bytes_per_image(ends[-1])
+            piece = max(1, self.max_memory // max(each, 1))
+            if batch <= piece:
+                return self._run(built, x, ends)
+            parts = [self._run(built, x[i : i + piece], ends) for i in range(0, batch, piece)]
+            return [_joined([part[i] for part in parts]) for i in range(len(ends))]
+
+    def _plan(self, x: Any) -> _Built:
+        weights = tuple(
+            (t.data_ptr(), t._version, t.shape)
+            for t in (*self.snn.parameters(), *self.snn.buffers())
+        )
+        if weights != self._weights:
+            self._built.clear()
+            self._weights = weights
+        key = _shape(x)
+        if key not in self._built:
+            int16 = self.precision == "int16"
+            self._built[key] = _Built(self.snn, x[:1], self.without, int16)
+        return self._built[key]
+
+    def _run(self, built: _Built, x: Any, ends: tuple[int, ...]) -> list[Any]:
+        snn, run = self.snn, built.run
+        statics = snn.prefix(x)
+        inputs = [statics[i] for i in snn._of_body]
+        run.T, run.ends = ends[-1], ends
+        buffers = built.buffers(run.T)
+        if built.reuse and buffers.words:
+            words = buffers.words * len(inputs[0])
+            if self._arena is None or self._arena.numel() < words:
+                self._arena = None  # freed first
+                self._arena = torch.empty(words, dtype=torch.int64)
+            run.arena, run.offsets = self._arena, buffers.offsets
+        self._reset(built.body)
+        try:
+            counts = built.body(*inputs, run.T)
+        finally:
+            run.arena = None
+            self._reset(built.body)
+        dtype = next(t.dtype for t in inputs if t.is_floating_point())
+        return [
+            snn._read(statics, [c[i] for c in counts], end, dtype) for i, end in enumerate(ends)
+        ]
+
+    def _reset(self, body: fx.GraphModule) -> None:
+        for module in body.modules():
+            if isinstance(module, _WITH_STATE):
+                module.reset()
+
+    def extra_repr(self) -> str:
+        """Show precision and passes left out."""
+        off = f", without={sorted(self.without)}" if self.without else ""
+        return f"precision={self.precision!r}{off}"
+
+
+def _batch(x: Any) -> int:
+    return len(x) if isinstance(x, Tensor) else next(len(t) for t in _tensors(x))
+
+
+def _tensors(x: Any) -> Iterator[Tensor]:
+    from ..conversion.verify import leaves
+
+    return (t for t in leaves(x) if isinstance(t, Tensor))
+
+
+def _shape(x: Any) -> Any:
+    """What a plan depends on: shapes without the batch, dtypes."""
+    if isinstance(x, Tensor):
+        return (x.shape[1:], x.dtype)
+    return tuple((t.shape[1:], t.dtype) for t in _tensors(x))
+
+
+def _joined(parts: list[Any]) -> Any:
+    first = parts[0]
+    if isinstance(first, Tensor):
+        return torch.cat(parts)
+    if isinstance(first, dict):
+        return type(first)({k: _joined([p[k] for p in parts]) for k in first})
+    if isinstance(first, (tuple, list)):
+        items = [_joined(list(column)) for column in zip(*parts, strict=True)]
+        return type(first)(*items) if hasattr(first, "_fields") else type(first)(items)
+    return first
+
