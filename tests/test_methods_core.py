@@ -388,3 +388,15 @@ def test_rules_have_the_papers_start(x: Tensor) -> None:
     with torch.no_grad():
         assert rows["max"] == torch.relu(net[0](x)).max()
     assert rows["percentile"] < rows["max"]
+
+
+@pytest.mark.parametrize("method", ["parallel", "ttfs", "bit_serial"])
+def test_curves_of_one_pass_networks_with_max_pools_are_separate_runs(
+    method: str, x: Tensor
+) -> None:
+    """Every T is a pass of its own: the running sums of a max-pool are not those of the last."""
+    snn = convert(chain(pool=True), method=method, T=4)
+    with torch.no_grad():
+        curve = snn.predict_curve(x, [1, 2, 4, 8])
+        for T, out in curve.items():
+            assert torch.equal(out, snn(x, T=T)), T

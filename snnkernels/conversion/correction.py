@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx, nn
 
+from .means import FromMeans, RunningMean
 from .pools import CumulativeMaxPool
 from .spiking import SpikingActivation, split_time
 from .steps import CAUSAL
@@ -183,7 +184,7 @@ class Walk:
         for node in self.between[layer]:
             if node.op == "call_module":
                 module = self.snn.body.get_submodule(str(node.target))
-                if isinstance(module, CumulativeMaxPool):
+                if isinstance(module, (CumulativeMaxPool, RunningMean, FromMeans)):
                     module.reset()
             runner.env[node] = runner.run_node(node)
         source = layer.args[0]

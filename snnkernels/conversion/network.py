@@ -124,6 +124,7 @@ class ConvertedNetwork(nn.Module):
             dtype = next(t.dtype for t in inputs if t.is_floating_point())
             if steps.parallel:
                 for clock.levels in ends:
+                    self.reset()
                     yield self._read(statics, self.body(*inputs, 1), clock.levels, dtype)
                 return
             if steps.whole:
