@@ -14,7 +14,7 @@ from ..graphs import module_of
 from ..impulse import ImpulseActivation, refuse_pools
 from ..spiking import Repeat, SpikingActivation
 from ..steps import Steps
-from .base import Method
+from .base import Method, part_of_start
 
 if TYPE_CHECKING:
     from ..context import Context
@@ -93,8 +93,7 @@ class PTL(Method):
 
     def neuron(self, site: Site, T: int) -> dict[str, Any]:
         """A T-th of the ceiling."""
-        start = "half" if isinstance(site.v_init, str) else site.v_init / T
-        return {"v_threshold": site.theta / T, "v_init": start}
+        return {"v_threshold": site.theta / T, "v_init": part_of_start(site, T)}
 
     def layer(self, site: Site) -> Callable[..., SpikingActivation]:
         """Its currents come once."""
