@@ -224,8 +224,8 @@ def test_the_table_has_the_columns_only_where_something_was_measured() -> None:
         ((0.1, 0.5, 0.1), {}, ["larger T", "now 8"]),
         ((0.1, 0.5, 0.1), {"half": False}, ["v_init='half'"]),
         ((0.1, 0.5, 0.1), {"rule": "θ max"}, ["threshold='mmse'"]),
-        ((0.1, 0.1, 0.5), {}, ["'srp', 'cos', 'parallel', 'signed'"]),
-        ((0.1, 0.1, 0.5), {"method": "srp(probe=8)"}, ["remove it: 'cos', 'parallel', 'signed'"]),
+        ((0.1, 0.1, 0.5), {}, ["without it: 'parallel', 'ttfs'", "it: 'cos', 'signed', 'srp'"]),
+        ((0.1, 0.1, 0.5), {"method": "srp(probe=8)"}, ["that lower it: 'cos', 'signed'"]),
     ],
 )
 def test_advice(parts: tuple[float, ...], options: dict, words: list[str]) -> None:
