@@ -200,7 +200,7 @@ class ConvertedNetwork(nn.Module):
         x = self._ports.bind(as_given(x))
         return dict(zip(ends, self._segments(x, ends), strict=True))
 
-    def certify(self, x: Tensor, T: int | None = None) -> Certificate:
+    def certify(self, x: Any, T: int | None = None) -> Certificate:
         """What spike counts and answers can be, and which predictions are proven.
 
         See :func:`snnkernels.conversion.certify.certify`.

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from ..errors import ConversionError
 from ..graphs import module_of
 from ..impulse import ImpulseActivation, refuse_pools
+from ..inputs import tree_map
 from ..spiking import Repeat, SpikingActivation
 from ..steps import Steps
 from .base import Method, part_of_start
@@ -56,9 +57,9 @@ class _Spread(nn.Module):
         self.inner = prefix
         self._takers = tuple(takers)
 
-    def forward(self, x: Tensor) -> Any:
-        """The outputs for ``x``; those for zeros go to the layers."""
-        silent = self.inner(torch.zeros_like(x[:1]))
+    def forward(self, x: Any) -> Any:
+        """The outputs for ``x``, a tensor or ``Inputs``; those for zeros go to the layers."""
+        silent = self.inner(tree_map(x[:1], torch.zeros_like))
         for i, layer in self._takers:
             layer.silent = silent[i]
         return self.inner(x)
