@@ -65,7 +65,7 @@ def test_only_unevenness() -> None:
     assert values(row) == {"unevenness": pytest.approx(0.25)}
     assert row.error == pytest.approx(0.25)
     assert "unevenness (most at second: 25.00%)" in str(report)
-    assert "'srp', 'cos', 'parallel', 'signed'" in str(report)
+    assert "Methods without it: 'parallel', 'ttfs'" in str(report)
 
 
 def test_only_inherited() -> None:
