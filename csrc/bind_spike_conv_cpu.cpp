@@ -91,8 +91,8 @@ void run_spike_conv(const py::bytes& bytes, const py::bytes& branch_bytes) {
   std::vector<SpikeBranch> branches(raw.size() / sizeof(SpikeBranch));
   if (!raw.empty()) std::memcpy(branches.data(), raw.data(), raw.size());
   check(p);
-  for (const SpikeBranch& b : branches) check(p, b);
   if (!p.B || !p.T) return;
+  for (const SpikeBranch& b : branches) check(p, b);
   const std::string isa = isa_name();
 #if defined(SNN_X86)
   const auto run = isa == "avx512" ? avx512::spike_conv

@@ -79,7 +79,7 @@ def choose_convolution(net: Network) -> list[str]:
             continue
         cost = cost_of(net, node)
         if cost.dense < cost.packed:
-            node.op = "neurons"
+            node.op = "dense"
             node.why = "a dense convolution is expected to be faster"
             done.append(f"{node.name}: dense, {cost.packed / cost.dense:.1f} times faster")
     return done

@@ -65,7 +65,7 @@ class SpikeMap:
         """Pack spikes ``[T, B, C, H, W]``: what is not 0 is a spike."""
         T, B, C, H, W = spikes.shape
         bits = (spikes != 0).permute(1, 3, 4, 0, 2)
-        bits = F.pad(bits, (0, -C % PANEL)).reshape(B, H, W, T, -1, PANEL).to(torch.int64)
+        bits = F.pad(bits, (0, -C % PANEL)).unflatten(-1, (-(-C // PANEL), PANEL)).to(torch.int64)
         shifts = torch.arange(PANEL, device=spikes.device)
         return cls((bits << shifts).sum(-1).contiguous(), C)
 
@@ -166,15 +166,14 @@ def branches_of(
     """
     out, inner, kh, kw = weight.shape
     panels = -(-out // PANEL)
-    about = {
-        "kernel": (kh, kw), "stride": stride, "padding": padding, "dilation": dilation,
-        "pool": pool, "pool_stride": pool if pool_stride is None else pool_stride,
-        "either": either,
-    }  # fmt: skip
+    about = Branch(
+        weight, kernel=(kh, kw), stride=stride, padding=padding, dilation=dilation, pool=pool,
+        pool_stride=pool if pool_stride is None else pool_stride, either=either,
+    )  # fmt: skip
     if inner == 1 and groups == out:
         flat = F.pad(weight.reshape(out, kh * kw), (0, 0, 0, panels * PANEL - out))
         each = flat.reshape(panels, PANEL, kh * kw).transpose(1, 2).contiguous()
-        return [Branch(each, used_words=panels, each=True, **about)]  # type: ignore[arg-type]
+        return [replace(about, weights=each, used_words=panels, each=True)]
     per_group = out // groups
     found: list[Branch] = []
     ranges = []
@@ -192,10 +191,10 @@ def branches_of(
         for c in range(start * PANEL, min(p * PANEL, out)):
             at = c // per_group * inner - low * PANEL
             flat[c - start * PANEL, at : at + inner] = weight[c].reshape(inner, kh * kw)
-        branch = Branch(
-            block.permute(0, 3, 2, 1).contiguous(), first_word=low, used_words=high - low,
-            first_panel=start, **about,
-        )  # type: ignore[arg-type] # fmt: skip
+        branch = replace(
+            about, weights=block.permute(0, 3, 2, 1).contiguous(), first_word=low,
+            used_words=high - low, first_panel=start,
+        )  # fmt: skip
         found.append(_in_16_bits(branch) if int16 else branch)
         start = p
     return found
@@ -273,9 +272,7 @@ def spike_conv(
     words = spikes if isinstance(spikes, Tensor) else None
     if words is None and spikes is not False:
         words = new((*shape, T, panels), dtype=torch.int64)
-    counts = (
-        new((len(count_at), *shape, panels * PANEL), dtype=torch.int32) if count_at else None
-    )
+    counts = new((len(count_at), *shape, panels * PANEL), dtype=torch.int32) if count_at else None
     rows = new((T, *shape, panels * PANEL), dtype=torch.float32) if currents else None
     positions = {
         f"{name}_position": panels * PANEL if value is not None and value.dim() == 3 else 0
@@ -295,11 +292,9 @@ def spike_conv(
 # ---- the same in plain PyTorch
 
 
-def _weight(branch: Branch) -> Tensor:
+def _weight(branch: Branch, dtype: torch.dtype) -> Tensor:
     """``[panels * 64, used_words * 64, kh, kw]``, or ``[panels * 64, 1, kh, kw]`` for each."""
-    weights = branch.weights.float()
-    if branch.scale is not None:
-        weights = weights * branch.scale[:, None, None]
+    weights = branch.weights.to(dtype)
     if branch.each:
         return weights.transpose(1, 2).reshape(-1, 1, *branch.kernel)
     return weights.permute(0, 3, 2, 1).reshape(
@@ -310,25 +305,31 @@ def _weight(branch: Branch) -> Tensor:
 def _linear(source: SpikeMap, branch: Branch) -> Tensor:
     """What a branch adds, ``[T, B, OH, OW, panels * 64]``."""
     part = source.words[..., branch.first_word : branch.first_word + branch.used_words]
-    x = SpikeMap(part, branch.used_words * PANEL).dense().flatten(0, 1)
+    # Whole numbers have exact sums in float64.
+    dtype = torch.float32 if branch.scale is None else torch.float64
+    x = SpikeMap(part, branch.used_words * PANEL).dense(dtype).flatten(0, 1)
     if branch.pool != (1, 1):
         if branch.either:
             x = F.max_pool2d(x, branch.pool, branch.pool_stride)
         else:
             x = F.avg_pool2d(x, branch.pool, branch.pool_stride, divisor_override=1)
     y = F.conv2d(
-        x, _weight(branch), None, branch.stride, branch.padding, branch.dilation,
+        x, _weight(branch, dtype), None, branch.stride, branch.padding, branch.dilation,
         x.shape[1] if branch.each else 1,
     )  # fmt: skip
-    return y.unflatten(0, (source.T, -1)).permute(0, 1, 3, 4, 2)
+    y = y.unflatten(0, (source.T, -1)).permute(0, 1, 3, 4, 2)
+    return y if branch.scale is None else y.float() * branch.scale.flatten()
 
 
 def _pooled(x: Tensor, side: int) -> Tensor:
     """Increments of the largest running sum of each window of ``[T, B, OH, OW, C]``."""
-    totals = x.cumsum(0)
     T, B, OH, OW, C = x.shape
+    totals, total = [], torch.zeros_like(x[0])
+    for step in x:
+        total = total + step
+        totals.append(total)
     rows, columns = OH // side, OW // side
-    windows = totals[:, :, : rows * side, : columns * side]
+    windows = torch.stack(totals)[:, :, : rows * side, : columns * side]
     peaks = windows.reshape(T, B, rows, side, columns, side, C).amax((3, 5))
     return torch.diff(peaks, dim=0, prepend=torch.zeros_like(peaks[:1]))
 
