@@ -63,7 +63,7 @@ class SpikeMap:
     @classmethod
     def of(cls, spikes: Tensor) -> SpikeMap:
         """Pack spikes ``[T, B, C, H, W]``: what is not 0 is a spike."""
-        T, B, C, H, W = spikes.shape
+        C = spikes.shape[2]
         bits = (spikes != 0).permute(1, 3, 4, 0, 2)
         bits = F.pad(bits, (0, -C % PANEL)).unflatten(-1, (-(-C // PANEL), PANEL)).to(torch.int64)
         shifts = torch.arange(PANEL, device=spikes.device)
