@@ -28,7 +28,7 @@ _ANY_TO_ANY, _EACH_TO_ITSELF = 0, 1
 BRANCH = Record(
     "SpikeBranch", ("Q", "words weights scale"),
     ("q", "H W row_words first_word used_words first_panel panels"),
-    ("i", "kh kw sh sw ph pw dh dw pool_h pool_w pool_sh pool_sw kind either"),
+    ("i", "kh kw sh sw ph pw dh dw pool_h pool_w pool_sh pool_sw kind either planes pad"),
 )  # fmt: skip
 CONV = Record(
     "SpikeConv", ("Q", "bias current threshold v_init spikes counts currents"),
@@ -75,8 +75,8 @@ class Branch:
     """One linear map of spikes, as a kernel reads it; made by :func:`branches_of`.
 
     Attributes:
-        weights: ``[panels, taps, used_words * 64, 64]`` float32 or int16; where each channel goes
-            to itself ``[panels, taps, 64]`` float32.
+        weights: ``[panels, taps, planes * used_words * 64, 64]`` float32 or int16; where each
+            channel goes to itself ``[panels, taps, 64]`` float32.
         scale: ``[panels, 64]`` float32, what one unit of an int16 weighs; None for float32.
         first_word, used_words: the words of the input that it reads.
         first_panel: the first 64 output channels it adds to.
@@ -84,6 +84,8 @@ class Branch:
         pool, pool_stride: window whose spikes are added before; ``(1, 1)`` is none.
         either: a window has a spike where one of its positions has.
         each: each channel goes to itself.
+        planes: a window's sum is read as so many binary digits, and the weights are there once for
+            each digit, times 1, 2 and 4; 1: every spike adds the weights.
     """
 
     weights: Tensor
@@ -99,6 +101,7 @@ class Branch:
     pool_stride: tuple[int, int] = (1, 1)
     either: bool = False
     each: bool = False
+    planes: int = 1
 
     def size(self, H: int, W: int) -> tuple[int, int]:
         """Rows and columns of its output for a map of H x W."""
@@ -120,7 +123,7 @@ class Branch:
             first_panel=self.first_panel, panels=len(self.weights), kh=kh, kw=kw, sh=sh, sw=sw,
             ph=ph, pw=pw, dh=dh, dw=dw, pool_h=oh, pool_w=ow, pool_sh=oh_stride,
             pool_sw=ow_stride, kind=_EACH_TO_ITSELF if self.each else _ANY_TO_ANY,
-            either=int(self.either),
+            either=int(self.either), planes=self.planes,
         )  # fmt: skip
 
 
@@ -195,9 +198,19 @@ def branches_of(
             about, weights=block.permute(0, 3, 2, 1).contiguous(), first_word=low,
             used_words=high - low, first_panel=start,
         )  # fmt: skip
-        found.append(_in_16_bits(branch) if int16 else branch)
+        found.append(_with_digits(_in_16_bits(branch) if int16 else branch))
         start = p
     return found
+
+
+def _with_digits(branch: Branch) -> Branch:
+    """Fewer rows to add for small windows: a channel with 3 spikes adds 2 rows, with 4 one."""
+    most = math.prod(branch.pool)
+    if branch.either or not 2 <= most <= 7:
+        return branch
+    planes = most.bit_length()
+    digits = [branch.weights * 2**d for d in range(planes)]
+    return replace(branch, weights=torch.cat(digits, 2).contiguous(), planes=planes)
 
 
 def _in_16_bits(branch: Branch) -> Branch:
@@ -295,6 +308,8 @@ def spike_conv(
 def _weight(branch: Branch, dtype: torch.dtype) -> Tensor:
     """``[panels * 64, used_words * 64, kh, kw]``, or ``[panels * 64, 1, kh, kw]`` for each."""
     weights = branch.weights.to(dtype)
+    if branch.planes > 1:
+        weights = weights[:, :, : branch.used_words * PANEL]
     if branch.each:
         return weights.transpose(1, 2).reshape(-1, 1, *branch.kernel)
     return weights.permute(0, 3, 2, 1).reshape(
