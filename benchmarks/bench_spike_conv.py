@@ -6,7 +6,7 @@ Prediction (operations): a dense 3x3 convolution takes 9 C_in C_out multiply-add
 step, 16 to 32 of them a cycle and core; the layer adds C_out weights for
 each spike in the window, 16 a load of the first-level cache, so it should win until about half of
 the neurons fire and by their number below that. Ratios of interleaved medians in one process: time
-of ``torch.conv2d`` alone (NCHW, channels_last), without any neurons, over that of the layer with its
+of ``torch.conv2d`` alone (NCHW, channels_last), without neurons, over that of the layer with its
 neurons and packed output. Four in ten neurons fire at all, at random steps; images as batch 8,
 T = 16. Sums are compared first. Rows go to ``results/spike_conv_cpu.csv``.
 """
