@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -60,6 +61,7 @@ void check(const SpikeConv& p, const SpikeBranch& b) {
   const i64 columns = source_columns(b) + 2 * b.pw - i64(b.kw - 1) * b.dw - 1;
   require(rows >= 0 && columns >= 0 && rows / b.sh + 1 == p.OH && columns / b.sw + 1 == p.OW,
           "a branch does not give OH x OW positions");
+  require(b.kind == kEachToItself || row_spikes(p, b) <= INT32_MAX, "too many spikes in a row");
 }
 
 // Rows of the map split into bands, panels into groups where there are few rows: units that share
