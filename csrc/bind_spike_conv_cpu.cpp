@@ -42,7 +42,8 @@ void check(const SpikeConv& p) {
 void check(const SpikeConv& p, const SpikeBranch& b) {
   require(b.words && b.weights, "words or weights are missing");
   require(b.H >= 1 && b.W >= 1 && b.first_word >= 0 && b.used_words >= 1 &&
-              b.first_word + b.used_words <= b.row_words && b.used_words <= 256,
+              b.first_word + b.used_words <= b.row_words &&
+              (b.kind == kEachToItself || b.used_words <= 256),
           "channels out of range");
   require(b.first_panel >= 0 && b.panels >= 1 && b.first_panel + b.panels <= p.panels,
           "panels out of range");
