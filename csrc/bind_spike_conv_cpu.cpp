@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -41,7 +42,8 @@ void check(const SpikeConv& p) {
 void check(const SpikeConv& p, const SpikeBranch& b) {
   require(b.words && b.weights, "words or weights are missing");
   require(b.H >= 1 && b.W >= 1 && b.first_word >= 0 && b.used_words >= 1 &&
-              b.first_word + b.used_words <= b.row_words && b.used_words <= 256,
+              b.first_word + b.used_words <= b.row_words &&
+              (b.kind == kEachToItself || b.used_words <= 256),
           "channels out of range");
   require(b.first_panel >= 0 && b.panels >= 1 && b.first_panel + b.panels <= p.panels,
           "panels out of range");
@@ -60,6 +62,7 @@ void check(const SpikeConv& p, const SpikeBranch& b) {
   const i64 columns = source_columns(b) + 2 * b.pw - i64(b.kw - 1) * b.dw - 1;
   require(rows >= 0 && columns >= 0 && rows / b.sh + 1 == p.OH && columns / b.sw + 1 == p.OW,
           "a branch does not give OH x OW positions");
+  require(b.kind == kEachToItself || row_spikes(p, b) <= INT32_MAX, "too many spikes in a row");
 }
 
 // Rows of the map split into bands, panels into groups where there are few rows: units that share

@@ -18,8 +18,11 @@ SNN_HD i64 round_up(i64 n, i64 to) { return (n + to - 1) / to * to; }
 SNN_HD i64 source_rows(const SpikeBranch& b) { return (b.H - b.pool_h) / b.pool_sh + 1; }
 SNN_HD i64 source_columns(const SpikeBranch& b) { return (b.W - b.pool_w) / b.pool_sw + 1; }
 
-// A row of a branch's input is kept while the windows that need it pass.
-SNN_HD i64 kept_rows(const SpikeBranch& b) { return i64(b.kh - 1) * b.dh + 1; }
+// A row of a branch's input is kept while the windows that need it pass: those of all rows of a
+// max-pool's window, between which the positions go back and forth.
+SNN_HD i64 kept_rows(const SpikeConv& p, const SpikeBranch& b) {
+  return i64(p.pool - 1) * b.sh + i64(b.kh - 1) * b.dh + 1;
+}
 
 // Rows of weights of one tap.
 SNN_HD i64 rows_of_tap(const SpikeBranch& b) { return b.planes * b.used_words * kPanel; }
@@ -32,6 +35,11 @@ SNN_HD i64 most_spikes(const SpikeBranch& b) {
   return rows_of_tap(b) * (b.either || b.planes > 1 ? 1 : i64(b.pool_h) * b.pool_w);
 }
 
+// Most spikes of one kept row.
+SNN_HD i64 row_spikes(const SpikeConv& p, const SpikeBranch& b) {
+  return source_columns(b) * spike_steps(p) * most_spikes(b);
+}
+
 // Bytes of one kept row: how many spikes precede each (step, column), then their channels. Vector
 // stores may write a little behind.
 SNN_HD i64 starts_bytes(const SpikeConv& p, const SpikeBranch& b) {
@@ -39,11 +47,10 @@ SNN_HD i64 starts_bytes(const SpikeConv& p, const SpikeBranch& b) {
 }
 SNN_HD i64 row_bytes(const SpikeConv& p, const SpikeBranch& b) {
   if (b.kind == kEachToItself) return 0;
-  const i64 spikes = source_columns(b) * spike_steps(p) * most_spikes(b);
-  return starts_bytes(p, b) + round_up(spikes * i64(sizeof(u16)) + 128, 64);
+  return starts_bytes(p, b) + round_up(row_spikes(p, b) * i64(sizeof(u16)) + 128, 64);
 }
 SNN_HD i64 branch_bytes(const SpikeConv& p, const SpikeBranch& b) {
-  return round_up(kept_rows(b) * i64(sizeof(i64)), 64) + kept_rows(b) * row_bytes(p, b);
+  return round_up(kept_rows(p, b) * i64(sizeof(i64)), 64) + kept_rows(p, b) * row_bytes(p, b);
 }
 
 // Floats that a position and panel carries from one chunk of steps to the next: the membranes; the

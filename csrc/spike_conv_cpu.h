@@ -297,7 +297,7 @@ class SpikeConvUnit {
     char* at = s_.branches;
     for (i64 j = 0; j < i; ++j) at += branch_bytes(p_, branches_[j]);
     const SpikeBranch& b = branches_[i];
-    const i64 kept = kept_rows(b);
+    const i64 kept = kept_rows(p_, b);
     return {reinterpret_cast<i64*>(at), at + round_up(kept * i64(sizeof(i64)), 64), kept,
             row_bytes(p_, b), starts_bytes(p_, b)};
   }

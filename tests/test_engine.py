@@ -635,3 +635,267 @@ def test_dense_layers_are_used_where_chosen(monkeypatch: pytest.MonkeyPatch) -> 
     assert any("faster" in row.runs for row in plan.explain(x).layers)
     (built,) = plan._built.values()
     assert any(isinstance(m, Dense) for m in built.body.modules())
+
+
+# ---- what a second reader broke -----------------------------------------------------------------
+
+
+class Do(nn.Module):
+    """Layers by name and what to do with them."""
+
+    def __init__(self, what: Any, **layers: nn.Module) -> None:
+        super().__init__()
+        self.what = what
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.what(self, x)
+
+
+def small(inner: int, out: int, **given: Any) -> nn.Module:
+    return nn.Conv2d(inner, out, 3, padding=1, **given)
+
+
+def plain() -> nn.Module:
+    return Do(
+        lambda s, x: s.fc(F.relu(s.b(F.relu(s.a(x)))).flatten(1)),
+        a=small(3, 8), b=small(8, 8), fc=nn.Linear(512, 5),
+    )  # fmt: skip
+
+
+def of(ann: nn.Module, **given: Any) -> tuple[Any, Tensor]:
+    torch.manual_seed(3)
+    x = dyadic(3, 3, 8, 8, seed=5)
+    return converted(make_dyadic(ann).eval(), x, **{"threshold": 4.0, **given}), x
+
+
+def same_answer(snn: Any, plan: Any, x: Tensor) -> None:
+    with torch.no_grad():
+        assert torch.equal(plan(x), snn(x))
+
+
+ODD: dict[str, Any] = {
+    # The scale behind neurons that no layer runs is read by a layer that runs as it was.
+    "scaler behind neurons as they were": lambda: Do(
+        lambda s, x: s.fc(
+            F.relu(s.c(F.relu(F.interpolate(s.b(F.relu(s.a(x))), scale_factor=2) * 0.5) * 2.0))
+            .flatten(1)
+        ),
+        a=small(3, 8), b=small(8, 8), c=small(8, 2, padding_mode="circular"),
+        fc=nn.Linear(512, 5),
+    ),
+    "view of spikes": lambda: Do(
+        lambda s, x: s.fc(F.relu(s.c(s.bn(F.relu(s.b(F.relu(s.a(x)))).view(x.size(0), -1))))),
+        a=small(3, 8), b=small(8, 8), bn=nn.BatchNorm1d(512), c=nn.Linear(512, 9),
+        fc=nn.Linear(9, 5),
+    ),
+    "cat by name": lambda: Do(
+        lambda s, x: s.fc(
+            F.relu(s.c(torch.cat(tensors=[F.relu(s.a(x)), F.relu(s.b(x))], dim=1))).flatten(1)
+        ),
+        a=small(3, 8), b=small(3, 8), c=small(16, 2), fc=nn.Linear(128, 5),
+    ),
+    "cat along an axis": lambda: Do(
+        lambda s, x: s.fc(
+            F.relu(s.c(torch.cat([F.relu(s.a(x)), F.relu(s.b(x))], axis=1))).flatten(1)
+        ),
+        a=small(3, 8), b=small(3, 8), c=small(16, 2), fc=nn.Linear(128, 5),
+    ),
+    "pool of stride None": lambda: Do(
+        lambda s, x: s.fc(F.relu(s.b(F.avg_pool2d(F.relu(s.a(x)), 2, None))).flatten(1)),
+        a=small(3, 8), b=small(8, 2), fc=nn.Linear(32, 5),
+    ),
+    "pool of one number in a tuple": lambda: Do(
+        lambda s, x: s.fc(F.relu(s.b(s.p(F.avg_pool2d(F.relu(s.a(x)), (2,))))).flatten(1)),
+        a=small(3, 8), b=small(8, 2), p=nn.AvgPool2d((2,)), fc=nn.Linear(8, 5),
+    ),
+    "more inputs than a list can name": lambda: nn.Sequential(
+        nn.Flatten(), nn.Linear(192, 20_000), nn.ReLU(), nn.Linear(20_000, 7), nn.ReLU(),
+        nn.Linear(7, 5),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_networks(name: str) -> None:
+    given = {"on_unsupported": "keep"} if "scaler" in name else {}
+    wide = {"threshold": 64.0} if "more inputs" in name else {}
+    snn, x = of(ODD[name](), **given, **wide)
+    plan = lower(snn, without=["choose_convolution"])
+    with torch.no_grad():
+        for T in (1, 8, 33):
+            assert torch.equal(plan(x, T=T), snn(x, T=T))
+
+
+def test_autocast_runs_the_network_itself() -> None:
+    snn, x = of(plain())
+    plan = lower(snn)
+    want = plan(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        same_answer(snn, plan, x)
+        assert "autocast" in str(plan.explain(x))
+    assert torch.equal(plan(x), want)
+
+
+def test_inference_mode_and_then_none() -> None:
+    from snnkernels.kernels.backends import use_backend
+
+    snn, x = exact("residual")
+    for backend in ("auto", "reference"):
+        plan = lower(snn, without=["choose_convolution"])
+        with use_backend(backend):
+            with torch.inference_mode():
+                want = plan(x)
+            assert torch.equal(plan(x), want)
+
+
+def test_another_default_dtype() -> None:
+    from snnkernels.kernels.backends import use_backend
+
+    snn, x = exact("residual")
+    torch.set_default_dtype(torch.float64)
+    try:
+        with use_backend("reference"):
+            plan = lower(snn, without=["choose_convolution"])
+            assert plan(x).dtype == torch.float32
+            same_answer(snn, plan, x)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_weights_that_lie_where_others_lay() -> None:
+    snn, x = of(plain())
+    plan = lower(snn, without=["choose_convolution"])
+    layer = next(m for m in snn.body.modules() if isinstance(m, nn.Conv2d))
+    for i in range(12):
+        layer.weight = nn.Parameter(dyadic(8, 8, 3, 3, seed=i))
+        layer.weight = nn.Parameter(dyadic(8, 8, 3, 3, seed=i + 50))
+        same_answer(snn, plan, x)
+
+
+def test_neurons_that_change() -> None:
+    snn, x = of(plain())
+    plan = lower(snn, without=["choose_convolution"])
+    same_answer(snn, plan, x)
+    for name, value in (
+        ("v_init", 1.0), ("v_threshold", torch.tensor(2.0)), ("tie", ">"),
+        ("mask", torch.arange(8).view(8, 1, 1) < 3),
+    ):  # fmt: skip
+        for _, layer in snn.neurons():
+            setattr(layer.node, name, value)
+        same_answer(snn, plan, x)
+
+
+def test_hooks_are_called_as_the_network_calls_them() -> None:
+    snn, x = of(plain())
+    plan = lower(snn)
+    want = plan(x)
+    calls: list[str] = []
+    layer = next(m for m in snn.body.modules() if isinstance(m, nn.Conv2d))
+    watched = layer.register_forward_hook(lambda m, a, out: calls.append("body") or out * 2)
+    same_answer(snn, plan, x)
+    assert calls == ["body", "body"]
+    assert "a hook of b" in str(plan.explain(x))
+    watched.remove()
+    assert torch.equal(plan(x), want)
+    # Lowering looks at sizes and calls none.
+    first = next(m for m in snn.prefix.modules() if isinstance(m, nn.Conv2d))
+    first.register_forward_hook(lambda m, a, out: calls.append("prefix"))
+    calls.clear()
+    lower(snn)(x)
+    assert calls == ["prefix"]
+
+
+def test_answers_of_any_kind_in_pieces() -> None:
+    from dataclasses import dataclass
+
+    @dataclass
+    class Answer:
+        logits: Tensor
+        features: Any
+
+    class Rich(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.fc = small(3, 8), small(8, 8), nn.Linear(512, 5)
+
+        def forward(self, x: Tensor) -> Answer:
+            h = F.relu(self.b(F.relu(self.a(x)))).flatten(1)
+            return Answer(self.fc(h), {"h": h, "more": [h * 2]})
+
+    snn, x = of(Rich())
+    with torch.no_grad():
+        want = snn(x)
+    got = lower(snn, max_memory=1)(x)
+    assert torch.equal(got.logits, want.logits)
+    assert torch.equal(got.features["h"], want.features["h"])
+    assert torch.equal(got.features["more"][0], want.features["more"][0])
+
+
+def test_answers_without_a_row_per_image_are_not_cut() -> None:
+    class Few(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.scale = plain(), nn.Parameter(torch.tensor(2.0))
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            y = self.net(x)
+            return y, y.t(), self.scale * 2
+
+    snn, x = of(Few())
+    with torch.no_grad():
+        want = snn(x)
+    for a, b in zip(lower(snn, max_memory=1)(x), want, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_last_call_is_explained_and_few_shapes_are_kept() -> None:
+    from snnkernels.engine import plan as module
+
+    snn, x = real()
+    plan = lower(snn)
+    plan(x)
+    small_maps = plan.peak_memory(1)
+    plan(images(1, size=16))
+    assert plan.peak_memory(1) > small_maps
+    plan(x)
+    assert plan.peak_memory(1) == small_maps
+    for size in range(8, 8 + 2 * module._SHAPES, 2):
+        plan(images(1, size=size))
+    assert len(plan._built) == module._SHAPES
+
+
+def test_memory_counts_dense_maps() -> None:
+    ann = Do(
+        lambda s, x: s.fc(F.relu(F.max_pool2d(s.b(F.relu(s.a(x))), 4)).flatten(1)),
+        a=small(3, 4), b=small(4, 32), fc=nn.Linear(128, 5),
+    )  # fmt: skip
+    snn, x = of(ann)
+    plan = lower(snn, without=["merge_pools"])
+    plan(x)
+    assert plan.peak_memory(1) >= 2 * 4 * snn.T * 32 * 8 * 8
+
+
+@pytest.mark.parametrize("bad", ["-5MiB", "0MiB", "infMiB", "nanMiB"])
+def test_memory_that_is_none(bad: str) -> None:
+    snn, _ = real()
+    with pytest.raises(ValueError, match="max_memory="):
+        lower(snn, max_memory=bad)
+    with pytest.raises(TypeError, match="without=5 must be names"):
+        lower(snn, without=5)  # type: ignore[arg-type]
+
+
+def test_16_bits_of_sums_of_very_many_spikes() -> None:
+    """A unit fit for a mean of whole maps would round every weight to nothing."""
+    ann = Do(
+        lambda s, x: s.fc(F.relu(s.c(F.relu(s.b(F.relu(s.a(x)))).mean((2, 3))))),
+        a=small(3, 16), b=small(16, 64), c=nn.Linear(64, 32), fc=nn.Linear(32, 5),
+    )  # fmt: skip
+    torch.manual_seed(0)
+    x = images(2, size=28)
+    snn = converted(ann.eval(), x, T=32)
+    with torch.no_grad():
+        want = snn(x)
+    got = lower(snn, precision="int16", without=["choose_convolution"])(x)
+    assert float((got - want).norm() / want.norm()) < 0.02

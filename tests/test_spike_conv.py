@@ -254,3 +254,46 @@ def test_a_struct_that_makes_no_sense_is_refused() -> None:
         run(module.CONV.pack(**good), b"x")
     with pytest.raises(ValueError, match="rising"):
         run(module.CONV.pack(**good, times=1, count_at0=2), b"")
+
+
+def test_maps_that_do_not_fit_are_refused() -> None:
+    sources, layer = real_layer()
+    spikes, branch = sources[0]
+    fewer = SpikeMap(spikes.words[:2].contiguous(), spikes.channels)
+    with pytest.raises(ValueError, match=r"a source must be a contiguous torch.int64 tensor of"):
+        spike_conv([sources[0], (fewer, branch)], layer)
+    apart = SpikeMap(spikes.words.transpose(1, 2), spikes.channels)
+    with pytest.raises(ValueError, match="a source must be"):
+        spike_conv([(apart, branch)], layer)
+    current = torch.zeros(1, 9, 9, 128)
+    with pytest.raises(ValueError, match=r"current must be a .*\(6, 9, 9, 128\), got .*\(1, 9"):
+        spike_conv(sources, layer, current=current)
+    with pytest.raises(ValueError, match="current must be a contiguous"):
+        spike_conv(sources, layer, current=torch.zeros(6, 9, 9, 128).bfloat16())
+    with pytest.raises(ValueError, match="spikes must be"):
+        spike_conv(sources, layer, spikes=torch.zeros(6, 9, 9, 19, 2, dtype=torch.int64))
+
+
+def test_more_words_than_a_list_names(level: str) -> None:
+    rng = random.Random(4)
+    weight = dyadic(rng, 70, 20_000, 1, 1)
+    spikes = SpikeMap.of(some_spikes(rng, 3, 2, 20_000, 1, 1))
+    sources = [(spikes, b) for b in branches_of(weight)]
+    assert len(sources) == 2
+    _, _, got = spike_conv(sources, Layer(2), spikes=False, currents=True)
+    want = torch.einsum("tbc,oc->tbo", spikes.dense().flatten(2), weight.flatten(1))
+    assert got is not None
+    assert torch.equal(got.flatten(2)[..., :70], want)
+    # Each channel to itself has no list.
+    each = dyadic(rng, 20_000, 1, 1, 1)
+    (branch,) = branches_of(each, groups=20_000)
+    _, _, got = spike_conv([(spikes, branch)], Layer(313), spikes=False, currents=True)
+    assert got is not None
+    assert torch.equal(got.flatten(2)[..., :20_000], spikes.dense().flatten(2) * each.flatten())
+
+
+def test_16_bits_only_where_a_unit_is_small() -> None:
+    weight = torch.randn(4, 70, 3, 3)
+    assert branches_of(weight, int16=True)[0].scale is not None
+    assert branches_of(weight, int16=True, pool=(4, 4))[0].scale is None
+    assert branches_of(weight, int16=True, pool=(4, 4), either=True)[0].scale is not None

@@ -81,7 +81,11 @@ class _Emitter:
 
     def _dense(self, name: str) -> fx.Node:
         """A value as the converted network has it."""
-        name = self.net.aliases.get(name, name)
+        if name in self.dense:
+            return self.dense[name]
+        other = self.net.nodes.get(self.net.aliases.get(name, name))
+        if other is not None and other.op == "layer":
+            name = other.name  # neurons that stayed as they were do not have the scale behind them
         if name in self.dense:
             return self.dense[name]
         node = self.net.nodes.get(name)

@@ -150,7 +150,7 @@ class Dense(nn.Module):
 
     def forward(self, spikes: SpikeMap) -> Tensor:
         """Unpack; each spike is the amplitude itself."""
-        x = spikes.dense().flatten(0, 1)
+        x = spikes.dense().flatten(0, 1).contiguous()  # a view of it may follow
         x = x * per_channel_view(self.amplitude, 1, 4)
         return x.flatten(1) if self.flat else x
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ..conversion.inputs import Inputs, as_given
+from ..conversion.inputs import Inputs, as_given, each, leaves, parts_of
 from ..conversion.means import FromMeans, RunningMean
 from ..conversion.network import ConvertedNetwork, _steps
 from ..conversion.pools import CumulativeMaxPool
@@ -23,7 +23,7 @@ from .emit import emit
 from .explain import Explanation, explain
 from .layers import Run
 from .passes import PASSES, Pass
-from .read import read
+from .read import mark, read, settings
 
 __all__ = ["ALL_PASSES", "Plan", "lower"]
 
@@ -34,6 +34,7 @@ ALL_PASSES: dict[str, Pass | None] = {
     "reuse_buffers": None,  # of the memory, not of the network
 }
 _UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+_SHAPES = 8  # shapes of inputs whose plans are kept
 _WITH_STATE = (SpikingActivation, CumulativeMaxPool, RunningMean, FromMeans)
 
 
@@ -65,14 +66,18 @@ def lower(
 
     Args:
         snn: made by :func:`snnkernels.convert`. The plan keeps it, reads its weights at the first
-            call, and reads them again when they have changed.
+            call, and reads them again when they have changed (writes through ``.data`` or NumPy
+            leave no trace: make another plan after them). While forward hooks wait in its body, it
+            runs itself, so that they are called.
         precision: ``"float32"`` (weights as they are), or ``"int16"``: weights as multiples of
             a 16-bit unit per output channel, sums exact; each weight is off by at most half a
-            unit, about 1 / 65,000 of the largest sum there can be.
+            unit, about 1 / 65,000 of the largest sum there can be. Layers whose sums can have more
+            than 10,000 spikes (wide linear layers, means of whole maps) keep their 32 bits: the
+            unit would be no smaller than a few times a weight.
         without: names of passes to leave out, of :data:`snnkernels.engine.ALL_PASSES`.
         max_memory: bound on what a call takes for spikes and currents beside weights, in bytes or
             such as ``"256MiB"``: larger batches go through in pieces of as many images as fit, at
-            least one.
+            least one. Where a part of the answer has no row per image they go through whole.
 
     Raises:
         TypeError: ``snn`` is no converted network.
@@ -86,9 +91,12 @@ def _bytes(value: int | str) -> int:
         for unit, factor in _UNITS.items():
             if value.endswith(unit):
                 try:
-                    return int(float(value[: -len(unit)]) * factor)
-                except ValueError:
+                    found = int(float(value[: -len(unit)]) * factor)
+                except (ValueError, OverflowError):
                     break
+                if found > 0:
+                    return found
+                break
     elif type(value) is int and value > 0:
         return value
     raise ValueError(
@@ -116,6 +124,7 @@ class _Built:
         self.body = emit(snn, self.net, self.run, int16)
         self.reuse = "reuse_buffers" not in off
         self.memory: dict[int, Buffers] = {}
+        self.in_pieces: bool | None = None
         if not self.reuse:
             self.notes["reuse_buffers"] = []
 
@@ -131,7 +140,7 @@ class _Built:
         dense = [
             4 * T * math.prod(node.size)
             for node in self.net
-            if node.op not in ("layer", "static", "count", "linear") and node.size
+            if node.op not in ("layer", "static", "count") and node.size
         ]
         constant = [4 * math.prod(n.size) for n in self.net if n.op == "static"]
         # A value, what it is made of and what its neurons give live together.
@@ -162,6 +171,8 @@ class Plan(nn.Module):
             )
         if precision not in ("float32", "int16"):
             raise ValueError(f"precision={precision!r} is unknown; allowed: 'float32', 'int16'")
+        if not isinstance(without, Iterable):
+            raise TypeError(f"without={without!r} must be names of passes: {', '.join(ALL_PASSES)}")
         names = (without,) if isinstance(without, str) else tuple(without)
         unknown = [name for name in names if name not in ALL_PASSES]
         if unknown:
@@ -174,6 +185,7 @@ class Plan(nn.Module):
         self.max_memory = _bytes(max_memory)
         self._built: dict[Any, _Built] = {}
         self._weights: Any = None
+        self._alive: list[Tensor] = []
         self._arena: Tensor | None = None
         self._lock = threading.RLock()
         self.eval()
@@ -181,7 +193,7 @@ class Plan(nn.Module):
     # A plan holds no parameters of its own: what it has made of the weights is made again.
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        state.update(_built={}, _weights=None, _arena=None, _lock=None)
+        state.update(_built={}, _weights=None, _alive=[], _arena=None, _lock=None)
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -216,9 +228,14 @@ class Plan(nn.Module):
         steps = self.snn._clock.steps
         if steps != CAUSAL:
             return "its method runs time otherwise than one spike after another at every step"
+        if torch.is_autocast_enabled("cpu"):
+            return "autocast is on"
         tensors = [*self.snn.parameters(), *self.snn.buffers()]
         if any(t.device.type != "cpu" for t in tensors):
             return "it is not on a CPU"
+        for name, module in self.snn.body.named_modules():
+            if module._forward_hooks or module._forward_pre_hooks:
+                return f"a hook of {name or 'the body'} is to be called"
         floats = {t.dtype for t in self.snn.body.parameters() if t.is_floating_point()}
         if floats - {torch.float32}:
             return f"its weights are {', '.join(map(str, floats))}, not float32"
@@ -283,8 +300,8 @@ class Plan(nn.Module):
         if not self._built:
             raise ValueError("peak_memory needs a call first: the plan depends on the inputs")
         built = next(reversed(self._built.values()))
-        each = built.bytes_per_image(T)
-        return each * min(batch, max(1, self.max_memory // max(each, 1)))
+        image = built.bytes_per_image(T)
+        return image * min(batch, max(1, self.max_memory // max(image, 1)))
 
     # ---- running
 
@@ -292,26 +309,44 @@ class Plan(nn.Module):
         with self._lock, torch.no_grad():
             built = self._plan(x)
             batch = len(x)
-            each = built.bytes_per_image(ends[-1])
-            piece = max(1, self.max_memory // max(each, 1))
-            if batch <= piece:
+            image = built.bytes_per_image(ends[-1])
+            piece = max(1, self.max_memory // max(image, 1))
+            if batch <= piece or not self._in_pieces(built, x):
                 return self._run(built, x, ends)
             parts = [self._run(built, x[i : i + piece], ends) for i in range(0, batch, piece)]
             return [_joined([part[i] for part in parts]) for i in range(len(ends))]
 
+    def _in_pieces(self, built: _Built, x: Any) -> bool:
+        """Whether the answers have one row per image; found out with two images and one step."""
+        if built.in_pieces is None:
+            (two,) = self._run(built, x[:2], (1,))
+            (one,) = self._run(built, x[:1], (1,))
+            sizes = [
+                [v.shape[:1] for _, v in leaves(answer) if isinstance(v, Tensor)]
+                for answer in (one, two)
+            ]
+            built.in_pieces = all((a, b) == ((1,), (2,)) for a, b in zip(*sizes, strict=True))
+        return built.in_pieces
+
     def _plan(self, x: Any) -> _Built:
-        weights = tuple(
-            (t.data_ptr(), None if t.is_inference() else t._version, t.shape)
-            for t in (*self.snn.parameters(), *self.snn.buffers())
+        tensors = [*self.snn.parameters(), *self.snn.buffers()]
+        weights = (
+            [(mark(t), t.shape) for t in tensors],
+            [settings(layer) for _, layer in self.neurons()],
         )
         if weights != self._weights:
             self._built.clear()
             self._weights = weights
+            # Kept, so that no other tensor comes to lie where one of these was.
+            self._alive = [t.detach() for t in tensors]
         key = _shape(x)
-        if key not in self._built:
-            int16 = self.precision == "int16"
-            self._built[key] = _Built(self.snn, x[:1], self.without, int16)
-        return self._built[key]
+        built = self._built.pop(key, None)
+        if built is None:
+            built = _Built(self.snn, x[:1], self.without, self.precision == "int16")
+            while len(self._built) >= _SHAPES:
+                del self._built[next(iter(self._built))]
+        self._built[key] = built  # the last is that of the last call
+        return built
 
     def _run(self, built: _Built, x: Any, ends: tuple[int, ...]) -> list[Any]:
         snn, run = self.snn, built.run
@@ -320,10 +355,11 @@ class Plan(nn.Module):
         run.T, run.ends = ends[-1], ends
         buffers = built.buffers(run.T)
         if built.reuse and buffers.words:
-            words = buffers.words * len(inputs[0])
+            words = buffers.words * len(x)
             if self._arena is None or self._arena.numel() < words:
                 self._arena = None  # freed first
-                self._arena = torch.empty(words, dtype=torch.int64)
+                with torch.inference_mode(False):  # it may be written to outside as well
+                    self._arena = torch.empty(words, dtype=torch.int64)
             run.arena, run.offsets = self._arena, buffers.offsets
         self._reset(built.body)
         try:
@@ -357,9 +393,7 @@ def _joined(parts: list[Any]) -> Any:
     first = parts[0]
     if isinstance(first, Tensor):
         return torch.cat(parts)
-    if isinstance(first, dict):
-        return type(first)({k: _joined([p[k] for p in parts]) for k in first})
-    if isinstance(first, (tuple, list)):
-        items = [_joined(list(column)) for column in zip(*parts, strict=True)]
-        return type(first)(*items) if hasattr(first, "_fields") else type(first)(items)
-    return first
+    if parts_of(first) is None:
+        return first
+    columns = zip(*([value for _, value in parts_of(p) or ()] for p in parts), strict=True)
+    return each(first, lambda _: _joined(list(next(columns))))

@@ -15,7 +15,7 @@ from ..conversion.pools import CumulativeMaxPool
 from ..conversion.spiking import CountSpikes, Repeat, SpikingActivation
 from .network import Network, Neurons, Node, Term, channels_first
 
-__all__ = ["read"]
+__all__ = ["mark", "read", "settings"]
 
 _ADD = (operator.add, operator.iadd, torch.add)
 _CAT = (torch.cat, torch.concat, torch.concatenate)
@@ -24,13 +24,35 @@ _SAME = ("contiguous", F.dropout, F.dropout2d)
 _SAME_MODULES = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 
 
+# What a neuron's module holds as plain values: numbers and choices.
+_SETTINGS = (
+    *("v_threshold", "v_init", "amplitude", "input_scale", "beta", "bias", "fire_level"),
+    *("v_reset", "tie", "max_spikes", "signed", "probe", "mask", "parallel"),
+)
+
+
+def mark(value: Tensor) -> tuple[int, int | None]:
+    """Where a tensor lies, and how often it was written to."""
+    return value.data_ptr(), None if value.is_inference() else value._version
+
+
+def settings(layer: SpikingActivation) -> tuple[Any, ...]:
+    """Plain values that a plan depends on; two that differ need another plan."""
+    held = layer.node.__dict__
+    values = (held.get(name) for name in _SETTINGS)
+    return tuple(mark(v) if isinstance(v, Tensor) else v for v in values)
+
+
 class _Sizes(fx.Interpreter):
-    """Runs a graph and keeps what every node gave, without time and batch."""
+    """Runs a graph and keeps what every node gave, without time and batch; calls no hooks."""
 
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
         self.sizes: dict[fx.Node, tuple[int, ...]] = {}
         self.dtypes: dict[fx.Node, torch.dtype] = {}
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return self.fetch_attr(target).forward(*args, **kwargs)
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
@@ -44,7 +66,7 @@ def read(snn: ConvertedNetwork, x: Any) -> Network:
     """Nodes of ``snn.body`` for inputs of the shape of ``x`` (one image is enough)."""
     with torch.no_grad():
         snn.reset()
-        statics = snn.prefix(x)
+        statics = _Sizes(snn.prefix).run(x)
         sizes = _Sizes(snn.body)
         try:
             sizes.run(*(statics[i] for i in snn._of_body), 1)
@@ -54,7 +76,9 @@ def read(snn: ConvertedNetwork, x: Any) -> Network:
 
 
 def _pair(value: Any) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
+    if isinstance(value, int):
+        return value, value
+    return int(value[0]), int(value[-1])
 
 
 class _Reader:
@@ -147,10 +171,10 @@ class _Reader:
             if len(n.args) == 2 and not n.kwargs:
                 self._add(node, n)
         elif target in _CAT:
-            dim = n.kwargs.get("dim", n.args[1] if n.args[1:] else 0)
+            dim = n.kwargs.get("dim", n.kwargs.get("axis", n.args[1] if n.args[1:] else 0))
             if dim in (1, -len(node.size)) and all(map(self._is_map, node.inputs)):
                 node.op = "cat"
-                parts: Any = n.args[0]
+                parts: Any = n.args[0] if n.args else n.kwargs["tensors"]
                 node.inputs = [part.name for part in parts]
         elif target in _VIEWS:
             self._view(node)
@@ -160,7 +184,7 @@ class _Reader:
             self._adaptive(node)
         elif target is F.avg_pool2d:
             kernel = n.args[1] if n.args[1:] else n.kwargs.get("kernel_size")
-            stride = n.args[2] if n.args[2:] else n.kwargs.get("stride") or kernel
+            stride = (n.args[2] if n.args[2:] else n.kwargs.get("stride")) or kernel
             more = {**n.kwargs, **dict(zip(("padding",), n.args[3:4], strict=False))}
             unusual = n.args[4:] or {"ceil_mode", "divisor_override"} & set(more)
             if not unusual and not any(_pair(more.get("padding", 0))):

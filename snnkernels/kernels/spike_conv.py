@@ -23,6 +23,8 @@ __all__ = ["PANEL", "Branch", "Layer", "SpikeMap", "branches_of", "spike_conv"]
 
 PANEL = 64  # kPanel: channels of a word
 TIMES = 16  # kSpikeTimes
+_WORDS = 256  # that a branch can read: a list names channels in 16 bits
+_MOST = 10_000  # spikes whose sum is taken in 16 bits
 _ANY_TO_ANY, _EACH_TO_ITSELF = 0, 1
 
 BRANCH = Record(
@@ -103,6 +105,11 @@ class Branch:
     each: bool = False
     planes: int = 1
 
+    @property
+    def most(self) -> int:
+        """Most spikes of a channel in a window of the pool."""
+        return 1 if self.either else math.prod(self.pool)
+
     def size(self, H: int, W: int) -> tuple[int, int]:
         """Rows and columns of its output for a map of H x W."""
         pooled = [
@@ -165,7 +172,7 @@ def branches_of(
     Args:
         weight: float32 ``[C_out, C_in / groups, kh, kw]``.
         pool, pool_stride: window whose spikes are added before the convolution (not divided).
-        int16: weights in 16 bits; see :func:`_in_16_bits`.
+        int16: weights in 16 bits where at most 10,000 spikes can meet; see :func:`_in_16_bits`.
     """
     out, inner, kh, kw = weight.shape
     panels = -(-out // PANEL)
@@ -194,21 +201,24 @@ def branches_of(
         for c in range(start * PANEL, min(p * PANEL, out)):
             at = c // per_group * inner - low * PANEL
             flat[c - start * PANEL, at : at + inner] = weight[c].reshape(inner, kh * kw)
-        branch = replace(
-            about, weights=block.permute(0, 3, 2, 1).contiguous(), first_word=low,
-            used_words=high - low, first_panel=start,
-        )  # fmt: skip
-        found.append(_with_digits(_in_16_bits(branch) if int16 else branch))
+        for word in range(low, high, _WORDS):
+            words = min(_WORDS, high - word)
+            part = block.narrow(2, (word - low) * PANEL, words * PANEL)
+            branch = replace(
+                about, weights=part.permute(0, 3, 2, 1).contiguous(), first_word=word,
+                used_words=words, first_panel=start,
+            )  # fmt: skip
+            few = inner * kh * kw * about.most <= _MOST
+            found.append(_with_digits(_in_16_bits(branch) if int16 and few else branch))
         start = p
     return found
 
 
 def _with_digits(branch: Branch) -> Branch:
     """Fewer rows to add for small windows: a channel with 3 spikes adds 2 rows, with 4 one."""
-    most = math.prod(branch.pool)
-    if branch.either or not 2 <= most <= 7:
+    if not 2 <= branch.most <= 7:
         return branch
-    planes = most.bit_length()
+    planes = branch.most.bit_length()
     digits = [branch.weights * 2**d for d in range(planes)]
     return replace(branch, weights=torch.cat(digits, 2).contiguous(), planes=planes)
 
@@ -217,23 +227,16 @@ def _in_16_bits(branch: Branch) -> Branch:
     """Weights as multiples of a 16-bit unit per output channel, so large that no sum overflows.
 
     A channel's unit is its largest possible sum over 32767: that of its positive or of its
-    negative weights, times the spikes that a pooled window can add. Each weight is rounded once, by
-    at most half a unit.
+    negative weights, times the spikes that a pooled window can add; half a unit for each weight is
+    left for the roundings, which may add up as well. Each weight is rounded once, by at most half a
+    unit.
     """
     w = branch.weights.double()
-    most = 1 if branch.either else math.prod(branch.pool)
-    bound = torch.maximum(w.clamp(min=0).sum((1, 2)), -w.clamp(max=0).sum((1, 2))) * most
-    # Roundings add up as well: half a unit for each weight.
-    terms = w.shape[1] * w.shape[2] * most
-    unit = bound / max(32767 - terms // 2, 1024)
+    bound = torch.maximum(w.clamp(min=0).sum((1, 2)), -w.clamp(max=0).sum((1, 2))) * branch.most
+    terms = (w != 0).sum((1, 2)) * branch.most
+    unit = bound / (32767 - 0.5 * terms)
     unit = torch.where(unit > 0, unit, torch.ones_like(unit))
     whole = (w / unit[:, None, None]).round()
-    # With more weights than units the rounding may lean one way: grow the unit until it fits.
-    sums = torch.maximum(whole.clamp(min=0).sum((1, 2)), -whole.clamp(max=0).sum((1, 2))) * most
-    while bool((sums > 32767).any()):
-        unit = torch.where(sums > 32767, unit * 1.01, unit)
-        whole = (w / unit[:, None, None]).round()
-        sums = torch.maximum(whole.clamp(min=0).sum((1, 2)), -whole.clamp(max=0).sum((1, 2))) * most
     return replace(branch, weights=whole.to(torch.int16), scale=unit.float().contiguous())
 
 
@@ -272,6 +275,7 @@ def spike_conv(
     assert T is not None
     B, panels = first.shape[0], layer.panels
     shape = (B, OH // layer.pool, OW // layer.pool)
+    _check(sources, layer, current, spikes, (B, T, OH, OW))
     kernels = backends.choose(first.device)
     if kernels is None or kernels.spike_conv is None:
         wanted = spikes is not False
@@ -302,16 +306,44 @@ def spike_conv(
     return words, counts, rows
 
 
+def _check(
+    sources: Sequence[tuple[SpikeMap, Branch]],
+    layer: Layer,
+    current: Tensor | None,
+    spikes: bool | Tensor,
+    size: tuple[int, int, int, int],
+) -> None:
+    """What the kernel cannot see behind its pointers.
+
+    Raises:
+        ValueError: a tensor is not of the size, dtype or layout that the kernel reads or writes.
+    """
+    B, T, OH, OW = size
+    wanted = [("a source", m.words, (B, *m.words.shape[1:3], T, -(-m.channels // PANEL)))
+              for m, _ in sources]  # fmt: skip
+    if isinstance(spikes, Tensor):
+        shape = (B, OH // layer.pool, OW // layer.pool, T, layer.panels)
+        wanted.append(("spikes", spikes, shape))
+    if current is not None:
+        wanted.append(("current", current, (B, OH, OW, layer.panels * PANEL)))
+    for name, value, shape in wanted:
+        dtype = torch.float32 if name == "current" else torch.int64
+        if tuple(value.shape) != shape or value.dtype != dtype or not value.is_contiguous():
+            raise ValueError(
+                f"{name} must be a contiguous {dtype} tensor of shape {shape}, got "
+                f"{value.dtype} {tuple(value.shape)}"
+            )
+
+
 # ---- the same in plain PyTorch
 
 
 def _weight(branch: Branch, dtype: torch.dtype) -> Tensor:
     """``[panels * 64, used_words * 64, kh, kw]``, or ``[panels * 64, 1, kh, kw]`` for each."""
     weights = branch.weights.to(dtype)
-    if branch.planes > 1:
-        weights = weights[:, :, : branch.used_words * PANEL]
     if branch.each:
         return weights.transpose(1, 2).reshape(-1, 1, *branch.kernel)
+    weights = weights[:, :, : branch.used_words * PANEL]  # those of the lowest digit
     return weights.permute(0, 3, 2, 1).reshape(
         len(weights) * PANEL, branch.used_words * PANEL, *branch.kernel
     )
@@ -362,7 +394,7 @@ def _reference(
     like = current if not sources else sources[0][0].words
     assert like is not None
     channels = layer.panels * PANEL
-    x = torch.zeros(T, like.shape[0], *size, channels, device=like.device)
+    x = torch.zeros(T, like.shape[0], *size, channels, dtype=torch.float32, device=like.device)
     if layer.bias is not None:
         x = x + layer.bias
     if current is not None:
