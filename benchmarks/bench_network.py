@@ -368,7 +368,7 @@ def main() -> None:
         "--rivals",
         nargs="+",
         metavar="PART",
-        help="plan, unlowered, ANN and who has PART in its name",
+        help="plan, unlowered, ANN and whose name has PART in it",
     )
     parser.add_argument("--passes", action="store_true", help="the section of that name alone")
     parser.add_argument("--case-seconds", type=float, default=60.0, help="timing of one case")
