@@ -1,7 +1,7 @@
-"""Writes README's measured speed from benchmarks/results, so that no figure there is typed.
+"""Writes the measured tables of README and docs from benchmarks/results: no figure is typed there.
 
-    python benchmarks/readme.py           rewrites what lies between the two markers
-    python benchmarks/readme.py --check   fails when README is not what the results say
+    python benchmarks/readme.py           rewrites what lies between the markers
+    python benchmarks/readme.py --check   fails when a page is not what the results say
 
 Needs nothing but Python.
 """
@@ -14,9 +14,10 @@ import sys
 from pathlib import Path
 from textwrap import fill
 
+from sweeps import chosen, error_tables, sweep_tables
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-BEGIN, END = "<!-- speed: begin -->", "<!-- speed: end -->"
 _OURS = "snnkernels"
 _COLUMNS = {
     "PyTorch loop": "PyTorch loop",
@@ -170,34 +171,64 @@ def on(device: str) -> list[str]:
     return [part for part in parts if part]
 
 
-def text() -> str:
-    """What stands between the markers."""
+def speed() -> str:
+    """What kernels take, against other libraries."""
     gpu = on("cuda") or [
         "GPU figures are pending: there is no results file of a GPU yet. `benchmarks/run_gpu.sh` "
         "makes it in one call; `benchmarks/results/predictions.md` says what to expect."
     ]
     parts = [part if part.startswith("|") else fill(part, 100) for part in (*on("cpu"), *gpu)]
-    return "\n\n".join([BEGIN, *parts, END])
+    return "\n\n".join(parts)
+
+
+def pages() -> dict[str, dict[str, str]]:
+    """What stands between which markers of which page."""
+    sweep = RESULTS / "sweep_cifar10.csv"
+    return {
+        "README.md": {"accuracy": chosen(sweep), "speed": speed()},
+        "docs/methods.md": {
+            "sweep": sweep_tables(sweep),
+            "errors": error_tables(RESULTS / "error_sources.csv"),
+        },
+    }
+
+
+def filled(page: str, parts: dict[str, str]) -> str:
+    """The page with its parts between their markers.
+
+    Raises:
+        ValueError: a marker is missing, or there twice.
+    """
+    for name, text in parts.items():
+        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+        if page.count(begin) != 1 or page.count(end) != 1:
+            raise ValueError(f"there must be {begin} and {end}, once each")
+        before, rest = page.split(begin)
+        page = f"{before}{begin}\n\n{text}\n\n{end}{rest.split(end)[1]}"
+    return page
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Rewrites or checks README.md; 1 when the check fails."""
+    """Rewrites or checks the pages; 1 when the check fails."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="change nothing, fail when stale")
     args = parser.parse_args(argv)
-    path = ROOT / "README.md"
-    readme = path.read_text(encoding="utf-8")
-    if readme.count(BEGIN) != 1 or readme.count(END) != 1:
-        print(f"README.md must have {BEGIN} and {END}, once each", file=sys.stderr)
-        return 1
-    before, rest = readme.split(BEGIN)
-    new = before + text() + rest.split(END)[1]
-    if args.check and new != readme:
-        print("README.md is stale; run: python benchmarks/readme.py", file=sys.stderr)
-        return 1
-    if not args.check:
-        path.write_text(new, encoding="utf-8")
-    return 0
+    stale = []
+    for name, parts in pages().items():
+        path = ROOT / name
+        page = path.read_text(encoding="utf-8")
+        try:
+            new = filled(page, parts)
+        except ValueError as e:
+            print(f"{name}: {e}", file=sys.stderr)
+            return 1
+        if args.check and new != page:
+            stale.append(name)
+        elif not args.check:
+            path.write_text(new, encoding="utf-8")
+    if stale:
+        print(f"{', '.join(stale)}: stale; run: python benchmarks/readme.py", file=sys.stderr)
+    return bool(stale)
 
 
 if __name__ == "__main__":

@@ -21,12 +21,17 @@ SNN_HD i64 source_columns(const SpikeBranch& b) { return (b.W - b.pool_w) / b.po
 // A row of a branch's input is kept while the windows that need it pass.
 SNN_HD i64 kept_rows(const SpikeBranch& b) { return i64(b.kh - 1) * b.dh + 1; }
 
+// Whether lists count channels from the first column on, so that they say the column as well.
+SNN_HD bool placed(const SpikeBranch& b) {
+  return source_columns(b) * b.used_words * kPanel <= 65536;
+}
+
 // Most spikes of one position and step.
 SNN_HD i64 most_spikes(const SpikeBranch& b) {
   return b.used_words * kPanel * (b.either ? 1 : i64(b.pool_h) * b.pool_w);
 }
 
-// Bytes of one kept row: how many spikes precede each (column, step), then their channels. Vector
+// Bytes of one kept row: how many spikes precede each (step, column), then their channels. Vector
 // stores may write a little behind.
 SNN_HD i64 starts_bytes(const SpikeConv& p, const SpikeBranch& b) {
   return round_up((source_columns(b) * spike_steps(p) + 1) * i64(sizeof(i32)), 64);

@@ -17,6 +17,10 @@ namespace snn {
 namespace SNN_ISA {
 
 constexpr int kFloats = kVectorBytes / 4;
+
+// Bytes of weights of an output channel and a row of taps that are read in one loop: those of the
+// inputs that fire at all then fit in L1, for 64 output channels.
+constexpr i64 kTogether = 1536;
 typedef short i16;
 typedef i16 Shorts __attribute__((vector_size(kVectorBytes)));
 
@@ -117,8 +121,8 @@ struct KeptRows {
   }
 };
 
-// Spikes of a window of positions at one step as channels; returns how many.
-inline i64 collect(u16* to, const SpikeBranch& b, const u64* corner, i64 T) {
+// Spikes of a window of positions at one step, channels counted from `first`; returns how many.
+inline i64 collect(u16* to, const SpikeBranch& b, const u64* corner, i64 T, i64 first) {
   const i64 column = T * b.row_words, row = b.W * column;
   i64 n = 0;
   if (b.either) {
@@ -126,7 +130,7 @@ inline i64 collect(u16* to, const SpikeBranch& b, const u64* corner, i64 T) {
       u64 word = 0;
       for (i64 y = 0; y < b.pool_h; ++y)
         for (i64 x = 0; x < b.pool_w; ++x) word |= corner[y * row + x * column + q];
-      if (word) n += expand(to + n, word, q * kPanel);
+      if (word) n += expand(to + n, word, first + q * kPanel);
     }
     return n;
   }
@@ -134,7 +138,7 @@ inline i64 collect(u16* to, const SpikeBranch& b, const u64* corner, i64 T) {
     for (i64 x = 0; x < b.pool_w; ++x)
       for (i64 q = 0; q < b.used_words; ++q) {
         const u64 word = corner[y * row + x * column + q];
-        if (word) n += expand(to + n, word, q * kPanel);
+        if (word) n += expand(to + n, word, first + q * kPanel);
       }
   return n;
 }
@@ -146,19 +150,16 @@ inline void read_row(KeptRows& kept, const SpikeConv& p, const SpikeBranch& b, i
   which = row;
   i32* starts = const_cast<i32*>(kept.starts_of(row));
   u16* list = const_cast<u16*>(kept.list_of(row));
-  const i64 columns = source_columns(b);
+  const i64 columns = source_columns(b), channels = placed(b) ? b.used_words * kPanel : 0;
+  const u64* words =
+      b.words + ((image * b.H + row * b.pool_sh) * b.W * p.T + t0) * b.row_words + b.first_word;
   i64 n = 0;
-  for (i64 x = 0; x < columns; ++x) {
-    const u64* corner =
-        b.words +
-        (((image * b.H + row * b.pool_sh) * b.W + x * b.pool_sw) * p.T + t0) * b.row_words +
-        b.first_word;
-    for (i64 t = 0; t < steps; ++t) {
-      starts[x * steps + t] = i32(n);
-      n += collect(list + n, b, corner + t * b.row_words, p.T);
+  for (i64 t = 0; t < steps; ++t)
+    for (i64 x = 0; x < columns; ++x) {
+      *starts++ = i32(n);
+      n += collect(list + n, b, words + (x * b.pool_sw * p.T + t) * b.row_words, p.T, x * channels);
     }
-  }
-  starts[columns * steps] = i32(n);
+  *starts = i32(n);
 }
 
 // What one thread works in.
@@ -185,20 +186,37 @@ inline void taps(const SpikeBranch& b, i64 y, i64 x, Run run) {
   }
 }
 
+// The taps of a row of the window at once where their weights fit in L1 together: the lists of
+// neighbouring columns follow each other, so that one loop adds the spikes of all.
+template <class W>
+inline bool together(const SpikeBranch& b) {
+  return placed(b) && b.dw == 1 && b.kw * b.used_words * kPanel * i64(sizeof(W)) <= kTogether;
+}
+
 template <class W>
 inline void gather(W* sums, const KeptRows& kept, const SpikeBranch& b, i64 panel, i64 y, i64 x,
                    i64 steps) {
-  const i64 channels = b.used_words * kPanel, all = i64(b.kh) * b.kw;
-  const W* weights = static_cast<const W*>(b.weights) + panel * all * channels * kPanel;
-  taps(b, y, x, [&](i64 tap, i64 sy, i64 sx) {
-    const i32* starts = kept.starts_of(sy) + sx * steps;
+  const i64 channels = b.used_words * kPanel, rows = source_rows(b), columns = source_columns(b);
+  const W* weights = static_cast<const W*>(b.weights) + panel * b.kh * b.kw * channels * kPanel;
+  const i64 x0 = x * b.sw - b.pw, at_once = together<W>(b) ? b.kw : 1;
+  for (i64 i = 0; i < b.kh; ++i) {
+    const i64 sy = y * b.sh - b.ph + i * b.dh;
+    if (sy < 0 || sy >= rows) continue;
+    const i32* starts = kept.starts_of(sy);
     const u16* list = kept.list_of(sy);
-    const W* of_tap = weights + tap * channels * kPanel;
-    for (i64 t = 0; t < steps; ++t) {
-      const i64 n = starts[t + 1] - starts[t];
-      if (n) add_rows(sums + t * kPanel, of_tap, list + starts[t], n);
+    for (i64 j = 0; j < b.kw; j += at_once) {
+      const i64 tap = x0 + j * b.dw, low = tap < 0 ? 0 : tap;
+      const i64 high = tap + at_once < columns ? tap + at_once : columns;
+      if (low >= high) continue;
+      // A list counts channels from the first column on, weights from the first tap on.
+      const i64 column = placed(b) ? tap : 0;
+      const W* origin = weights + ((i * b.kw + j) - column) * channels * kPanel;
+      for (i64 t = 0; t < steps; ++t) {
+        const i64 begin = starts[t * columns + low], n = starts[t * columns + high] - begin;
+        if (n) add_rows(sums + t * kPanel, origin, list + begin, n);
+      }
     }
-  });
+  }
 }
 
 inline void mask(float* currents, const SpikeConv& p, const SpikeBranch& b, i64 panel, i64 image,

@@ -1,4 +1,4 @@
-"""The ``snnkernels`` command: ``info`` shows what runs here, ``demo`` shows what it is for.
+"""The ``snnkernels`` command: ``info``, ``methods``, ``demo`` and ``sweep``.
 
 Everything heavy is imported by the command that uses it, so ``info`` works with torch and numpy
 alone.
@@ -64,6 +64,10 @@ def _parser() -> argparse.ArgumentParser:
     info = commands.add_parser("info", help="which implementations run here, and what to install")
     info.add_argument("--json", action="store_true", help="the same as JSON")
     info.set_defaults(run=_info)
+
+    methods = commands.add_parser("methods", help="the conversion methods: papers, needs, options")
+    methods.add_argument("--json", action="store_true", help="the same as JSON")
+    methods.set_defaults(run=_methods)
 
     demo = commands.add_parser("demo", help="train a small network, make it spike, compare")
     demo.add_argument("--out", type=Path, default=Path("snnkernels_demo"), metavar="DIR")
@@ -158,6 +162,30 @@ def _info(args: argparse.Namespace) -> None:
 
     found = backend_info()
     print(json.dumps(found.to_dict(), indent=2) if args.json else str(found))
+
+
+def _methods(args: argparse.Namespace) -> None:
+    from textwrap import fill
+
+    from snnkernels import methods
+
+    found = methods()
+    if args.json:
+        print(json.dumps(found, indent=2))
+        return
+    for m in found:
+        options = ", ".join(f"{name}={value!r}" for name, value in m["options"].items())
+        told = [m["source"], f"needs {m['needs']}"]
+        told += [f"its paper trains with {m['trains']}"] if m["trains"] else []
+        told += [f"options: {options}"] if options else []
+        print(m["name"] + ("" if m["binary"] else " (not binary)"))
+        for line in told:
+            print(fill(line, 96, initial_indent="    ", subsequent_indent="      "))
+    print(
+        "\nconvert(ann, loader, method=NAME); with options an object of "
+        "snnkernels.conversion.methods;\nin a sweep NAME:option=value. Which to take: "
+        "docs/methods.md"
+    )
 
 
 # --- demo -----------------------------------------------------------------------------------

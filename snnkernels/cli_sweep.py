@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ def add_parser(commands: Any) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--methods", nargs="+", metavar="METHOD", help="such as opi srp:probe=8 "
-        "opi:v_init=zero,threshold=max; by default every method that needs no training of its own",
+        "opi:v_init=zero,threshold=max (`snnkernels methods` lists them); by default all that the "
+        "network can be converted by",
     )  # fmt: skip
     parser.add_argument("--T", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32], metavar="T")
     parser.add_argument("--for-T", type=int, default=8, metavar="T", help="of thresholds from data")
@@ -64,12 +66,19 @@ def _run(args: argparse.Namespace) -> None:
     figures = {}
     for path in args.checkpoint:
         checkpoint = models.load_checkpoint(path, activations=ACTIVATIONS)
+        # What was asked for by name must work; of all there are, some need another network.
+        refused: dict[str, str] | None = None if args.methods else {}
         rows = sweep(
             checkpoint.model, test, calibration, trials, args.T,
             network=f"{path.stem} {checkpoint.hash}", data=test.name, for_T=args.for_T,
             batch_size=args.batch_size, store=args.out / "sweep.csv", progress=progress_bar,
+            refused=refused,
         )  # fmt: skip
         everything += rows
+        for name, why in (refused or {}).items():
+            print(f"{path.stem} is not converted by {name}: {why}", file=sys.stderr)
+        if not rows:
+            continue
         ann = float(rows[0]["ANN"])
         if not args.json:
             header, lines = table(rows)
@@ -81,7 +90,7 @@ def _run(args: argparse.Namespace) -> None:
         figures[path.stem] = (curves(rows), ann)
     if args.json:
         print(json.dumps(everything, indent=2))
-    if not args.no_plot:
+    if figures and not args.no_plot:
         _picture(figures, args.out / "sweep.png")
     if not args.json:
         print(f"Rows: {args.out / 'sweep.csv'}")
@@ -90,7 +99,7 @@ def _run(args: argparse.Namespace) -> None:
 def _default_methods() -> list[str]:
     from .conversion.methods import METHODS
 
-    return [name for name, method in METHODS.items() if method.trains != "RateNorm"]
+    return list(METHODS)
 
 
 def _first(images: Any, count: int) -> Any:
@@ -110,6 +119,7 @@ def _picture(figures: dict[str, tuple[dict, float]], path: Path) -> None:
             "the picture needs matplotlib (pip install matplotlib), or pass --no-plot"
         ) from e
     from . import plots
+    from .sweep import added
 
     figure = Figure(figsize=(8.2 * len(figures), 4.6), layout="constrained")
     axes = figure.subplots(1, len(figures), squeeze=False)[0]
@@ -119,9 +129,10 @@ def _picture(figures: dict[str, tuple[dict, float]], path: Path) -> None:
         for trial, curve in found.items():
             first = next(iter(curve.values()))
             label = trial if str(first["binary"]) == "True" else f"{trial} (not binary)"
-            extra = int(first["extra steps"])
-            label += f" + {extra} steps" if extra else ""
-            lines[label] = [float(curve[T]["accuracy"]) for T in steps]
+            extra = added(curve)
+            label += f" + {extra} steps" if extra != "0" else ""
+            known = {T: float(row["accuracy"]) for T, row in curve.items()}
+            lines[label] = [known.get(T, float("nan")) for T in steps]
         plots.accuracy_curve(steps, lines, ann=ann, ax=ax)
         ax.set_title(name, fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .conversion import convert
+from .conversion import ConversionError, convert
 from .conversion.methods import METHODS, Method, find_method
 
-__all__ = ["COLUMNS", "Trial", "curves", "parse_trial", "sweep", "table"]
+__all__ = ["COLUMNS", "Trial", "added", "curves", "parse_trial", "sweep", "table"]
 
 COLUMNS = (
     "network", "data", "images", "trial", "for T", "T", "extra steps", "accuracy", "as ANN",
@@ -68,10 +68,12 @@ def parse_trial(text: str) -> Trial:
 
 
 def _number_or_word(value: str) -> float | str:
-    try:
-        return float(value)
-    except ValueError:
-        return value
+    for kind in (int, float):
+        try:
+            return kind(value)
+        except ValueError:
+            continue
+    return value
 
 
 def _value(text: str, key: str, value: str, default: Any) -> Any:
@@ -97,6 +99,7 @@ def sweep(
     batch_size: int = 64,
     store: Path | None = None,
     progress: Callable[[str, int], Any] | None = None,
+    refused: dict[str, str] | None = None,
 ) -> list[dict[str, Any]]:
     """Accuracy of every trial after each number of steps.
 
@@ -105,12 +108,15 @@ def sweep(
         test: a slice of it is ``(inputs, labels int64)``; it has a length.
         calibration: what ``convert`` takes as ``loader``; never test inputs.
         trials: see :func:`parse_trial`.
-        steps: numbers of steps that answer; what a method adds is in ``extra steps``.
+        steps: numbers of steps that answer; what a method adds is in ``extra steps``. Those above
+            a method's ``most_steps`` give no row.
         network, data: names (with a hash, for a network) by which rows are known again.
         for_T: the number of steps that thresholds are made for.
         batch_size: test inputs a call.
         store: CSV of rows done before; new ones are added.
         progress: ``progress(what, total)`` is a context manager whose value has ``update(n)``.
+        refused: filled with the trials that ``ann`` cannot be converted by and why, by label; None
+            raises instead.
 
     Returns:
         Rows with :data:`COLUMNS`: all of ``trials`` times ``steps``, those of the store included.
@@ -119,6 +125,7 @@ def sweep(
 
     Raises:
         ValueError: no trials, no steps, or a number of steps below 1.
+        ConversionError: a trial that ``ann`` cannot be converted by, unless ``refused`` is given.
     """
     ends = sorted(set(steps))
     if not trials or not ends or ends[0] < 1:
@@ -133,15 +140,22 @@ def sweep(
             for row in done
             if all(str(row[k]) == str({**about, "trial": trial.label}[k]) for k in _KEY)
         }
-        missing = [T for T in ends if T not in known]
+        most = trial.method.most_steps
+        missing = [T for T in ends if T not in known and not most < T]
         rows += [known[T] for T in ends if T in known]
         if not missing:
             continue
+        try:
+            snn = convert(
+                ann, calibration, method=trial.method, T=for_T, progress=False, **trial.arguments
+            )
+        except ConversionError as error:
+            if refused is None:
+                raise
+            refused[trial.label] = str(error)
+            continue
         if truth is None:
             truth = _predictions(ann, test, batch_size, progress)
-        snn = convert(
-            ann, calibration, method=trial.method, T=for_T, progress=False, **trial.arguments
-        )
         right, same, rate = _measure(snn, test, truth, missing, batch_size, trial.label, progress)
         new = [
             {
@@ -279,6 +293,17 @@ def curves(rows: Sequence[dict[str, Any]]) -> dict[str, dict[int, dict[str, Any]
     return found
 
 
+def added(curve: dict[int, dict[str, Any]]) -> str:
+    """The steps that a trial adds: a number, a multiple of T ("6 T"), or a list by T."""
+    extra = {T: int(row["extra steps"]) for T, row in sorted(curve.items())}
+    if len(set(extra.values())) == 1 and len(extra) > 1:
+        return str(extra.popitem()[1])
+    parts = {steps / T for T, steps in extra.items()}
+    if len(parts) == 1 and len(extra) > 1 and (part := parts.pop()).is_integer():
+        return f"{int(part)} T"
+    return ", ".join(map(str, extra.values()))
+
+
 def table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Header and lines of accuracies in percent; methods whose spikes are not binary stand below.
 
@@ -298,7 +323,7 @@ def table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
                 f"{100 * float(curve[T]['accuracy']):.2f}" if T in curve else "" for T in steps
             ]
             name = trial if binary else f"{trial} (not binary)"
-            part.append([name, str(first["extra steps"]), *cells])
+            part.append([name, added(curve), *cells])
         if part and lines:
             lines.append([""] * len(header))
         lines += part

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.utils.data import DataLoader, Dataset
 
 from snnkernels.conversion import QCFS, ConversionError, convert
-from snnkernels.conversion.methods import BitSerial
+from snnkernels.conversion.methods import Advanced, BitSerial
 from snnkernels.conversion.trace import trace
 
 L = 8
@@ -303,6 +303,35 @@ def test_two_inputs_by_position_and_by_name() -> None:
         assert "image" in rows
         assert "known" in rows
         assert torch.equal(pickle.loads(pickle.dumps(snn))(image, known), answer)
+
+
+@pytest.mark.parametrize("method", ["light", "advanced", "ptl", "datta", "ltb"])
+def test_two_inputs_by_methods_that_use_data_or_silence(method: str) -> None:
+    net, batches = TwoInputs().eval(), [two(6, seed=i) for i in range(3)]
+    given: Any = Advanced(iterations=2) if method == "advanced" else method
+    snn = convert(net, batches, inputs=lambda item: item, method=given, T=8, progress=False)
+    with torch.no_grad():
+        assert torch.isfinite(snn(*batches[0])).all()
+        assert torch.equal(pickle.loads(pickle.dumps(snn))(*batches[0]), snn(*batches[0]))
+    if method in ("light", "advanced"):
+        assert "18 images" in str(snn.report)
+        whole = tuple(torch.cat(parts) for parts in zip(*batches, strict=True))
+        at_once = convert(net, [whole], inputs=lambda i: i, method=given, T=8, progress=False)
+        with torch.no_grad():
+            assert relative(snn(*whole), at_once(*whole)) < 0.05
+
+
+def test_two_inputs_with_fitted_starts_and_a_certificate() -> None:
+    net, batch = TwoInputs().eval(), two()
+    snn = convert(net, [batch, batch], inputs=lambda item: item, v_init="mse", T=4, progress=False)
+    with torch.no_grad():
+        answer = snn(*batch)
+    for given in (batch, {"known": batch[1], "image": batch[0]}):
+        certificate = snn.certify(given)
+        assert bool((certificate.low <= answer.double() + 1e-5).all())
+        assert bool((certificate.high >= answer.double() - 1e-5).all())
+    with pytest.raises(TypeError, match="takes image, known; known missing"):
+        snn.certify(batch[0])
 
 
 @torch.no_grad()

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support import ROOT
+
+import snnkernels
+from snnkernels.sweep import COLUMNS
 
 BENCHMARKS = ROOT / "benchmarks"
 RUN_GPU = BENCHMARKS / "run_gpu.sh"
@@ -29,6 +34,100 @@ def test_readme_is_what_the_results_say() -> None:
         [sys.executable, str(BENCHMARKS / "readme.py"), "--check"], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture
+def sweeps(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.delitem(sys.modules, "sweeps", raising=False)
+    return importlib.import_module("sweeps")
+
+
+def sweep_row(trial: str, T: int, accuracy: float, **more: Any) -> dict[str, Any]:
+    row = dict.fromkeys(COLUMNS, "")
+    row |= {"network": "net 0123abc", "data": "digits", "images": 1000, "trial": trial, "for T": 8}
+    row |= {"T": T, "extra steps": 0, "accuracy": accuracy, "ANN": 0.9, "binary": True}
+    return row | {"hardware": "a CPU", "torch": "2", "commit": "abc"} | more
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def test_tables_of_a_sweep(sweeps: Any, tmp_path: Path) -> None:
+    rows = [sweep_row("burst", T, 0.5, binary=False) for T in (1, 2)]
+    rows += [sweep_row("ttfs", T, 0.25, **{"extra steps": 3 * T}) for T in (1, 2)]
+    rows += [sweep_row("srp", T, 0.125, **{"extra steps": 4}) for T in (1, 2)]
+    rows += [sweep_row("opi", 2, 0.875), sweep_row("opi", 2, 0.8755)]  # measured again
+    text = sweeps.sweep_tables(write_rows(tmp_path / "sweep.csv", rows))
+    assert text.splitlines() == [
+        "**net** (checkpoint 0123abc), ANN 90.0, 1000 test images, thresholds from data made for "
+        "T = 8:",
+        "",
+        "| method | adds | T=1 | T=2 |",
+        "| --- | ---: | ---: | ---: |",
+        "| `ttfs` | 3 T | 25.0 | 25.0 |",
+        "| `srp` | 4 | 12.5 | 12.5 |",
+        "| `opi` | 0 |  | 87.5 |",
+        "| `burst` (not binary) | 0 | 50.0 | 50.0 |",
+        "",
+        "(digits; a CPU; torch 2; commit abc)",
+    ]
+
+
+def test_tables_of_other_networks_data_and_thresholds_are_apart(
+    sweeps: Any, tmp_path: Path
+) -> None:
+    rows = [sweep_row("opi", 1, 0.5), sweep_row("opi", 1, 0.5, **{"for T": 4})]
+    rows += [sweep_row("opi", 1, 0.5, data="other"), sweep_row("opi", 1, 0.5, network="two")]
+    rows += [sweep_row("cos", 1, 0.5, network="two", images=99)]
+    text = sweeps.sweep_tables(write_rows(tmp_path / "sweep.csv", rows))
+    assert text.count("| method |") == 4
+    assert "**two**, ANN 90.0, 99/1000 test images" in text
+    assert "| `cos` | 99 | 0 | 50.0 |" in text
+
+
+def test_tables_of_half_a_file_and_of_none(sweeps: Any, tmp_path: Path) -> None:
+    assert "No rows yet: `snnkernels sweep`" in sweeps.chosen(tmp_path / "sweep_cifar10.csv")
+    assert "No rows yet: `benchmarks/error_sources.py`" in sweeps.error_tables(
+        tmp_path / "error_sources.csv"
+    )
+    path = write_rows(tmp_path / "sweep.csv", [sweep_row("opi", 1, 0.5), sweep_row("cos", 1, 0.5)])
+    text = path.read_text()
+    path.write_text(text[: text.rindex("0.5")])  # a line that was cut off
+    assert "| `opi` | 0 | 50.0 |" in sweeps.chosen(path)
+    assert "cos" not in sweeps.chosen(path)
+    path.write_text(text.splitlines()[0])
+    assert "No rows yet" in sweeps.sweep_tables(path)
+    path.write_text("")
+    assert "No rows yet" in sweeps.sweep_tables(path)
+
+
+def test_readme_shows_what_it_chooses(sweeps: Any, tmp_path: Path) -> None:
+    rows = [sweep_row(trial, 1, 0.5) for trial in ("parallel", "kl", "opi")]
+    text = sweeps.chosen(write_rows(tmp_path / "sweep.csv", rows))
+    assert text.index("`opi`") < text.index("`parallel`")
+    assert "kl" not in text
+
+
+def test_tables_of_errors(sweeps: Any, tmp_path: Path) -> None:
+    row = {"network": "net 01", "method": "opi", "T": 8, "layer": "a", "θ": "1.5", "rate": 0.04}
+    row |= {"error": 0.5, "clipping": 0.25, "quantisation": "", "unevenness": 0, "inherited": 0.1}
+    path = write_rows(tmp_path / "errors.csv", [row, {**row, "layer": "b", "error": ""}])
+    assert sweeps.error_tables(path).splitlines()[-1] == (
+        "| a | 1.5 | 4.0 % | 50.0 % | 25.0 % |  | 0.0 % | 10.0 % |"
+    )
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/methods.md"])
+def test_pages_name_every_method(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for method in snnkernels.methods():
+        assert f"`{method['name']}`" in text, method["name"]
 
 
 def test_cpu_results_hold_no_times() -> None:

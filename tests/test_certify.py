@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from conversion_helpers import Everything, dyadic, images, make_dyadic, randomize
 from torch import Tensor, nn
 
-from snnkernels.conversion import QCFS, ConversionError, ConvertedNetwork, convert
+from snnkernels.conversion import QCFS, ConversionError, ConvertedNetwork, RateNorm, convert
 from snnkernels.conversion.interval_layers import window_sum
 from snnkernels.conversion.intervals import Bounds, affine, cumulative_pool, fire, fired, step_pool
 
@@ -308,6 +308,33 @@ def test_a_network_of_one_layer_is_proven_and_exact() -> None:
     clear = net(x).topk(2, 1).values.diff(dim=1).abs().squeeze(1) > 1e-3
     assert torch.equal(certificate.proven, clear)
     assert int(clear.sum()) > 0
+
+
+@pytest.mark.parametrize("normalize", ["threshold", "weights"])
+@pytest.mark.parametrize(("method", "activation"), [("rnl", RateNorm), ("datta", nn.ReLU)])
+def test_the_quantised_network_weighs_spikes_as_the_spiking_one(
+    method: str, activation: Callable[[], nn.Module], normalize: str
+) -> None:
+    """Spikes that do not weigh θ: of one layer the two networks are the same; of two, a loop."""
+    x = dyadic(16, 3, 3, 3)
+    one = nn.Sequential(nn.Flatten(), nn.Linear(27, 6), activation(), nn.Linear(6, 3))
+    one(x)
+    snn = convert(one.eval(), x, method=method, T=4, normalize=normalize)
+    with torch.no_grad():
+        torch.testing.assert_close(snn.certify(x).quantised, snn(x), atol=1e-5, rtol=0)
+
+    torch.manual_seed(1)
+    two = nn.Sequential(
+        nn.Flatten(), nn.Linear(27, 6), activation(), nn.Linear(6, 5), activation(), nn.Linear(5, 3)
+    )
+    two(x)
+    snn = convert(two.eval(), x, method=method, T=4, normalize=normalize)
+    plain = convert(two, x, method=method, T=4)  # spikes of which the weight can be seen
+    h = x.flatten(1)
+    for (_, layer), linear in zip(plain.neurons(), (two[1], two[3]), strict=True):
+        count = (linear(h) * 4 / layer.node.threshold).floor().clamp(0, 4)
+        h = layer._weight() * count / 4
+    torch.testing.assert_close(snn.certify(x).quantised, two[5](h).detach(), atol=1e-4, rtol=0)
 
 
 def test_a_proof_that_needs_the_difference_of_two_classes() -> None:

@@ -71,6 +71,22 @@ def test_wide_tables_are_not_cut(capsys: pytest.CaptureFixture[str], monkeypatch
     assert all(f"cell number {i}" in out for i in range(20))
 
 
+def test_methods_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["methods"]) == 0
+    out = capsys.readouterr().out
+    lines = out.splitlines()
+    for m in snnkernels.methods():
+        at = lines.index(m["name"] + ("" if m["binary"] else " (not binary)"))
+        assert lines[at + 1].strip().startswith(m["source"][:30])
+        assert lines[at + 2 :]
+    assert "options: probe=4, margin=0.001" in out
+    assert max(map(len, lines)) <= 100
+    assert cli.main(["methods", "--json"]) == 0
+    assert [m["name"] for m in json.loads(capsys.readouterr().out)] == [
+        m["name"] for m in snnkernels.methods()
+    ]
+
+
 def test_markdown_table() -> None:
     assert cli.markdown_table(*TABLE[1:]) == (
         "|  | a | bb |\n| --- | ---: | ---: |\n| one | 1 | 2 |\n| three | 10 | [2] |\n"

@@ -176,7 +176,11 @@ def test_what_it_cannot_do_is_an_error() -> None:
     net = nn.Sequential(QCFS(7, 1.75))
     with pytest.raises(ValueError, match="v_init must be 'half'"):
         convert(net, method="bit_serial", v_init="zero", T=3)
-    with pytest.raises(ValueError, match="T=32 bits"):
+    with pytest.raises(ValueError, match=r"v_init='mse' for 0: .* v_init must be 'half'"):
+        convert(net, torch.rand(4, 1), method="bit_serial", v_init="mse", T=3)
+    with pytest.raises(ValueError, match=r"T=25: .* takes T from 1 to 24"):
+        convert(net, method="bit_serial", T=25)
+    with pytest.raises(ValueError, match=r"T=32: .* takes T from 1 to 24"):
         convert(net, method="bit_serial", T=3)(torch.ones(1, 1), T=32)
     pooled = nn.Sequential(QCFS(7, 1.75), nn.Conv1d(2, 2, 1), nn.MaxPool1d(2), QCFS(7, 1.75))
     with pytest.raises(ConversionError, match="cannot max-pool"):

@@ -250,6 +250,44 @@ def test_a_walk_is_a_run() -> None:
             torch.testing.assert_close(stop.answer(x), whole[stop.layer.label])
 
 
+class Gated(nn.Module):
+    """A gate that two layers read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.a, self.gate = nn.Linear(6, 8), nn.Linear(8, 8)
+        self.b, self.c, self.out = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(self.a(x))
+        g = h * torch.sigmoid(self.gate(h))
+        return self.out(torch.relu(self.b(g)) + torch.relu(self.c(g)))
+
+
+def test_a_walk_over_running_means_is_a_run() -> None:
+    """What an operation on running means has seen at one layer is not there at the next."""
+    ann, x = Gated(), torch.randn(6, 6, generator=torch.Generator().manual_seed(1))
+    for method in (OPI(), SRP(probe=3), COS(probe=2), Parallel()):
+        snn = convert(ann, x, method=method, T=5, on_unsupported="mean", progress=False)
+        whole = answers(snn, x)
+        currents: dict[str, Tensor] = {}
+
+        def keep(module: SpikingActivation, args: Any, into: dict[str, Tensor] = currents) -> None:
+            into.setdefault(module.label, args[0])
+
+        for _, layer in snn.neurons():
+            layer.register_forward_pre_hook(keep)
+        with torch.no_grad():
+            snn(x)
+        for stop in Walk(snn, x, 5):
+            torch.testing.assert_close(stop.answer(x), whole[stop.layer.label])
+            spikes = stop.output()
+            stop.forget()
+            assert torch.equal(stop.output(), spikes)
+            torch.testing.assert_close(stop._current, currents[stop.layer.label])
+
+
 def test_calibrated_networks_copy_and_pickle() -> None:
     ann, x = deep(), images(8)
     snn = convert(ann, x, method=Advanced(iterations=1), T=4, progress=False)

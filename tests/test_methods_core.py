@@ -17,7 +17,9 @@ from snnkernels.conversion.methods import (
     COS,
     METHODS,
     MMSE,
+    PTL,
     SRP,
+    STBIF,
     Burst,
     FastSNN,
     Max,
@@ -388,3 +390,45 @@ def test_rules_have_the_papers_start(x: Tensor) -> None:
     with torch.no_grad():
         assert rows["max"] == torch.relu(net[0](x)).max()
     assert rows["percentile"] < rows["max"]
+
+
+@pytest.mark.parametrize("method", ["parallel", "ttfs", "bit_serial"])
+def test_curves_of_one_pass_networks_with_max_pools_are_separate_runs(
+    method: str, x: Tensor
+) -> None:
+    """Every T is a pass of its own: the running sums of a max-pool are not those of the last."""
+    snn = convert(chain(pool=True), method=method, T=4)
+    with torch.no_grad():
+        curve = snn.predict_curve(x, [1, 2, 4, 8])
+        for T, out in curve.items():
+            assert torch.equal(out, snn(x, T=T)), T
+
+
+def test_thresholds_of_bursts_are_made_for_their_levels() -> None:
+    """T steps of a group neuron tell m T levels apart, so MMSE reckons with as many."""
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3)).eval()
+    torch.manual_seed(0)
+    x = images(32)
+    for m in (2, 4):
+        burst = convert(net, x, method=Burst(max_spikes=m), T=4, progress=False)
+        binary = convert(net, x, method="opi", T=4 * m, progress=False)
+        theta = burst.report["1"].threshold
+        assert torch.equal(theta, binary.report["1"].threshold)
+        assert torch.equal(dict(burst.neurons())["1"].node.threshold, theta / m)
+    plain = convert(net, x, method=Burst(max_spikes=4, group=False), T=4, progress=False)
+    assert torch.equal(
+        plain.report["1"].threshold, convert(net, x, T=4, progress=False).report["1"].threshold
+    )
+
+
+@pytest.mark.parametrize(
+    ("method", "parts"), [(Burst(max_spikes=4), 4), (STBIF(levels=4), 4), (PTL(), 8)], ids=str
+)
+def test_starts_of_neurons_with_a_part_of_the_threshold(method: Method, parts: int) -> None:
+    """Rules are parts of the threshold in force; numbers are in the units of the current."""
+    net = nn.Sequential(nn.Linear(3, 2), nn.ReLU())
+    for v_init, found in (("half", "half"), ("25%", 0.5 / parts), (0.1, 0.1)):
+        snn = convert(net, method=method, threshold=2.0, v_init=v_init, T=8)
+        ((_, layer),) = snn.neurons()
+        start = layer.node.v_init
+        assert start == found if isinstance(found, str) else float(start) == pytest.approx(found)

@@ -102,8 +102,8 @@ def test_a_network_comes_close_in_few_steps(normalize: str) -> None:
     snn = convert(net, x, method="multi_threshold", T=8, normalize=normalize, progress=False)
     assert snn.report["output"].error < 0.05
     assert 0 < snn.report["1"].rate <= 1
-    burst = convert(net, x, method="burst", T=8, progress=False)
-    assert snn.report["output"].error < burst.report["output"].error
+    binary = convert(net, x, method="opi", T=8, progress=False)
+    assert snn.report["output"].error < 0.5 * binary.report["output"].error
     curve = snn.predict_curve(x, [1, 2, 8])
     for T, answer in curve.items():
         torch.testing.assert_close(answer, snn(x, T=T), rtol=1e-4, atol=1e-5)

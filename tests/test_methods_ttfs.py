@@ -144,8 +144,10 @@ def test_edges_never_and_at_once() -> None:
 def test_what_it_cannot_do_is_an_error() -> None:
     net = nn.Sequential(QCFS(8, 1.0))
     for method in ("ttfs", TTFS(round=False)):
-        with pytest.raises(ValueError, match="v_init for 0 must be left to"):
+        with pytest.raises(ValueError, match=r"v_init=.* for 0 must be left to"):
             convert(net, method=method, v_init="25%")
+        with pytest.raises(ValueError, match="v_init='mse' for 0 must be left to"):
+            convert(net, torch.rand(4, 1), method=method, v_init="mse")
     with pytest.raises(TypeError, match="round"):
         TTFS(round=1)
     with pytest.raises(ValueError, match="T from 1 to 32767"):

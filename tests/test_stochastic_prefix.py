@@ -10,6 +10,7 @@ from conversion_helpers import Everything, dyadic, images, randomize
 from torch import Tensor, nn
 
 from snnkernels.conversion import ConversionError, ConvertedNetwork, convert
+from snnkernels.conversion.methods import STBIF
 from snnkernels.conversion.stochastic import Prediction, stochastic_prefix
 
 
@@ -198,3 +199,40 @@ def test_a_first_layer_called_twice_is_refused() -> None:
 
     with pytest.raises(ConversionError, match="fc is called more than once"):
         stochastic_prefix(convert(Twice(), dyadic(2, 4)), std=0.1)
+
+
+def test_methods_whose_input_comes_once_are_refused_where_it_matters() -> None:
+    x = images(2)
+    settled = convert(small(), x, method=STBIF(levels=4), T=12)
+    got = stochastic_prefix(settled, std=0.0)(x)
+    with torch.no_grad():
+        torch.testing.assert_close(got.logits, settled(x))
+    with pytest.raises(ConversionError, match=r"'st_bif\(levels=4\)' shows its input once"):
+        stochastic_prefix(settled, std=0.1, per="step")
+    with pytest.raises(ConversionError, match="'ptl' shows its input once"):
+        stochastic_prefix(convert(small(), x, method="ptl"), std=0.1)
+
+
+@pytest.mark.parametrize("per", ["example", "step"])
+def test_several_inputs(per: str) -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.b, self.c = nn.Linear(4, 6), nn.Linear(3, 6), nn.Linear(6, 2)
+
+        def forward(self, left: Tensor, right: Tensor) -> Tensor:
+            return self.c(torch.relu(self.a(left)) + torch.relu(self.b(right)))
+
+    g = seeded(1)
+    batch = (torch.randn(5, 4, generator=g), torch.randn(5, 3, generator=g))
+    snn = convert(Two().eval(), [batch], inputs=lambda item: item, T=4, progress=False)
+    same = stochastic_prefix(snn, std=0.0, per=per)
+    with torch.no_grad():
+        want = snn(*batch)
+    for given in (batch, {"right": batch[1], "left": batch[0]}):
+        torch.testing.assert_close(same(given, samples=3).logits, want)
+    drawn = stochastic_prefix(snn, std=0.5, per=per, generator=seeded())(batch, samples=8)
+    assert bool((drawn.information > 0).any())
+    with pytest.raises(TypeError, match="right missing"):
+        same(batch[0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from snnkernels import cli, models, sweep
-from snnkernels.conversion.methods import COS, SRP
+from snnkernels.conversion import ConversionError
+from snnkernels.conversion.methods import COS, METHODS, SRP, STBIF, ThresholdReLUMethod
 from snnkernels.sweep import Trial, parse_trial
 
 
@@ -118,6 +120,41 @@ def test_trials_are_read_from_text() -> None:
             parse_trial(text)
 
 
+def test_numbers_of_options_without_a_default_are_whole_where_they_look_it() -> None:
+    assert parse_trial("st_bif:levels=8").method == STBIF(levels=8)
+    assert parse_trial("threshold_relu:shift_steps=8").method == ThresholdReLUMethod(shift_steps=8)
+
+
+def test_steps_beyond_a_method_are_not_measured(ann: nn.Module) -> None:
+    rows = run(ann, [parse_trial("bit_serial:threshold=1"), parse_trial("opi")], steps=(2, 24, 64))
+    assert [row["T"] for row in rows] == [2, 24, 2, 24, 64]
+    header, lines = sweep.table(rows)
+    assert header[2:] == ["T=2", "T=24", "T=64"]
+    assert lines[0][4] == ""
+
+
+def test_added_steps_of_every_kind() -> None:
+    def curve(*extra: int) -> dict[int, dict[str, Any]]:
+        return {T: {"extra steps": e} for T, e in zip((1, 2, 8), extra, strict=False)}
+
+    assert sweep.added(curve(4, 4, 4)) == "4"
+    assert sweep.added(curve(0, 0, 0)) == "0"
+    assert sweep.added(curve(6, 12, 48)) == "6 T"
+    assert sweep.added(curve(1, 4, 5)) == "1, 4, 5"
+    assert sweep.added(curve(7)) == "7"
+
+
+def test_what_does_not_convert_is_told_or_raised(ann: nn.Module) -> None:
+    trials = [parse_trial(name) for name in ("qcfs", "opi", "rnl")]
+    refused: dict[str, str] = {}
+    rows = run(ann, trials, refused=refused)
+    assert {row["trial"] for row in rows} == {"opi"}
+    assert list(refused) == ["qcfs", "rnl"]
+    assert "needs QCFS or ClipReLU activations, this is ReLU" in refused["qcfs"]
+    with pytest.raises(ConversionError, match="method='qcfs' needs QCFS"):
+        run(ann, trials)
+
+
 def test_nothing_to_sweep(ann: nn.Module) -> None:
     for trials, steps in (([], (1,)), ([parse_trial("opi")], ()), ([parse_trial("opi")], (0, 1))):
         with pytest.raises(ValueError, match="must not be empty, steps at least 1"):
@@ -152,3 +189,23 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert cli.main([*arguments, "--methods", "opl"]) == 1
     assert "method='opl' is not known" in capsys.readouterr().err
     assert cli.main(["sweep", str(tmp_path / "no.safetensors")]) == 1
+
+
+def test_without_methods_the_command_tries_all(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A network trained with plain ReLU: what needs other training is named with its reason."""
+    pytest.importorskip("sklearn")
+    torch.manual_seed(0)
+    path = tmp_path / "net.safetensors"
+    models.save_checkpoint(models.small_cnn().eval(), path, "small_cnn")
+    arguments = ["sweep", str(path), "--images", "8", "--calibration", "8", "--T", "1", "32"]
+    arguments += ["--no-plot"] if find_spec("matplotlib") is None else []
+    assert cli.main([*arguments, "--out", str(tmp_path)]) == 0
+    out, err = capsys.readouterr()
+    refused = {"qcfs", "rnl", "st_bif"}
+    words = [line.split()[0] for line in out.splitlines() if line.strip()]
+    for name in METHODS:
+        assert (f"not converted by {name}: " in err) is (name in refused)
+        assert (name in words) is (name not in refused)
+    assert "Train with snnkernels' RateNorm" in err

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .errors import ConversionError
+from .inputs import as_given
 from .interval_layers import eps_of, window_sum
 from .interval_rules import IntervalInterpreter
 from .intervals import Bounds, cumulative_pool, fire, fired
@@ -221,7 +222,7 @@ def _quantised(snn: ConvertedNetwork) -> Iterator[None]:
 
 
 @torch.no_grad()
-def certify(snn: ConvertedNetwork, x: Tensor, T: int | None = None) -> Certificate:
+def certify(snn: ConvertedNetwork, x: Any, T: int | None = None) -> Certificate:
     """Bounds of every spike count and answer, and whether predictions are proven.
 
     For plain integrate-and-fire neurons with soft reset and v_init in [0, θ). The first layer's
@@ -236,7 +237,7 @@ def certify(snn: ConvertedNetwork, x: Tensor, T: int | None = None) -> Certifica
 
     Args:
         snn: converted; not by a method with probes, bursts, signed spikes, or in parallel.
-        x: ``[B, *]``.
+        x: ``[B, *]``; of several inputs a tuple by position or a dict by name.
         T: number of steps; default: that of the conversion.
 
     Raises:
@@ -248,6 +249,7 @@ def certify(snn: ConvertedNetwork, x: Tensor, T: int | None = None) -> Certifica
 
     T = snn.T if T is None else _steps(T)
     _check(snn)
+    x = snn._ports.bind(as_given(x))
     snn.reset()
     statics = snn.prefix(x)
     inputs = [statics[i] for i in snn._of_body]

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx, nn
 
+from .inputs import joined
+from .means import FromMeans, RunningMean
 from .pools import CumulativeMaxPool
 from .spiking import SpikingActivation, split_time
 from .steps import CAUSAL
@@ -51,10 +53,10 @@ def progress_bar(what: str, total: int, show: bool) -> Iterator[Any]:
         yield bar
 
 
-def first_images(context: Context, wanted: int) -> Tensor:
-    """The first ``wanted`` inputs of the loader, or all there are."""
+def first_images(context: Context, wanted: int) -> Any:
+    """The first ``wanted`` inputs of the loader, or all there are: a tensor or ``Inputs``."""
     assert context.batches is not None
-    found: list[Tensor] = []
+    found: list[Any] = []
     missing = wanted
     for x in context.batches():
         found.append(x[:missing])
@@ -63,7 +65,7 @@ def first_images(context: Context, wanted: int) -> Tensor:
             break
     if missing > 0 and context.sample is not None and missing == wanted:
         found = [context.sample[:wanted]]  # a loader that can be read only once
-    images = torch.cat(found)
+    images = joined(found)
     if len(images) < wanted:
         context.report.notes.append(
             f"the loader gave {len(images)} of the {wanted} images that calibration asks for"
@@ -72,7 +74,7 @@ def first_images(context: Context, wanted: int) -> Tensor:
 
 
 @torch.no_grad()
-def activations(model: fx.GraphModule, paths: list[str], images: Tensor) -> dict[str, Tensor]:
+def activations(model: fx.GraphModule, paths: list[str], images: Any) -> dict[str, Tensor]:
     """What the ANN's activations at ``paths`` are on ``images``, by path."""
     found: dict[str, Tensor] = {}
 
@@ -100,14 +102,12 @@ class Walk:
 
     Args:
         snn: the network.
-        images: ``[B, *]``.
+        images: ``[B, *]``, or ``Inputs``.
         T: number of steps that answer; a method's other steps are run as well.
         rates: keep mean spikes, for :meth:`Stop.current_of_rates`.
     """
 
-    def __init__(
-        self, snn: ConvertedNetwork, images: Tensor, T: int, *, rates: bool = False
-    ) -> None:
+    def __init__(self, snn: ConvertedNetwork, images: Any, T: int, *, rates: bool = False) -> None:
         self.snn, self.images, self.T = snn, images, T
         self.clock = snn._clock
         self.rows = 1 if self.clock.steps.parallel else self.clock.steps.rows(T)
@@ -183,7 +183,7 @@ class Walk:
         for node in self.between[layer]:
             if node.op == "call_module":
                 module = self.snn.body.get_submodule(str(node.target))
-                if isinstance(module, CumulativeMaxPool):
+                if isinstance(module, (CumulativeMaxPool, RunningMean, FromMeans)):
                     module.reset()
             runner.env[node] = runner.run_node(node)
         source = layer.args[0]

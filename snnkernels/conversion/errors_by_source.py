@@ -120,7 +120,8 @@ def sources(
 
 
 _SUM = "the largest part of single layers' errors is {what} (most at {where}: {size:.2%}). "
-_TIMING = ("srp", "cos", "parallel", "signed")
+# What arrives when does not matter to the first; the others mend some of it.
+_UNTIMED, _MENDING = ("parallel", "ttfs"), ("cos", "signed", "srp")
 
 
 def suggestion(
@@ -156,5 +157,8 @@ def suggestion(
         if "mmse" not in rule and "learned" not in rule:
             ways.append("threshold='mmse'")
         return text + f"It takes {', or '.join(ways)}"
-    others = [f"'{m}'" for m in _TIMING if not method.startswith(m)]
-    return text + f"Methods that remove it: {', '.join(others)}"
+    untimed, mending = (
+        ", ".join(repr(m) for m in names if not method.startswith(m))
+        for names in (_UNTIMED, _MENDING)
+    )
+    return text + f"Methods without it: {untimed}; methods that lower it: {mending}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
@@ -13,7 +13,17 @@ from torch import Tensor, nn
 
 from .errors import ConversionError
 
-__all__ = ["Inputs", "Ports", "as_given", "each", "leaves", "network_input", "parts_of", "tree_map"]
+__all__ = [
+    "Inputs",
+    "Ports",
+    "as_given",
+    "each",
+    "joined",
+    "leaves",
+    "network_input",
+    "parts_of",
+    "tree_map",
+]
 
 
 def parts_of(value: Any) -> list[tuple[str, Any]] | None:
@@ -75,8 +85,8 @@ class Inputs:
 
     def map(self, function: Callable[[Tensor], Any]) -> Inputs:
         """``function`` of every tensor."""
-        named = {name: tree_map(v, function) for name, v in self.named.items()}
-        return Inputs(tuple(tree_map(v, function) for v in self.args), named)
+        args = tuple(tree_map(v, function) for v in self.args)
+        return Inputs(args, {name: tree_map(v, function) for name, v in self.named.items()})
 
     def tensors(self) -> list[Tensor]:
         """All tensors, in order."""
@@ -90,7 +100,7 @@ class Inputs:
     def __len__(self) -> int:
         return next((t.shape[0] for t in self.tensors() if t.dim()), 0)
 
-    def __getitem__(self, samples: slice) -> Inputs:
+    def __getitem__(self, samples: slice | Tensor) -> Inputs:
         return self.map(lambda t: t[samples] if t.dim() else t)
 
     @property
@@ -106,6 +116,15 @@ class Inputs:
     def __repr__(self) -> str:
         names = [*map(str, range(len(self.args))), *self.named]
         return f"Inputs({', '.join(names)}: {', '.join(map(str, self.shape))})"
+
+
+def joined(batches: Sequence[Any]) -> Any:
+    """Batches of the same inputs, tensors or :class:`Inputs`, as one."""
+    if isinstance(batches[0], Tensor):
+        return torch.cat(list(batches))
+    columns = zip(*(batch.tensors() for batch in batches), strict=True)
+    whole = iter([torch.cat(column) for column in columns])
+    return batches[0].map(lambda t: next(whole))
 
 
 def as_given(value: Any) -> Tensor | Inputs:

@@ -124,6 +124,7 @@ class ConvertedNetwork(nn.Module):
             dtype = next(t.dtype for t in inputs if t.is_floating_point())
             if steps.parallel:
                 for clock.levels in ends:
+                    self.reset()
                     yield self._read(statics, self.body(*inputs, 1), clock.levels, dtype)
                 return
             if steps.whole:
@@ -199,7 +200,7 @@ class ConvertedNetwork(nn.Module):
         x = self._ports.bind(as_given(x))
         return dict(zip(ends, self._segments(x, ends), strict=True))
 
-    def certify(self, x: Tensor, T: int | None = None) -> Certificate:
+    def certify(self, x: Any, T: int | None = None) -> Certificate:
         """What spike counts and answers can be, and which predictions are proven.
 
         See :func:`snnkernels.conversion.certify.certify`.

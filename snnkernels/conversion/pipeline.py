@@ -24,6 +24,7 @@ from .inputs import Ports
 from .kinds import check_supported, is_activation, kinds_of
 from .marks import mark
 from .methods import METHODS, Method, find_method
+from .methods.base import check_steps
 from .network import ConvertedNetwork, _steps
 from .ops import Activation
 from .parts import cut
@@ -142,6 +143,7 @@ def convert(
     if not isinstance(ann, nn.Module):
         raise TypeError(f"ann must be a torch.nn.Module, got {type(ann).__name__}")
     chosen, T = find_method(method), _steps(T)
+    check_steps(chosen, T)
     _one_of("maxpool", maxpool, MAXPOOL_MODES)
     _one_of("on_unsupported", on_unsupported, ("error", "keep", "mean"))
     _one_of("normalize", normalize, ("threshold", "weights"))

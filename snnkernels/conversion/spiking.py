@@ -154,7 +154,10 @@ class SpikingActivation(nn.Module):
         scale = self._weight() if self.scale is None else self.scale
         scale = per_channel_view(scale, self.channel_dim, count.dim())
         if self.clock.steps.parallel:
-            return count if self.scale is None else (scale * count).to(dtype)
+            if self.scale is None:
+                return count
+            weight = per_channel_view(self._weight(), self.channel_dim, count.dim())
+            return (scale * count / weight).to(dtype)
         return (scale * count / T).to(dtype)
 
     def _net_count(self, out: Tensor, T: int) -> Tensor:
@@ -183,23 +186,30 @@ class SpikingActivation(nn.Module):
         return self.channel_dim % dims if per_channel else None
 
     def _at_once(self, x: Tensor, T: int) -> Tensor:
-        """``θ / T clip(floor((x T + v_init) / θ), 0, T)`` of a mean current ``[B, *]``."""
+        """``w / T clip(floor((x T + v_init) / θ), 0, T)`` of a mean current ``[B, *]``.
+
+        w is what a spike weighs, θ unless the method says otherwise.
+        """
         node = self.node
         threshold = node.threshold
         if node.bias is not None:
             bias = torch.as_tensor(node.bias, dtype=x.dtype, device=x.device)
             x = x + per_channel_view(bias, self.channel_dim, x.dim())
-        if node.v_init == "half":
+        weighs_theta = isinstance(node.amplitude, str)
+        weighs_theta |= node.amplitude is None and self.scale is not None  # θ = 1, in the weights
+        if node.v_init == "half" and weighs_theta:
             # The QCFS network's own expression, and its bits.
             dim = self._channels_of(threshold, x.dim())
             return qcfs(x, threshold, T, 0.5, "floor_clip", dim)
         state = torch.float64 if x.dtype == torch.float64 else torch.float32
         threshold = torch.as_tensor(threshold, dtype=state, device=x.device)
         threshold = per_channel_view(threshold, self.channel_dim, x.dim())
-        start = torch.as_tensor(node.v_init, dtype=state, device=x.device)
+        start = 0.5 * threshold if isinstance(node.v_init, str) else node.v_init
+        start = torch.as_tensor(start, dtype=state, device=x.device)
         start = per_channel_view(start, self.channel_dim, x.dim())
         count = torch.floor((x.to(state) * T + start) / threshold).clamp(0, T)
-        return (threshold * (count / T)).to(x.dtype)
+        weight = self._weight().to(device=x.device, dtype=state)
+        return (per_channel_view(weight, self.channel_dim, x.dim()) * (count / T)).to(x.dtype)
 
     def extra_repr(self) -> str:
         """Show where the neurons come from."""

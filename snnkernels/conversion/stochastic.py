@@ -13,6 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from .errors import ConversionError
 from .graphs import module_of
+from .inputs import as_given, tree_map
 from .network import ConvertedNetwork, _steps
 from .spiking import Repeat, SpikingActivation, TimeShape
 
@@ -86,7 +87,7 @@ class _Prefix(nn.Module):
         super().__init__()
         self.prefix, self._draw = prefix, draw
 
-    def forward(self, x: Tensor) -> Any:
+    def forward(self, x: Any) -> Any:
         """What the prefix gives, ``[B, *]``."""
         return _Sampled(self.prefix, self._draw).run(x)
 
@@ -97,9 +98,9 @@ class _Kept(nn.Module):
     def __init__(self, prefix: fx.GraphModule) -> None:
         super().__init__()
         self.prefix = prefix
-        self.x: Tensor | None = None
+        self.x: Any = None
 
-    def forward(self, x: Tensor) -> Any:
+    def forward(self, x: Any) -> Any:
         """What the prefix gives, ``[B, *]``."""
         self.x = x
         return self.prefix(x)
@@ -146,7 +147,7 @@ class _Body(nn.Module):
         """``(*statics, T)`` to counts; of the statics only the shapes are used."""
         rows, kept = inputs[-1], self._kept[0]
         assert kept.x is not None
-        x = kept.x.unsqueeze(0).expand(rows, *kept.x.shape).flatten(0, 1)
+        x = _times(kept.x, rows)
         statics = _Sampled(kept.prefix, self._draw).run(x)
         return _Timed(self.body).run(*(statics[i] for i in self._of_body), rows)
 
@@ -166,11 +167,11 @@ class StochasticPrefix(nn.Module):
         self.network, self.per = network, per
 
     @torch.no_grad()
-    def forward(self, x: Tensor, T: int | None = None, samples: int = 1) -> Prediction:
+    def forward(self, x: Any, T: int | None = None, samples: int = 1) -> Prediction:
         """Mean logits and predictive entropy.
 
         Args:
-            x: ``[B, *]``.
+            x: ``[B, *]``; of several inputs a tuple by position or a dict by name.
             T: number of steps; default: that of the conversion.
             samples: weights drawn for each example (with ``per="step"``: for each step of it);
                 they run as a batch of ``samples * B``.
@@ -186,7 +187,8 @@ class StochasticPrefix(nn.Module):
             raise ValueError(
                 f"samples must be a whole number of at least 1, got {samples!r}"
             ) from error
-        many = x.unsqueeze(0).expand(samples, *x.shape).flatten(0, 1)
+        x = self.network._ports.bind(as_given(x))
+        many = _times(x, samples)
         logits = self.network(many, T=T)
         if not isinstance(logits, Tensor) or logits.dim() != 2:
             raise ConversionError("stochastic_prefix: the answer must be one tensor [B, C]")
@@ -197,6 +199,11 @@ class StochasticPrefix(nn.Module):
         return Prediction(
             logits.mean(0), mean, entropy, (entropy - _entropy(each).mean(0)).clamp(min=0)
         )
+
+
+def _times(x: Any, n: int) -> Any:
+    """``[B, *]`` to ``[n * B, *]``: the batch n times, of every input."""
+    return tree_map(x, lambda t: t.unsqueeze(0).expand(n, *t.shape).flatten(0, 1))
 
 
 def _entropy(p: Tensor) -> Tensor:
@@ -239,11 +246,18 @@ def stochastic_prefix(
 
     Raises:
         ConversionError: no linear layer or convolution stands before the first neurons, or it is
-            called more than once.
+            called more than once; the method shows its input once (ptl; with ``per="step"`` others
+            as well).
         ValueError: std or per.
     """
     if per not in PER:
         raise ValueError(f"per={per!r} is not known; allowed: {', '.join(map(repr, PER))}")
+    drawn = isinstance(snn.prefix, fx.GraphModule)
+    if not drawn or (per == "step" and snn._clock.steps.bias != "every"):
+        raise ConversionError(
+            f"stochastic_prefix: method {snn.report.method!r} shows its input once: "
+            + ("pass per='example'" if drawn else "convert by another method")
+        )
     path = _first_affine(snn.prefix)
     layer = snn.prefix.get_submodule(path)
     weight = layer.weight

@@ -47,6 +47,11 @@ class Site:
         return self.activation.label
 
     @property
+    def asked_start(self) -> str:
+        """v_init as it was asked for, in an error's words."""
+        return "a tensor" if isinstance(self.start, Tensor) else repr(self.start)
+
+    @property
     def needs_data(self) -> bool:
         """Whether the rule works on calibration data."""
         return self.needs_histogram or isinstance(self.rule, Balancing)

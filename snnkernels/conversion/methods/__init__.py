@@ -55,11 +55,13 @@ __all__ = [
     "find_method",
 ]
 
+# In the order in which they are listed: trained for, thresholds from data, corrected on data, other
+# ways to spike, training beyond the conversion.
 _CLASSES: tuple[type[Method], ...] = (
-    OPI, QCFSMethod, COS, SRP, Parallel, Max, Percentile, MMSE, Burst, FastSNN, STBIF,
-    BitSerial, TTFS, DSR, MultiThreshold, PTL,
-    OPI, QCFSMethod, COS, SRP, Parallel, ThresholdReLUMethod, RNL, Datta, Max, Percentile, MMSE,
-    KL, LTB, Light, Advanced, Burst, FastSNN,
+    OPI, QCFSMethod, COS, SRP, Parallel, RNL, ThresholdReLUMethod, Datta,
+    Max, Percentile, MMSE, KL, LTB, Light, Advanced,
+    BitSerial, TTFS, Burst, FastSNN, STBIF, MultiThreshold,
+    DSR, PTL,
 )  # fmt: skip
 METHODS: dict[str, type[Method]] = {m.name: m for m in _CLASSES}
 

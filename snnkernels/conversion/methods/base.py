@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ..network import ConvertedNetwork
     from ..thresholds import Site
 
-__all__ = ["Method", "whole_number"]
+__all__ = ["Method", "check_steps", "part_of_start", "whole_number"]
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class Method:
         per_channel: whether that rule works per channel.
         v_init: initial potential, as :func:`snnkernels.convert` takes it.
         binary: whether its spikes are 0 and 1; others are never in one table with those unsaid.
+        most_steps: the largest T.
     """
 
     name: ClassVar[str]
@@ -46,6 +47,7 @@ class Method:
     per_channel: ClassVar[bool] = True
     v_init: ClassVar[str | float] = 0.0
     binary: ClassVar[bool] = True
+    most_steps: ClassVar[int] = 2**31 - 1
 
     def check(self, activations: list[Activation]) -> None:
         """Raise ``ConversionError`` if the network's activations do not suit the method."""
@@ -100,3 +102,16 @@ def whole_number(method: Method, name: str, least: int = 1, most: int = 2**31 - 
         raise TypeError(f"{method.name}: {name}={value!r} must be an int")
     if not least <= value <= most:
         raise ValueError(f"{method.name}: {name}={value} must be at least {least}, at most {most}")
+
+
+def check_steps(method: Method | type[Method], T: int) -> None:
+    """Raise ValueError unless ``method`` runs as many steps."""
+    if not 1 <= T <= method.most_steps:
+        raise ValueError(f"T={T}: method={method.name!r} takes T from 1 to {method.most_steps}")
+
+
+def part_of_start(site: Site, parts: int) -> Any:
+    """v_init of neurons whose threshold is ``θ / parts``: rules follow it, numbers stay."""
+    if isinstance(site.v_init, str):
+        return "half"
+    return site.v_init / parts if isinstance(site.start, str) else site.v_init

@@ -20,7 +20,7 @@ from ..impulse import (
 )
 from ..spiking import SpikingActivation, per_channel_view, split_time
 from ..steps import Steps
-from .base import Method
+from .base import Method, check_steps
 
 if TYPE_CHECKING:
     from ..context import Context
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from ..thresholds import Site
 
 __all__ = ["BitSerial", "BitSerialActivation"]
-
-_MOST_BITS = 24  # whole numbers of more are no longer exact in float32
 
 
 class BitSerialActivation(ImpulseActivation):
@@ -44,11 +42,7 @@ class BitSerialActivation(ImpulseActivation):
     def forward(self, x: Tensor, T: int) -> Tensor:
         """``[B, *]`` to values ``[B, *]`` in one pass; else planes ``[T * B, *]``, one silent."""
         bits = self.clock.levels
-        if bits > _MOST_BITS:
-            raise ValueError(
-                f"T={bits} bits are more than float32 holds: method='bit_serial' takes T from 1 to "
-                f"{_MOST_BITS}; 8 bits are 255 levels"
-            )
+        check_steps(BitSerial, bits)
         if self.clock.steps.parallel:
             self._check_channels(x.shape)
             return self._at_once(x, 2**bits - 1)
@@ -126,6 +120,7 @@ class BitSerial(Method):
     trains = "QCFS"
     threshold = "mmse"
     v_init = "half"
+    most_steps = 24  # whole numbers of more bits are no longer exact in float32
 
     unrolled: bool = False
 
@@ -137,13 +132,13 @@ class BitSerial(Method):
 
     def levels_of(self, site: Site, T: int) -> int:
         """``2^T - 1``."""
-        return 2 ** min(T, _MOST_BITS) - 1
+        return 2 ** min(T, self.most_steps) - 1
 
     def neuron(self, site: Site, T: int) -> dict[str, Any]:
         """Half a level is added before bits are taken: no other start."""
-        if site.v_init != "half":
+        if site.fit_start or site.v_init != "half":
             raise ValueError(
-                f"v_init={site.v_init!r} for {site.label}: bits are taken of z + D / 2 with "
+                f"v_init={site.asked_start} for {site.label}: bits are taken of z + D / 2 with "
                 "method='bit_serial', so v_init must be 'half'"
             )
         return {}

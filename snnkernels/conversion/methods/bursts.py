@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...options import Signed
 from ..steps import Steps
-from .base import Method, whole_number
+from .base import Method, part_of_start, whole_number
 
 if TYPE_CHECKING:
     from ..thresholds import Site
@@ -51,8 +51,12 @@ class Burst(Method):
         if not self.group:
             return {"max_spikes": self.max_spikes}
         m = self.max_spikes
-        start = "half" if isinstance(site.v_init, str) else site.v_init / m
+        start = part_of_start(site, m)
         return {"max_spikes": m, "v_threshold": site.theta / m, "v_init": start}
+
+    def levels_of(self, site: Site, T: int) -> int:
+        """m T of a group neuron."""
+        return self.max_spikes * T if self.group else T
 
 
 @dataclass(frozen=True)

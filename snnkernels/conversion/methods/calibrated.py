@@ -49,7 +49,7 @@ class _Calibrated(Method):
             )
         whole_number(self, "images")
         object.__setattr__(self, "base", base)
-        for name in ("threshold", "per_channel", "v_init", "trains", "binary"):
+        for name in ("threshold", "per_channel", "v_init", "trains", "binary", "most_steps"):
             object.__setattr__(self, name, getattr(base, name))
 
     def check(self, activations: list[Activation]) -> None:

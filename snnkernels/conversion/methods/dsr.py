@@ -124,8 +124,8 @@ class DSR(Method):
         """The threshold is all a node holds here."""
         if isinstance(site.v_init, str) or torch.as_tensor(site.v_init).any():
             raise ValueError(
-                f"v_init for {site.label}: membranes start at 0 with method='dsr', whose alpha "
-                "does what v_init would: alpha=0.5 is v_init='half'"
+                f"v_init={site.asked_start} for {site.label}: membranes start at 0 with "
+                "method='dsr', whose alpha does what v_init would: alpha=0.5 is v_init='half'"
             )
         lif = self.kind == "lif"
         return {

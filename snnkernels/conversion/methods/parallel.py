@@ -21,7 +21,7 @@ class Parallel(Method):
     """
 
     name = "parallel"
-    source = "Hao, Ma, Ding, Yu, Huang: Faster and Stronger: Parallel Conversion, ICML 2025"
+    source = "Hao et al.: parallel conversion, ICML 2025 (arXiv 2412.13610)"
     needs = "as opi (the paper: an ANN trained with QCFS)"
     trains = "QCFS"
     threshold = "mmse"

@@ -12,9 +12,10 @@ from torch import Tensor, fx, nn
 from ..errors import ConversionError
 from ..graphs import module_of
 from ..impulse import ImpulseActivation, refuse_pools
+from ..inputs import tree_map
 from ..spiking import Repeat, SpikingActivation
 from ..steps import Steps
-from .base import Method
+from .base import Method, part_of_start
 
 if TYPE_CHECKING:
     from ..context import Context
@@ -56,9 +57,9 @@ class _Spread(nn.Module):
         self.inner = prefix
         self._takers = tuple(takers)
 
-    def forward(self, x: Tensor) -> Any:
-        """The outputs for ``x``; those for zeros go to the layers."""
-        silent = self.inner(torch.zeros_like(x[:1]))
+    def forward(self, x: Any) -> Any:
+        """The outputs for ``x``, a tensor or ``Inputs``; those for zeros go to the layers."""
+        silent = self.inner(tree_map(x[:1], torch.zeros_like))
         for i, layer in self._takers:
             layer.silent = silent[i]
         return self.inner(x)
@@ -93,8 +94,7 @@ class PTL(Method):
 
     def neuron(self, site: Site, T: int) -> dict[str, Any]:
         """A T-th of the ceiling."""
-        start = "half" if isinstance(site.v_init, str) else site.v_init / T
-        return {"v_threshold": site.theta / T, "v_init": start}
+        return {"v_threshold": site.theta / T, "v_init": part_of_start(site, T)}
 
     def layer(self, site: Site) -> Callable[..., SpikingActivation]:
         """Its currents come once."""

@@ -51,7 +51,9 @@ class MMSE(Method):
 class KL(Method):
     """Thresholds whose T levels keep most of the activations' histogram; membranes at half.
 
-    See :func:`snnkernels.conversion.divergence.kl_threshold` for bins, levels and candidates.
+    See :func:`snnkernels.conversion.divergence.kl_threshold` for bins, levels and candidates. A
+    histogram of few values is ragged, and the thresholds of its channel then too small: with little
+    data pass ``per_channel=False``.
     """
 
     name = "kl"

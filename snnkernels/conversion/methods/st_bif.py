@@ -12,7 +12,7 @@ from ..errors import ConversionError
 from ..impulse import ImpulseActivation, neuron_depth, refuse_pools
 from ..spiking import SpikingActivation
 from ..steps import Steps
-from .base import Method, whole_number
+from .base import Method, part_of_start, whole_number
 
 if TYPE_CHECKING:
     from ..context import Context
@@ -37,7 +37,6 @@ class STBIF(Method):
     T counts all steps from the input on; none are added. Spikes are -1, 0 and 1, and both signs
     cost: the T of binary methods, whose input comes at every step, does not compare. The authors
     divide currents by the threshold; here they stay as they are, which is equal up to rounding.
-    A number or tensor given as v_init counts in units of θ, as for other methods.
 
     Args:
         levels: L; None takes that of each QCFS activation. Other activations need a number.
@@ -79,10 +78,9 @@ class STBIF(Method):
     def neuron(self, site: Site, T: int) -> dict[str, Any]:
         """One level a spike, the count kept between 0 and L."""
         levels = self.levels_of(site, T)
-        start = "half" if isinstance(site.v_init, str) else site.v_init / levels
         return {
             "v_threshold": site.theta / levels,
-            "v_init": start,
+            "v_init": part_of_start(site, levels),
             "signed": Signed(low=0, high=levels),
         }
 

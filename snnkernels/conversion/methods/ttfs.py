@@ -14,7 +14,7 @@ from ...maps import qcfs, ttfs_decode, ttfs_encode
 from ..impulse import neuron_depth, take_turns
 from ..spiking import SpikingActivation
 from ..steps import Steps
-from .base import Method
+from .base import Method, check_steps
 
 if TYPE_CHECKING:
     from ..context import Context
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from ..thresholds import Site
 
 __all__ = ["TTFS", "TTFSActivation"]
-
-_MOST_STEPS = 2**15 - 1
 
 
 class TTFSActivation(SpikingActivation):
@@ -48,8 +46,7 @@ class TTFSActivation(SpikingActivation):
         """What the spikes of the window say: ``θ (T - t) / T``, 0 without one; ``[B, *]``."""
         self._check_channels(x.shape)
         steps, threshold = self.clock.levels, self.node.threshold
-        if steps > _MOST_STEPS:
-            raise ValueError(f"T={steps}: method='ttfs' takes T from 1 to {_MOST_STEPS}")
+        check_steps(TTFS, steps)
         dim = self._channels_of(threshold, x.dim())
         value = ttfs_decode(self.times(x), threshold, steps, x.dtype, dim)
         if not (torch.is_grad_enabled() and x.requires_grad):
@@ -88,6 +85,7 @@ class TTFS(Method):
     needs = "as opi; one spike per neuron, but layers take turns, which adds T steps for each"
     threshold = "mmse"
     v_init = "half"
+    most_steps = 2**15 - 1  # times are int16
 
     round: bool = True
 
@@ -106,10 +104,11 @@ class TTFS(Method):
         """There is no membrane to start: ``round`` says what v_init would."""
         start = site.v_init
         plain = start == "half" if self.round else isinstance(start, Tensor) and not start.any()
-        if not plain:
+        if site.fit_start or not plain:
             raise ValueError(
-                f"v_init for {site.label} must be left to method='ttfs', which has no membrane "
-                "to start: TTFS(round=False) takes the level below, TTFS(round=True) the nearest"
+                f"v_init={site.asked_start} for {site.label} must be left to method='ttfs', which "
+                "has no membrane to start: TTFS(round=False) takes the level below, "
+                "TTFS(round=True) the nearest"
             )
         return {}
 
