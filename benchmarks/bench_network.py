@@ -13,7 +13,9 @@ joules divided by the plan's, where the processor's counters can be read; ``rate
 neuron and step.
 ``passes``: the plan without each pass, relative to the plan, and its spikes' memory, as planned.
 ``throughput``: images a second of each batch size, relative to the plan's at the first.
-``layers``: results/engine_cost.csv: where the plan's time goes, and what its cost model predicts.
+``layers``: results/engine_cost.csv: where the plan's time goes, and what its cost model predicts
+from the rates on these images; synaptic operations are of an image and all steps, dense MACs of one
+pass; ``(all)``'s prediction is of the layers that run packed.
 ``memory``: peak of a call in a process of its own, relative to the plan's.
 
 Rows: results/network_cpu.csv and results/engine_cost.csv; those of the same section, network,

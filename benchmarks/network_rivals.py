@@ -25,6 +25,7 @@ from snnkernels.conversion.pools import CumulativeMaxPool
 from snnkernels.engine import Plan, lower
 
 Run = Callable[[Tensor, int], Tensor]
+_LTB_BATCHES = 64
 PLAN, ANN, UNLOWERED = "plan", "ANN", "unlowered"
 
 
@@ -132,7 +133,11 @@ def _sj_converted(subject: Subject, recipe: str, steps: str, **options: Any) -> 
     ann2snn = need("spikingjelly.activation_based.ann2snn")
     functional = need("spikingjelly.activation_based.functional")
     need("loguru").logger.disable("spikingjelly")
-    loader = [(part, None) for part in subject.calibration.split(8)]
+    batches = subject.calibration.split(8)
+    if recipe == "LocalThresholdBalancingRecipe":
+        # Its thresholds rise from 0 batch by batch, to where twice the mean overflow is nothing.
+        batches = batches * (_LTB_BATCHES // len(batches))
+    loader = [(part, None) for part in batches]
     made = getattr(ann2snn, recipe)(dataloader=loader, **options)
     net: fx.GraphModule = ann2snn.Converter(recipe=made).convert(copy.deepcopy(subject.ann))
     net.eval()
