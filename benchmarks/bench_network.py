@@ -165,7 +165,7 @@ def runs_of(
             reason = (str(error).splitlines() or [""])[0][:200]
             notes[rival.name] = f"skipped: {type(error).__name__}: {reason}"
             continue
-        slow = 3 * took > args.case_seconds and not args.quick
+        slow = 2 * took > args.case_seconds and not args.quick
         if slow and rival.name not in (PLAN, UNLOWERED, ANN):
             notes[rival.name] = "skipped: a call takes too long here (--case-seconds)"
             continue
