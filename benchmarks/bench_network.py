@@ -4,13 +4,15 @@
         [--batch N ...] [--T T ...] [--rivals PART ...] [--section NAME ...] [--quick]
 
 Everybody's logits are compared with those of the unlowered network, then all are timed in turns.
-Networks without a checkpoint are untrained and made to fire like trained ones (networks.py).
+Networks without a checkpoint are untrained and made to fire like trained ones (networks.py): of
+those only the time says something, their predictions are near ties.
 
 ``time``: ``relative``: time divided by the plan's; ``ANN passes``: by that of one dense float32
 pass of the ANN (batch norms folded, NCHW) on the same images, and so are ``p50`` and ``p99``, the
-percentiles of single calls at batch 1; ``max diff``: of logits, beside the largest; ``energy``:
-joules divided by the plan's, where the processor's counters can be read; ``rate``: spikes per
-neuron and step.
+percentiles of single calls at batch 1; ``spread``: of calls, the middle half's width over their
+median: a busy machine shows here, in short calls most (threads that wait for each other);
+``max diff``: of logits, beside the largest; ``energy``: joules divided by the plan's, where the
+processor's counters can be read; ``rate``: spikes per neuron and step.
 ``passes``: the plan without each pass, relative to the plan, and its spikes' memory, as planned.
 ``throughput``: images a second of each batch size, relative to the plan's at the first.
 ``layers``: results/engine_cost.csv: where the plan's time goes, and what its cost model predicts
@@ -52,7 +54,8 @@ from snnkernels.engine import ALL_PASSES
 SECTIONS = ("time", "passes", "throughput", "layers", "memory")
 COLUMNS = (
     "section", "network", "batch", "T", "implementation", "relative", "ANN passes", "p50", "p99",
-    "calls", "energy", "MiB", "max diff", "largest logit", "equal predictions", "rate", "note",
+    "spread", "calls", "energy", "MiB", "max diff", "largest logit", "equal predictions", "rate",
+    "note",
 )  # fmt: skip
 COST_COLUMNS = (
     "network", "precision", "layer", "runs", "size", "input rate", "rate", "share",
@@ -204,6 +207,8 @@ def time_rows(found: Subject, batch: int, T: int, args: argparse.Namespace) -> l
             continue
         mine = medians[rival.name]
         row["calls"] = len(times[rival.name])
+        quarters = [percentile(times[rival.name], share) for share in (0.25, 0.75)]
+        row["spread"] = short((quarters[1] - quarters[0]) / mine)
         row["relative"] = short(mine / ours) if ours else ""
         if unit:
             row["ANN passes"] = short(mine / unit)

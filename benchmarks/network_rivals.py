@@ -79,11 +79,11 @@ def _unlowered(subject: Subject) -> Run:
     return lambda x, T: subject.snn(x, T=T)
 
 
-def _unlowered_bf16(subject: Subject) -> Run:
-    snn = copy.deepcopy(subject.snn).bfloat16().to(memory_format=torch.channels_last)
+def _channels_last(subject: Subject, dtype: torch.dtype) -> Run:
+    snn = copy.deepcopy(subject.snn).to(dtype).to(memory_format=torch.channels_last)
 
     def run(x: Tensor, T: int) -> Tensor:
-        x = x.bfloat16().contiguous(memory_format=torch.channels_last)
+        x = x.to(dtype).contiguous(memory_format=torch.channels_last)
         return snn(x, T=T).float()
 
     return run
@@ -173,7 +173,14 @@ def rivals() -> list[Rival]:
             held=0.3,
         ),
         Rival(UNLOWERED, _unlowered),
-        Rival("unlowered, bf16", _unlowered_bf16, "bfloat16 weights and currents"),
+        Rival(
+            "unlowered, channels_last", partial(_channels_last, dtype=f32),
+            "sums in another order: the noise to compare the plan's with",
+        ),
+        Rival(
+            "unlowered, bf16", partial(_channels_last, dtype=bf16),
+            "bfloat16 weights and currents, channels_last",
+        ),
         Rival("SpikingJelly, IFNode", _sj_if_node, held=7),
         Rival(
             "SpikingJelly, RateCodingRecipe", partial(recipe, steps="m"),
