@@ -12,6 +12,7 @@ _SHOWN = {
     "plan": ("C0", "o-"),
     "plan, int16": ("C9", "o--"),
     "unlowered": ("C2", "D-"),
+    "unlowered, channels_last": ("C2", "D:"),
     "unlowered, bf16": ("C2", "D--"),
     "SpikingJelly, IFNode": ("C3", "^-"),
     "SpikingJelly, RateCodingRecipe": ("C1", "^--"),
@@ -74,6 +75,7 @@ def _panel(axis, rows: list[dict[str, str]]) -> None:
             axis.plot(steps, [points[T] for T in steps], style, color=colour, label=name, ms=4)
     steps = sorted({int(row["T"]) for row in rows})
     rates = [float(row["rate"]) for row in rows if row["rate"]]
+    axis.axhline(1.0, color="black", lw=0.8)  # the unit
     axis.set_xscale("log", base=2)
     axis.set_yscale("log", base=2)
     axis.set_xticks(steps, [str(T) for T in steps])
