@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from textwrap import fill
 
+import engine_tables
 from sweeps import chosen, error_tables, sweep_tables
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -183,9 +184,18 @@ def speed() -> str:
 
 def pages() -> dict[str, dict[str, str]]:
     """What stands between which markers of which page."""
-    sweep = RESULTS / "sweep_cifar10.csv"
+    sweep, network = RESULTS / "sweep_cifar10.csv", RESULTS / "network_cpu.csv"
     return {
-        "README.md": {"accuracy": chosen(sweep), "speed": speed()},
+        "README.md": {
+            "accuracy": chosen(sweep),
+            "engine": engine_tables.networks(network, (("8", "16"), ("1", "8"))),
+            "speed": speed(),
+        },
+        "docs/engine.md": {
+            "networks": engine_tables.networks(network),
+            "layers": engine_tables.layers(RESULTS / "spike_conv_cpu.csv"),
+            "accuracy": engine_tables.accuracy(RESULTS / "engine_accuracy.csv"),
+        },
         "docs/methods.md": {
             "sweep": sweep_tables(sweep),
             "errors": error_tables(RESULTS / "error_sources.csv"),

@@ -41,7 +41,7 @@ void check(const SpikeConv& p) {
 void check(const SpikeConv& p, const SpikeBranch& b) {
   require(b.words && b.weights, "words or weights are missing");
   require(b.H >= 1 && b.W >= 1 && b.first_word >= 0 && b.used_words >= 1 &&
-              b.first_word + b.used_words <= b.row_words && b.used_words <= 1024,
+              b.first_word + b.used_words <= b.row_words && b.used_words <= 256,
           "channels out of range");
   require(b.first_panel >= 0 && b.panels >= 1 && b.first_panel + b.panels <= p.panels,
           "panels out of range");
@@ -50,6 +50,9 @@ void check(const SpikeConv& p, const SpikeBranch& b) {
   require(b.kh >= 1 && b.kw >= 1 && b.sh >= 1 && b.sw >= 1 && b.ph >= 0 && b.pw >= 0 && b.dh >= 1 &&
               b.dw >= 1,
           "kernel out of range");
+  require(b.planes == 1 || (b.planes <= 3 && b.planes > 1 && b.kind == kAnyToAny && !b.either &&
+                            i64(b.pool_h) * b.pool_w < i64(1) << b.planes),
+          "planes out of range");
   require(b.pool_h >= 1 && b.pool_w >= 1 && b.pool_sh >= 1 && b.pool_sw >= 1 && b.pool_h <= b.H &&
               b.pool_w <= b.W,
           "pool of a branch out of range");
@@ -91,8 +94,8 @@ void run_spike_conv(const py::bytes& bytes, const py::bytes& branch_bytes) {
   std::vector<SpikeBranch> branches(raw.size() / sizeof(SpikeBranch));
   if (!raw.empty()) std::memcpy(branches.data(), raw.data(), raw.size());
   check(p);
-  for (const SpikeBranch& b : branches) check(p, b);
   if (!p.B || !p.T) return;
+  for (const SpikeBranch& b : branches) check(p, b);
   const std::string isa = isa_name();
 #if defined(SNN_X86)
   const auto run = isa == "avx512" ? avx512::spike_conv
@@ -139,7 +142,7 @@ py::dict spike_layout() {
     fields[""] = sizeof(Struct);
     F(words), F(weights), F(scale), F(H), F(W), F(row_words), F(first_word), F(used_words);
     F(first_panel), F(panels), F(kh), F(kw), F(sh), F(sw), F(ph), F(pw), F(dh), F(dw), F(pool_h);
-    F(pool_w), F(pool_sh), F(pool_sw), F(kind), F(either);
+    F(pool_w), F(pool_sh), F(pool_sw), F(kind), F(either), F(planes), F(pad);
   }
   {
     typedef SpikeConv Struct;

@@ -13,7 +13,7 @@ constexpr i32 kSpikeTimes = 16;  // numbers of steps after which counts are kept
 
 // How a branch reaches its output channels.
 enum SpikeBranchKind {
-  kAnyToAny = 0,      // any to any: weights [panels, taps, channels, 64]
+  kAnyToAny = 0,      // any to any: weights [panels, taps, planes, channels, 64]
   kEachToItself = 1,  // each channel to itself: weights [panels, taps, 64]
 };
 
@@ -23,12 +23,16 @@ struct SpikeBranch {
   const void* weights;  // as kind says: float, or i16 where `scale` is given
   const float* scale;   // [panels, 64]: what one unit of an i16 weighs; null: float weights
   i64 H, W, row_words;
-  i64 first_word, used_words;  // the channels it reads: 64 a word; at most 65536
+  i64 first_word, used_words;  // the channels it reads: 64 a word; at most 16384
   i64 first_panel, panels;     // the output channels it adds to
   i32 kh, kw, sh, sw, ph, pw, dh, dw;
   i32 pool_h, pool_w, pool_sh, pool_sw;  // windows whose spikes are added before; 1: none
   i32 kind;
   i32 either;  // a window has a spike where any of its positions has: not a sum
+  // Sums of a window as binary digits: a digit of 1, 2, 4 adds a row of weights times as much. 1:
+  // every spike adds the row itself.
+  i32 planes;
+  i32 pad;
 };
 
 struct SpikeConv {

@@ -21,14 +21,15 @@ SNN_HD i64 source_columns(const SpikeBranch& b) { return (b.W - b.pool_w) / b.po
 // A row of a branch's input is kept while the windows that need it pass.
 SNN_HD i64 kept_rows(const SpikeBranch& b) { return i64(b.kh - 1) * b.dh + 1; }
 
+// Rows of weights of one tap.
+SNN_HD i64 rows_of_tap(const SpikeBranch& b) { return b.planes * b.used_words * kPanel; }
+
 // Whether lists count channels from the first column on, so that they say the column as well.
-SNN_HD bool placed(const SpikeBranch& b) {
-  return source_columns(b) * b.used_words * kPanel <= 65536;
-}
+SNN_HD bool placed(const SpikeBranch& b) { return source_columns(b) * rows_of_tap(b) <= 65536; }
 
 // Most spikes of one position and step.
 SNN_HD i64 most_spikes(const SpikeBranch& b) {
-  return b.used_words * kPanel * (b.either ? 1 : i64(b.pool_h) * b.pool_w);
+  return rows_of_tap(b) * (b.either || b.planes > 1 ? 1 : i64(b.pool_h) * b.pool_w);
 }
 
 // Bytes of one kept row: how many spikes precede each (step, column), then their channels. Vector

@@ -121,7 +121,8 @@ struct KeptRows {
   }
 };
 
-// Spikes of a window of positions at one step, channels counted from `first`; returns how many.
+// The rows of weights that the spikes of a window of positions add at one step, counted from
+// `first`; returns how many.
 inline i64 collect(u16* to, const SpikeBranch& b, const u64* corner, i64 T, i64 first) {
   const i64 column = T * b.row_words, row = b.W * column;
   i64 n = 0;
@@ -131,6 +132,24 @@ inline i64 collect(u16* to, const SpikeBranch& b, const u64* corner, i64 T, i64 
       for (i64 y = 0; y < b.pool_h; ++y)
         for (i64 x = 0; x < b.pool_w; ++x) word |= corner[y * row + x * column + q];
       if (word) n += expand(to + n, word, first + q * kPanel);
+    }
+    return n;
+  }
+  if (b.planes > 1) {
+    // Counts of up to 7, a digit a word, for 64 channels at once.
+    for (i64 q = 0; q < b.used_words; ++q) {
+      u64 ones = 0, twos = 0, fours = 0;
+      for (i64 y = 0; y < b.pool_h; ++y)
+        for (i64 x = 0; x < b.pool_w; ++x) {
+          const u64 word = corner[y * row + x * column + q];
+          const u64 carry = ones & word;
+          ones ^= word;
+          fours ^= twos & carry;
+          twos ^= carry;
+        }
+      const u64 digits[] = {ones, twos, fours};
+      for (i64 d = 0; d < b.planes; ++d)
+        if (digits[d]) n += expand(to + n, digits[d], first + (d * b.used_words + q) * kPanel);
     }
     return n;
   }
@@ -150,7 +169,7 @@ inline void read_row(KeptRows& kept, const SpikeConv& p, const SpikeBranch& b, i
   which = row;
   i32* starts = const_cast<i32*>(kept.starts_of(row));
   u16* list = const_cast<u16*>(kept.list_of(row));
-  const i64 columns = source_columns(b), channels = placed(b) ? b.used_words * kPanel : 0;
+  const i64 columns = source_columns(b), channels = placed(b) ? rows_of_tap(b) : 0;
   const u64* words =
       b.words + ((image * b.H + row * b.pool_sh) * b.W * p.T + t0) * b.row_words + b.first_word;
   i64 n = 0;
@@ -196,7 +215,7 @@ inline bool together(const SpikeBranch& b) {
 template <class W>
 inline void gather(W* sums, const KeptRows& kept, const SpikeBranch& b, i64 panel, i64 y, i64 x,
                    i64 steps) {
-  const i64 channels = b.used_words * kPanel, rows = source_rows(b), columns = source_columns(b);
+  const i64 channels = rows_of_tap(b), rows = source_rows(b), columns = source_columns(b);
   const W* weights = static_cast<const W*>(b.weights) + panel * b.kh * b.kw * channels * kPanel;
   const i64 x0 = x * b.sw - b.pw, at_once = together<W>(b) ? b.kw : 1;
   for (i64 i = 0; i < b.kh; ++i) {

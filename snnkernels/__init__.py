@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         convert_modules,
     )
     from .conversion.pipeline import convert, methods
+    from .engine import Plan, lower
 
 __version__ = "0.1.0"
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "IFNode",
     "LIFNode",
     "PackedSpikes",
+    "Plan",
     "RateNorm",
     "ThresholdReLU",
     "backend_info",
@@ -40,6 +42,7 @@ __all__ = [
     "convert_modules",
     "functional",
     "get_backend",
+    "lower",
     "methods",
     "options",
     "reset_net",
@@ -53,9 +56,10 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     # The converter is loaded when first used: users of the neurons alone do not wait for it.
     if name in __all__:
-        from . import conversion
+        from . import conversion, engine
 
-        globals()[name] = value = getattr(conversion, name)
+        floor = engine if name in engine.__all__ else conversion
+        globals()[name] = value = getattr(floor, name)
         return value
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

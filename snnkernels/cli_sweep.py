@@ -37,6 +37,9 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--images", type=int, metavar="N", help="test images; default: all")
     parser.add_argument("--calibration", type=int, default=1024, metavar="N")
     parser.add_argument("--batch-size", type=int, default=50, metavar="N")
+    parser.add_argument(
+        "--engine", action="store_true", help="run lowered: faster, the same up to rounding"
+    )
     parser.add_argument("--out", type=Path, default=Path("snnkernels_sweep"), metavar="DIR")
     parser.add_argument("--json", action="store_true", help="print rows as JSON, no table")
     parser.add_argument("--no-plot", action="store_true")
@@ -71,7 +74,8 @@ def _run(args: argparse.Namespace) -> None:
         rows = sweep(
             checkpoint.model, test, calibration, trials, args.T,
             network=f"{path.stem} {checkpoint.hash}", data=test.name, for_T=args.for_T,
-            batch_size=args.batch_size, store=args.out / "sweep.csv", progress=progress_bar,
+            batch_size=args.batch_size, engine=args.engine, store=args.out / "sweep.csv",
+            progress=progress_bar,
             refused=refused,
         )  # fmt: skip
         everything += rows

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from .conversion import ConversionError, convert
 from .conversion.methods import METHODS, Method, find_method
+from .engine import lower
 
 __all__ = ["COLUMNS", "Trial", "added", "curves", "parse_trial", "sweep", "table"]
 
@@ -97,6 +98,7 @@ def sweep(
     data: str,
     for_T: int = 8,
     batch_size: int = 64,
+    engine: bool = False,
     store: Path | None = None,
     progress: Callable[[str, int], Any] | None = None,
     refused: dict[str, str] | None = None,
@@ -113,6 +115,8 @@ def sweep(
         network, data: names (with a hash, for a network) by which rows are known again.
         for_T: the number of steps that thresholds are made for.
         batch_size: test inputs a call.
+        engine: run lowered (:func:`snnkernels.lower`): faster, and the same up to the order of
+            sums. Rows say so beside the hardware.
         store: CSV of rows done before; new ones are added.
         progress: ``progress(what, total)`` is a context manager whose value has ``update(n)``.
         refused: filled with the trials that ``ann`` cannot be converted by and why, by label; None
@@ -156,7 +160,8 @@ def sweep(
             continue
         if truth is None:
             truth = _predictions(ann, test, batch_size, progress)
-        right, same, rate = _measure(snn, test, truth, missing, batch_size, trial.label, progress)
+        run = lower(snn) if engine else snn
+        right, same, rate = _measure(run, test, truth, missing, batch_size, trial.label, progress)
         new = [
             {
                 **about,
@@ -168,7 +173,7 @@ def sweep(
                 "ANN": round(float((truth[0] == truth[1]).double().mean()), 6),
                 "binary": trial.method.binary,
                 "spikes": round(rate, 4),
-                **_machine(),
+                **_machine(engine),
             }
             for i, T in enumerate(missing)
         ]
@@ -237,12 +242,14 @@ class _NoBar:
         """Do nothing."""
 
 
-def _machine() -> dict[str, str]:
+def _machine(engine: bool) -> dict[str, str]:
     from . import __version__
 
     device = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
     if torch.cuda.is_available():
         device = torch.cuda.get_device_name(0)
+    if engine:
+        device += ", lowered"
     return {
         "hardware": device,
         "torch": torch.__version__,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import hypothesis
 import pytest
@@ -11,6 +12,7 @@ import torch
 from support import PACKAGE, PURE, Backend, HostShim, build_host_shim, compiler, extension
 
 import snnkernels
+from snnkernels import ConvertedNetwork, Plan
 from snnkernels.kernels import backends, plan
 
 hypothesis.settings.register_profile(
@@ -141,6 +143,48 @@ def kernel(request: pytest.FixtureRequest) -> Iterator[Backend]:
 def level(request: pytest.FixtureRequest) -> Iterator[Backend]:
     """As ``backend``, and every SIMD level of the CPU extension."""
     yield from _ready(request.param, request)
+
+
+# These run twice: converted networks as they are, and lowered by the engine.
+BOTH_WAYS = ("test_conversion_", "test_methods_", "test_any_network", "test_worked_examples")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    alone = metafunc.definition.get_closest_marker("converted_only")
+    if metafunc.module.__name__.startswith(BOTH_WAYS) and not alone:
+        metafunc.parametrize("run_as", ["converted", "lowered"], indirect=True)
+
+
+def _watched(module: torch.nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+@pytest.fixture(autouse=True)
+def run_as(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With ``lowered``, calls of converted networks without gradients go through plans."""
+    if getattr(request, "param", "converted") == "converted":
+        return
+    plans: dict[int, tuple[ConvertedNetwork, Plan]] = {}
+    inside = []
+
+    def through(name: str) -> None:
+        original = getattr(ConvertedNetwork, name)
+
+        def call(self: ConvertedNetwork, *args: Any, **named: Any) -> Any:
+            # A plan's own calls; and the converter's, which looks at layers through hooks.
+            if inside or any(_watched(module) for module in self.body.modules()):
+                return original(self, *args, **named)
+            plan = plans.setdefault(id(self), (self, snnkernels.lower(self)))[1]
+            inside.append(self)
+            try:
+                return getattr(plan, name)(*args, **named)
+            finally:
+                inside.pop()
+
+        monkeypatch.setattr(ConvertedNetwork, name, call)
+
+    through("forward")
+    through("predict_curve")
 
 
 @pytest.fixture

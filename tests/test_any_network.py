@@ -239,6 +239,7 @@ def test_gates_with_every_kind_of_step(method: str) -> None:
         torch.testing.assert_close(y, snn(x, T=t), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.converted_only
 def test_gradients_pass_gates() -> None:
     net, x = build("se", relu)
     snn = convert(net, x, T=4, on_unsupported="mean")

@@ -125,6 +125,7 @@ def test_bfloat16_answers_in_bfloat16(snn: ConvertedNetwork, x: torch.Tensor) ->
     torch.testing.assert_close(out.float(), snn(x), atol=0.2, rtol=0)
 
 
+@pytest.mark.converted_only
 def test_gradients_reach_the_weights(snn: ConvertedNetwork, x: torch.Tensor) -> None:
     twin = copy.deepcopy(snn)
     twin(x, T=2).sum().backward()
@@ -158,6 +159,7 @@ def test_spikes_read_twice_count_the_same(kind: str) -> None:
     assert torch.equal(twin(x, T=7), without)
 
 
+@pytest.mark.converted_only
 def test_gradient_of_a_rate_is_that_of_the_mean_spike() -> None:
     snn = convert(nn.ReLU(), threshold=2.0, v_init=0.0, T=4)
     x = torch.tensor([[2.0, 0.5]], requires_grad=True)
@@ -171,6 +173,7 @@ def test_gradient_of_a_rate_is_that_of_the_mean_spike() -> None:
     torch.testing.assert_close(x.grad, plain.grad)
 
 
+@pytest.mark.converted_only
 def test_compiles(x: torch.Tensor, snn: ConvertedNetwork) -> None:
     twin = copy.deepcopy(snn)
     compiled = torch.compile(twin, backend="eager")

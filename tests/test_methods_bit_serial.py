@@ -162,6 +162,7 @@ def test_levels_that_were_not_trained_for_are_said() -> None:
     assert "another number of levels than 7: 0 for 8" in notes
 
 
+@pytest.mark.converted_only
 def test_one_pass_has_gradients_planes_have_not() -> None:
     net = nn.Sequential(nn.Linear(2, 2), QCFS(7, 1.75))
     x = torch.ones(1, 2)

@@ -191,6 +191,7 @@ def test_a_lif_curve_is_separate_runs() -> None:
         torch.testing.assert_close(answer, snn(x, T=T))
 
 
+@pytest.mark.converted_only
 def test_the_gradient_of_a_converted_network_is_that_of_the_clipped_one() -> None:
     # One layer, where that is the definition. A weighted read-out hands step t the gradient w_t g,
     # and LIF weighs those once more: T sum w^2 times the gradient, 1 for equal weights.
@@ -217,6 +218,7 @@ def test_the_gradient_of_a_converted_network_is_that_of_the_clipped_one() -> Non
             torch.testing.assert_close(snn(x), convert(net, method=method, T=8)(x))
 
 
+@pytest.mark.converted_only
 def test_converted_networks_train() -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(4, 16), ClipReLU(1.0), nn.Linear(16, 16), ClipReLU(1.0),

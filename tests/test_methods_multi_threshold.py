@@ -139,6 +139,7 @@ def test_half_precision_keeps_its_state_in_float32() -> None:
     assert snn(x.half()).item() == pytest.approx(1 / 3, abs=2e-3)
 
 
+@pytest.mark.converted_only
 def test_what_it_cannot_do_is_an_error() -> None:
     for wrong, error in ((0, ValueError), (17, ValueError), (2.0, TypeError)):
         with pytest.raises(error, match="thresholds"):

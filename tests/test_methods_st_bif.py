@@ -156,6 +156,7 @@ def test_thresholds_from_data_are_made_for_the_levels_not_for_T() -> None:
     assert theta[0] == theta[1]
 
 
+@pytest.mark.converted_only
 def test_what_it_cannot_do_is_an_error() -> None:
     net = nn.Sequential(QCFS(4, 2.0), nn.Conv1d(2, 2, 1), nn.MaxPool1d(2), QCFS(4, 2.0))
     with pytest.raises(ConversionError, match="cannot max-pool the currents of single steps"):

@@ -121,6 +121,7 @@ def test_every_T_is_a_pass_of_its_own() -> None:
         assert torch.equal(answer, snn(x, T=T))
 
 
+@pytest.mark.converted_only
 def test_gradients_are_those_of_the_staircase() -> None:
     net = make_dyadic(nn.Sequential(nn.Linear(3, 4), QCFS(8, 2.0), nn.Linear(4, 2)))
     x = dyadic(5, 3)

@@ -209,3 +209,11 @@ def test_without_methods_the_command_tries_all(
         assert (f"not converted by {name}: " in err) is (name in refused)
         assert (name in words) is (name not in refused)
     assert "Train with snnkernels' RateNorm" in err
+
+
+def test_lowered_networks_answer_alike(ann: nn.Module) -> None:
+    trials = [parse_trial("opi"), parse_trial("cos")]  # cos runs as it is
+    plain, lowered = run(ann, trials), run(ann, trials, engine=True)
+    for a, b in zip(plain, lowered, strict=True):
+        assert b["hardware"] == a["hardware"] + ", lowered"
+        assert {**b, "hardware": ""} == {**a, "hardware": ""}

@@ -28,7 +28,7 @@ class Buffers:
 
 
 def _lives(graph: fx.Graph) -> list[tuple[str, SpikingLayer, int, int]]:
-    """Layers with the first and the last place in the order of execution where spikes are needed."""
+    """Layers, and the first and last place in the order where their spikes are needed."""
     order = {node: i for i, node in enumerate(graph.nodes)}
     module = graph.owning_module
     assert module is not None

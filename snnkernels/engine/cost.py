@@ -13,10 +13,10 @@ __all__ = ["Cost", "choose_convolution", "cost_of"]
 # Per second and core, of the machine the model was fitted to (benchmarks/results/engine_cost.csv);
 # only their ratios choose. Rows of 64 weights added; lists begun; dense multiply-adds; bytes that
 # dense layers and neurons move.
-ADDS = 0.45e9
-LISTS = 60e6
-DENSE = 45e9
-BYTES = 4e9
+ADDS = 0.85e9
+LISTS = 120e6
+DENSE = 60e9
+BYTES = 6e9
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def choose_convolution(net: Network) -> list[str]:
             continue
         cost = cost_of(net, node)
         if cost.dense < cost.packed:
-            node.op = "neurons"
+            node.op = "dense"
             node.why = "a dense convolution is expected to be faster"
             done.append(f"{node.name}: dense, {cost.packed / cost.dense:.1f} times faster")
     return done

@@ -42,7 +42,8 @@ class Explanation:
         reason: why the network runs as it is, or nothing.
         passes: what each pass did, line by line, in order.
         layers: a row each.
-        arena: bytes of packed spikes of one image at a time; ``apart``: if no place were used again.
+        arena: bytes of packed spikes of one image at a time.
+        apart: the same if no place were used again.
     """
 
     reason: str
@@ -108,8 +109,13 @@ def explain(
         after = (packed if node.spikes else 4 * neurons) if layer else was
         rows.append(
             LayerRow(
-                node.name, _runs(node), reads or ", ".join(node.inputs), was, after,
-                T * cost.dense_macs if cost else 0, T * cost.synaptic if cost else 0,
-            )  # fmt: skip
+                node.name,
+                _runs(node),
+                reads or ", ".join(node.inputs),
+                was,
+                after,
+                T * cost.dense_macs if cost else 0,
+                T * cost.synaptic if cost else 0,
+            )
         )
     return Explanation("", notes, rows, 8 * buffers.words, 8 * buffers.apart)

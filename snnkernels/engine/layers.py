@@ -68,6 +68,8 @@ class SpikingLayer(nn.Module):
     """
 
     bias: Tensor | None
+    threshold: Tensor
+    v_init: Tensor
 
     def __init__(self, net: Network, node: Node, run: Run, int16: bool, counted: bool) -> None:
         super().__init__()
@@ -113,13 +115,9 @@ class SpikingLayer(nn.Module):
             full = full.permute(0, 2, 3, 1)
             current = F.pad(full, (0, self.panels * PANEL - self.channels)).contiguous()
         pairs = [
-            (m, branch)
-            for m, mine in zip(maps, self._branches, strict=True)
-            for branch in mine
+            (m, branch) for m, mine in zip(maps, self._branches, strict=True) for branch in mine
         ]
-        layer = Layer(
-            self.panels, self.bias, self.threshold, self.v_init, self.side, self.strict
-        )
+        layer = Layer(self.panels, self.bias, self.threshold, self.v_init, self.side, self.strict)
         batch = len(maps[0].words) if maps else len(statics[0])
         rows, columns = self.size[1:] if len(self.size) == 3 else (1, 1)
         shape = (batch, rows, columns, run.T, self.panels)
@@ -129,7 +127,8 @@ class SpikingLayer(nn.Module):
             count_at=run.ends if self.counted else (), T=run.T,
         )  # fmt: skip
         if counts is not None:
-            counts = counts[..., : self.channels].permute(0, 1, 4, 2, 3)
+            # In the order in which the converted network has them: the tail then rounds alike.
+            counts = counts[..., : self.channels].permute(0, 1, 4, 2, 3).contiguous()
             counts = counts.flatten(2) if len(self.size) == 1 else counts
         return None if words is None else SpikeMap(words, self.channels), counts
 
@@ -170,7 +169,7 @@ class Pack(nn.Module):
 
 
 class CountAt(nn.Module):
-    """Spikes ``[T * B, *size]`` of the converted network's own neurons, counted at several times."""
+    """Spikes ``[T * B, *size]`` of the converted network's own neurons, counted at times."""
 
     def __init__(self, layer: SpikingActivation, run: Run) -> None:
         super().__init__()

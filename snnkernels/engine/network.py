@@ -89,8 +89,9 @@ class Node:
     Attributes:
         name: unique.
         op: ``static`` (constant in time), ``linear``, ``affine`` (per channel), ``add``, ``cat``,
-            ``avg_pool``, ``max_pool``, ``same`` (its input), ``flatten``, ``neurons``, ``count``, ``layer``
-            (neurons with what lies before them, run by one kernel) or ``torch`` (anything else).
+            ``avg_pool``, ``max_pool``, ``same`` (its input), ``flatten``, ``neurons``, ``count``,
+            ``layer`` (neurons with what lies before them, run by one kernel), ``dense`` (the same,
+            run as the converted network runs it) or ``torch`` (anything else).
         inputs: names.
         size: shape of the value without time and batch; () where it is no tensor.
         origin: the node of the converted network's body that computes the same.

@@ -18,6 +18,7 @@ from .network import Network, Node, Term
 __all__ = ["PASSES", "Pass"]
 
 Pass = Callable[[Network], list[str]]
+_SPIKING = ("neurons", "layer", "dense")
 
 
 def _identity(source: Node) -> Term:
@@ -56,14 +57,14 @@ def fold_affine(net: Network) -> list[str]:
     for node in net:
         if node.op != "affine":
             continue
-        assert node.scale is not None and node.shift is not None
+        assert node.scale is not None
         before = net.origin_of(node.inputs[0])
         linear = before.op == "linear" and before.side == 1 and not before.statics
         if linear and _read_only_here(net, node, before):
             terms = [replace(t, weight=t.weight * _column(node.scale)) for t in before.terms]
             bias = None if before.bias is None else before.bias * node.scale
             done.append(f"{node.name}: folded into {before.name}")
-        elif before.op in ("neurons", "layer", "cat", "avg_pool", "affine"):
+        elif before.op in (*_SPIKING, "cat", "avg_pool", "affine"):
             terms = [replace(_identity(before), weight=_column(node.scale))]
             bias = None
             done.append(f"{node.name}: a map of its own")
@@ -133,7 +134,8 @@ def _scale_behind(net: Network, node: Node) -> list[str]:
     if len(scalers) != 1 or len(net.users(node.name)) != 1:
         return []
     scaler, neurons = scalers[0], node.neurons
-    assert scaler.scale is not None and neurons is not None
+    assert scaler.scale is not None
+    assert neurons is not None
     node.neurons = replace(neurons, amplitude=(neurons.amplitude * scaler.scale).float())
     _reconnect(net, scaler.name, node.name)
     return [f"{scaler.name}: into the weight of the spikes of {node.name}"]
@@ -166,7 +168,7 @@ def merge_residuals(net: Network) -> list[str]:
                 bias = _bias(bias, part.bias)
             elif part.op == "static" and part.size == node.size:
                 statics.append(part.name)
-            elif part.op in ("neurons", "layer", "avg_pool", "cat") and part.size == node.size:
+            elif part.op in (*_SPIKING, "avg_pool", "cat") and part.size == node.size:
                 terms.append(_identity(part))
             else:
                 break
@@ -345,7 +347,12 @@ def count_at_end(net: Network) -> list[str]:
     done = []
     for node in net:
         users = net.users(node.name)
-        if node.op == "layer" and node.spikes and users and all(user.op == "count" for user in users):
+        if (
+            node.op == "layer"
+            and node.spikes
+            and users
+            and all(user.op == "count" for user in users)
+        ):
             node.spikes = False
             done.append(f"{node.name}: counts only")
     return done

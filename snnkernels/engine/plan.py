@@ -60,7 +60,8 @@ def lower(
     The same answer: given the same spikes, a layer adds the same weights in another order, so a
     neuron can only answer differently where its membrane comes within the rounding of that sum of
     its threshold. With weights and thresholds whose sums are exact all spike counts are equal, bit
-    for bit. An image's answer does not depend on the batch it is in, nor on threads.
+    for bit. Given the same currents at the first neurons, spikes depend neither on the batch that
+    an image is in nor on threads.
 
     Args:
         snn: made by :func:`snnkernels.convert`. The plan keeps it, reads its weights at the first
@@ -290,7 +291,7 @@ class Plan(nn.Module):
     def _answers(self, x: Any, ends: tuple[int, ...]) -> list[Any]:
         with self._lock, torch.no_grad():
             built = self._plan(x)
-            batch = _batch(x)
+            batch = len(x)
             each = built.bytes_per_image(ends[-1])
             piece = max(1, self.max_memory // max(each, 1))
             if batch <= piece:
@@ -300,7 +301,7 @@ class Plan(nn.Module):
 
     def _plan(self, x: Any) -> _Built:
         weights = tuple(
-            (t.data_ptr(), t._version, t.shape)
+            (t.data_ptr(), None if t.is_inference() else t._version, t.shape)
             for t in (*self.snn.parameters(), *self.snn.buffers())
         )
         if weights != self._weights:
@@ -346,21 +347,10 @@ class Plan(nn.Module):
         return f"precision={self.precision!r}{off}"
 
 
-def _batch(x: Any) -> int:
-    return len(x) if isinstance(x, Tensor) else next(len(t) for t in _tensors(x))
-
-
-def _tensors(x: Any) -> Iterator[Tensor]:
-    from ..conversion.verify import leaves
-
-    return (t for t in leaves(x) if isinstance(t, Tensor))
-
-
 def _shape(x: Any) -> Any:
-    """What a plan depends on: shapes without the batch, dtypes."""
-    if isinstance(x, Tensor):
-        return (x.shape[1:], x.dtype)
-    return tuple((t.shape[1:], t.dtype) for t in _tensors(x))
+    """What a plan depends on: shapes without the batch, and dtypes."""
+    parts = [x] if isinstance(x, Tensor) else x.tensors()
+    return tuple((tuple(t.shape[1:]), t.dtype) for t in parts)
 
 
 def _joined(parts: list[Any]) -> Any:
@@ -373,4 +363,3 @@ def _joined(parts: list[Any]) -> Any:
         items = [_joined(list(column)) for column in zip(*parts, strict=True)]
         return type(first)(*items) if hasattr(first, "_fields") else type(first)(items)
     return first
-

@@ -150,7 +150,8 @@ class _Reader:
             dim = n.kwargs.get("dim", n.args[1] if n.args[1:] else 0)
             if dim in (1, -len(node.size)) and all(map(self._is_map, node.inputs)):
                 node.op = "cat"
-                node.inputs = [i.name for i in n.args[0]]  # type: ignore[union-attr]
+                parts: Any = n.args[0]
+                node.inputs = [part.name for part in parts]
         elif target in _VIEWS:
             self._view(node)
         elif target in _SAME:
@@ -161,9 +162,9 @@ class _Reader:
             kernel = n.args[1] if n.args[1:] else n.kwargs.get("kernel_size")
             stride = n.args[2] if n.args[2:] else n.kwargs.get("stride") or kernel
             more = {**n.kwargs, **dict(zip(("padding",), n.args[3:4], strict=False))}
-            if not n.args[4:] and not {"ceil_mode", "divisor_override"} & set(more):
-                if not any(_pair(more.get("padding", 0))):
-                    self._avg_pool(node, _pair(kernel), _pair(stride), False)
+            unusual = n.args[4:] or {"ceil_mode", "divisor_override"} & set(more)
+            if not unusual and not any(_pair(more.get("padding", 0))):
+                self._avg_pool(node, _pair(kernel), _pair(stride), False)
         elif target in ("mean", torch.mean):
             dims = n.kwargs.get("dim", n.args[1] if n.args[1:] else None)
             size = self._size_of(node.inputs[0])
@@ -228,10 +229,10 @@ class _Reader:
     def _view(self, node: Node) -> None:
         """Flattening, whose input a linear layer finds; other shapes stay what they are."""
         before = self._size_of(node.inputs[0])
-        if len(node.size) == 1 and len(before) in (1, 3):
-            if math.prod(before) == node.size[0]:
-                node.op = "same" if before[0] == node.size[0] else "flatten"
-                node.inputs = node.inputs[:1]
+        flat = len(node.size) == 1 and len(before) in (1, 3)
+        if flat and math.prod(before) == node.size[0]:
+            node.op = "same" if before[0] == node.size[0] else "flatten"
+            node.inputs = node.inputs[:1]
 
     def _avg_pool(self, node: Node, kernel: Any, stride: Any, ceil: bool) -> None:
         size = self._size_of(node.inputs[0])
@@ -257,12 +258,13 @@ class _Reader:
             node.op, node.window = "max_pool", (kernel, kernel)
 
     def _neurons(self, module: SpikingActivation, node: Node) -> Neurons:
-        inner, size = module.node, node.size
-        # With ``counts`` the output has no time, and the same size.
+        inner = module.node
         theta = torch.as_tensor(inner.threshold).detach()
         start = 0.5 * theta if isinstance(inner.v_init, str) else torch.as_tensor(inner.v_init)
         weight = inner.amplitude
-        weight = theta if isinstance(weight, str) else torch.as_tensor(1.0 if weight is None else weight)
+        weight = (
+            theta if isinstance(weight, str) else torch.as_tensor(1.0 if weight is None else weight)
+        )
         bias = None if inner.bias is None else torch.as_tensor(inner.bias).detach()
         found = Neurons(module, theta, start.detach(), weight.detach(), bias, inner.tie == ">")
         found.plain = self._why_not(module, node, found)

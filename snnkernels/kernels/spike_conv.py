@@ -28,7 +28,7 @@ _ANY_TO_ANY, _EACH_TO_ITSELF = 0, 1
 BRANCH = Record(
     "SpikeBranch", ("Q", "words weights scale"),
     ("q", "H W row_words first_word used_words first_panel panels"),
-    ("i", "kh kw sh sw ph pw dh dw pool_h pool_w pool_sh pool_sw kind either"),
+    ("i", "kh kw sh sw ph pw dh dw pool_h pool_w pool_sh pool_sw kind either planes pad"),
 )  # fmt: skip
 CONV = Record(
     "SpikeConv", ("Q", "bias current threshold v_init spikes counts currents"),
@@ -63,9 +63,9 @@ class SpikeMap:
     @classmethod
     def of(cls, spikes: Tensor) -> SpikeMap:
         """Pack spikes ``[T, B, C, H, W]``: what is not 0 is a spike."""
-        T, B, C, H, W = spikes.shape
+        C = spikes.shape[2]
         bits = (spikes != 0).permute(1, 3, 4, 0, 2)
-        bits = F.pad(bits, (0, -C % PANEL)).reshape(B, H, W, T, -1, PANEL).to(torch.int64)
+        bits = F.pad(bits, (0, -C % PANEL)).unflatten(-1, (-(-C // PANEL), PANEL)).to(torch.int64)
         shifts = torch.arange(PANEL, device=spikes.device)
         return cls((bits << shifts).sum(-1).contiguous(), C)
 
@@ -75,8 +75,8 @@ class Branch:
     """One linear map of spikes, as a kernel reads it; made by :func:`branches_of`.
 
     Attributes:
-        weights: ``[panels, taps, used_words * 64, 64]`` float32 or int16; where each channel goes
-            to itself ``[panels, taps, 64]`` float32.
+        weights: ``[panels, taps, planes * used_words * 64, 64]`` float32 or int16; where each
+            channel goes to itself ``[panels, taps, 64]`` float32.
         scale: ``[panels, 64]`` float32, what one unit of an int16 weighs; None for float32.
         first_word, used_words: the words of the input that it reads.
         first_panel: the first 64 output channels it adds to.
@@ -84,6 +84,8 @@ class Branch:
         pool, pool_stride: window whose spikes are added before; ``(1, 1)`` is none.
         either: a window has a spike where one of its positions has.
         each: each channel goes to itself.
+        planes: a window's sum is read as so many binary digits, and the weights are there once for
+            each digit, times 1, 2 and 4; 1: every spike adds the weights.
     """
 
     weights: Tensor
@@ -99,6 +101,7 @@ class Branch:
     pool_stride: tuple[int, int] = (1, 1)
     either: bool = False
     each: bool = False
+    planes: int = 1
 
     def size(self, H: int, W: int) -> tuple[int, int]:
         """Rows and columns of its output for a map of H x W."""
@@ -120,7 +123,7 @@ class Branch:
             first_panel=self.first_panel, panels=len(self.weights), kh=kh, kw=kw, sh=sh, sw=sw,
             ph=ph, pw=pw, dh=dh, dw=dw, pool_h=oh, pool_w=ow, pool_sh=oh_stride,
             pool_sw=ow_stride, kind=_EACH_TO_ITSELF if self.each else _ANY_TO_ANY,
-            either=int(self.either),
+            either=int(self.either), planes=self.planes,
         )  # fmt: skip
 
 
@@ -166,15 +169,14 @@ def branches_of(
     """
     out, inner, kh, kw = weight.shape
     panels = -(-out // PANEL)
-    about = {
-        "kernel": (kh, kw), "stride": stride, "padding": padding, "dilation": dilation,
-        "pool": pool, "pool_stride": pool if pool_stride is None else pool_stride,
-        "either": either,
-    }  # fmt: skip
+    about = Branch(
+        weight, kernel=(kh, kw), stride=stride, padding=padding, dilation=dilation, pool=pool,
+        pool_stride=pool if pool_stride is None else pool_stride, either=either,
+    )  # fmt: skip
     if inner == 1 and groups == out:
         flat = F.pad(weight.reshape(out, kh * kw), (0, 0, 0, panels * PANEL - out))
         each = flat.reshape(panels, PANEL, kh * kw).transpose(1, 2).contiguous()
-        return [Branch(each, used_words=panels, each=True, **about)]  # type: ignore[arg-type]
+        return [replace(about, weights=each, used_words=panels, each=True)]
     per_group = out // groups
     found: list[Branch] = []
     ranges = []
@@ -192,13 +194,23 @@ def branches_of(
         for c in range(start * PANEL, min(p * PANEL, out)):
             at = c // per_group * inner - low * PANEL
             flat[c - start * PANEL, at : at + inner] = weight[c].reshape(inner, kh * kw)
-        branch = Branch(
-            block.permute(0, 3, 2, 1).contiguous(), first_word=low, used_words=high - low,
-            first_panel=start, **about,
-        )  # type: ignore[arg-type] # fmt: skip
-        found.append(_in_16_bits(branch) if int16 else branch)
+        branch = replace(
+            about, weights=block.permute(0, 3, 2, 1).contiguous(), first_word=low,
+            used_words=high - low, first_panel=start,
+        )  # fmt: skip
+        found.append(_with_digits(_in_16_bits(branch) if int16 else branch))
         start = p
     return found
+
+
+def _with_digits(branch: Branch) -> Branch:
+    """Fewer rows to add for small windows: a channel with 3 spikes adds 2 rows, with 4 one."""
+    most = math.prod(branch.pool)
+    if branch.either or not 2 <= most <= 7:
+        return branch
+    planes = most.bit_length()
+    digits = [branch.weights * 2**d for d in range(planes)]
+    return replace(branch, weights=torch.cat(digits, 2).contiguous(), planes=planes)
 
 
 def _in_16_bits(branch: Branch) -> Branch:
@@ -273,9 +285,7 @@ def spike_conv(
     words = spikes if isinstance(spikes, Tensor) else None
     if words is None and spikes is not False:
         words = new((*shape, T, panels), dtype=torch.int64)
-    counts = (
-        new((len(count_at), *shape, panels * PANEL), dtype=torch.int32) if count_at else None
-    )
+    counts = new((len(count_at), *shape, panels * PANEL), dtype=torch.int32) if count_at else None
     rows = new((T, *shape, panels * PANEL), dtype=torch.float32) if currents else None
     positions = {
         f"{name}_position": panels * PANEL if value is not None and value.dim() == 3 else 0
@@ -295,11 +305,11 @@ def spike_conv(
 # ---- the same in plain PyTorch
 
 
-def _weight(branch: Branch) -> Tensor:
+def _weight(branch: Branch, dtype: torch.dtype) -> Tensor:
     """``[panels * 64, used_words * 64, kh, kw]``, or ``[panels * 64, 1, kh, kw]`` for each."""
-    weights = branch.weights.float()
-    if branch.scale is not None:
-        weights = weights * branch.scale[:, None, None]
+    weights = branch.weights.to(dtype)
+    if branch.planes > 1:
+        weights = weights[:, :, : branch.used_words * PANEL]
     if branch.each:
         return weights.transpose(1, 2).reshape(-1, 1, *branch.kernel)
     return weights.permute(0, 3, 2, 1).reshape(
@@ -310,25 +320,31 @@ def _weight(branch: Branch) -> Tensor:
 def _linear(source: SpikeMap, branch: Branch) -> Tensor:
     """What a branch adds, ``[T, B, OH, OW, panels * 64]``."""
     part = source.words[..., branch.first_word : branch.first_word + branch.used_words]
-    x = SpikeMap(part, branch.used_words * PANEL).dense().flatten(0, 1)
+    # Whole numbers have exact sums in float64.
+    dtype = torch.float32 if branch.scale is None else torch.float64
+    x = SpikeMap(part, branch.used_words * PANEL).dense(dtype).flatten(0, 1)
     if branch.pool != (1, 1):
         if branch.either:
             x = F.max_pool2d(x, branch.pool, branch.pool_stride)
         else:
             x = F.avg_pool2d(x, branch.pool, branch.pool_stride, divisor_override=1)
     y = F.conv2d(
-        x, _weight(branch), None, branch.stride, branch.padding, branch.dilation,
+        x, _weight(branch, dtype), None, branch.stride, branch.padding, branch.dilation,
         x.shape[1] if branch.each else 1,
     )  # fmt: skip
-    return y.unflatten(0, (source.T, -1)).permute(0, 1, 3, 4, 2)
+    y = y.unflatten(0, (source.T, -1)).permute(0, 1, 3, 4, 2)
+    return y if branch.scale is None else y.float() * branch.scale.flatten()
 
 
 def _pooled(x: Tensor, side: int) -> Tensor:
     """Increments of the largest running sum of each window of ``[T, B, OH, OW, C]``."""
-    totals = x.cumsum(0)
     T, B, OH, OW, C = x.shape
+    totals, total = [], torch.zeros_like(x[0])
+    for step in x:
+        total = total + step
+        totals.append(total)
     rows, columns = OH // side, OW // side
-    windows = totals[:, :, : rows * side, : columns * side]
+    windows = torch.stack(totals)[:, :, : rows * side, : columns * side]
     peaks = windows.reshape(T, B, rows, side, columns, side, C).amax((3, 5))
     return torch.diff(peaks, dim=0, prepend=torch.zeros_like(peaks[:1]))
 
