@@ -187,6 +187,29 @@ def test_run_gpu_selects_tests_that_exist() -> None:
         assert f"def {name}" in tests, name
 
 
+@pytest.mark.slow
+def test_whole_networks_run_without_rivals(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / "bench_network.py"), "--quick", "--threads", "1",
+         "--networks", "tiny-max", "--out", str(tmp_path)],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    with (tmp_path / "network_cpu.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {"time", "passes", "throughput", "memory"} == {row["section"] for row in rows}
+    timed = {r["implementation"]: r for r in rows if r["section"] == "time"}
+    assert {"plan", "plan, int16", "unlowered", "ANN"} <= timed.keys()
+    for row in timed.values():
+        assert row["relative"] or row["note"].startswith("skipped: "), row
+    # What is compared computes the same: but for roundings, spike by spike.
+    assert float(timed["plan"]["max diff"]) < 1e-4 * float(timed["plan"]["largest logit"])
+    with (tmp_path / "engine_cost.csv").open(newline="") as file:
+        costs = list(csv.DictReader(file))
+    assert {row["precision"] for row in costs} == {"float32", "int16"}
+    assert any(row["measured / predicted"] for row in costs)
+
+
 def test_requirements_are_pinned() -> None:
     for name in ("requirements.txt", "constraints.txt"):
         for line in (BENCHMARKS / name).read_text().splitlines():
