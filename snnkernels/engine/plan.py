@@ -43,7 +43,7 @@ def lower(
     *,
     precision: str = "float32",
     without: Sequence[str] = (),
-    max_memory: int | str = "1GiB",
+    max_memory: int | str = "32MiB",
 ) -> Plan:
     """A converted network as a plan that gives the same answer in a fraction of the time.
 
