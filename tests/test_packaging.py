@@ -294,7 +294,7 @@ module = importlib.util.module_from_spec(spec)
 sys.modules["snnkernels._cpu"] = module
 spec.loader.exec_module(module)
 sys.path.insert(0, {tests!r})
-import support, test_backward, test_forward, test_maps
+import support, test_backward, test_forward, test_maps, test_spike_conv
 import snnkernels
 from snnkernels.kernels import backends
 assert backends.extension("_cpu") is module
@@ -327,6 +327,9 @@ for isa in module.isas():
             test_maps.test_pack_and_unpack_bits(backend, T, dtype)
     test_maps.test_histogram_stays_inside_its_table(backend)
     test_maps.test_sums_over_whatever_is_shared(backend)
+    for seed in range(0, 48, 3):
+        test_spike_conv.test_every_level_is_the_reference(isa, seed)
+    test_spike_conv.test_more_words_than_a_list_names(isa)
 print("clean")
 """
 
@@ -389,7 +392,8 @@ def test_sanitized_extension(request: pytest.FixtureRequest, tmp_path: Path) -> 
                 [
                     *(compiler() or []), *flags, *headers, "-DSNN_ISA=baseline", "-shared",
                     CSRC / "cpu_isa.cpp", CSRC / "bind_cpu.cpp", CSRC / "maps_isa.cpp",
-                    CSRC / "bind_maps_cpu.cpp", "-o", part,
+                    CSRC / "bind_maps_cpu.cpp", CSRC / "spike_conv_isa.cpp",
+                    CSRC / "bind_spike_conv_cpu.cpp", "-o", part,
                 ]
             )  # fmt: skip
             part.rename(built)
