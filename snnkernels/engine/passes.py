@@ -60,7 +60,7 @@ def fold_affine(net: Network) -> list[str]:
         assert node.scale is not None
         before = net.origin_of(node.inputs[0])
         linear = before.op == "linear" and before.side == 1 and not before.statics
-        if linear and _read_only_here(net, node, before):
+        if linear and _read_once(net, node.inputs[0], before):
             terms = [replace(t, weight=t.weight * _column(node.scale)) for t in before.terms]
             bias = None if before.bias is None else before.bias * node.scale
             done.append(f"{node.name}: folded into {before.name}")
@@ -76,9 +76,8 @@ def fold_affine(net: Network) -> list[str]:
     return done
 
 
-def _read_only_here(net: Network, node: Node, before: Node) -> bool:
-    """Whether ``before`` is read by ``node`` alone, through nodes that only pass it on."""
-    name = node.inputs[0]
+def _read_once(net: Network, name: str, before: Node) -> bool:
+    """Whether ``before`` is read once, by ``name`` through nodes that only pass it on."""
     while True:
         if not net.only_user(name):
             return False
@@ -162,7 +161,7 @@ def merge_residuals(net: Network) -> list[str]:
         for name in node.inputs:
             part = net.origin_of(name)
             mine = part.op == "linear" and part.side == 1
-            if mine and (_once(net, name, part) or all(t.in_place for t in part.terms)):
+            if mine and (_read_once(net, name, part) or all(t.in_place for t in part.terms)):
                 terms += part.terms
                 statics += part.statics
                 bias = _bias(bias, part.bias)
@@ -178,16 +177,6 @@ def merge_residuals(net: Network) -> list[str]:
             done.append(f"{node.name}: a sum of {len(terms)} maps of spikes in one layer")
     net.drop_unread()
     return done
-
-
-def _once(net: Network, name: str, part: Node) -> bool:
-    """Whether a sum is the only reader of ``part``, by ``name``."""
-    while True:
-        if not net.only_user(name):
-            return False
-        if name == part.name:
-            return True
-        name = net[name].inputs[0]
 
 
 def split_concats(net: Network) -> list[str]:
@@ -242,7 +231,7 @@ def merge_pools(net: Network) -> list[str]:
     for node in net:
         if node.op == "max_pool":
             before = net.origin_of(node.inputs[0])
-            if before.op == "linear" and before.side == 1 and _read_only_here(net, node, before):
+            if before.op == "linear" and before.side == 1 and _read_once(net, node.inputs[0], before):
                 node.op, node.inputs, node.side = "linear", [], node.window[0][0]
                 node.terms, node.bias, node.statics = before.terms, before.bias, before.statics
                 done.append(f"{node.name}: the neurons behind see its running maxima")
