@@ -231,7 +231,11 @@ def merge_pools(net: Network) -> list[str]:
     for node in net:
         if node.op == "max_pool":
             before = net.origin_of(node.inputs[0])
-            if before.op == "linear" and before.side == 1 and _read_once(net, node.inputs[0], before):
+            if (
+                before.op == "linear"
+                and before.side == 1
+                and _read_once(net, node.inputs[0], before)
+            ):
                 node.op, node.inputs, node.side = "linear", [], node.window[0][0]
                 node.terms, node.bias, node.statics = before.terms, before.bias, before.statics
                 done.append(f"{node.name}: the neurons behind see its running maxima")
