@@ -17,8 +17,8 @@ _SHOWN = {
     "SpikingJelly, IFNode": ("C3", "^-"),
     "SpikingJelly, RateCodingRecipe": ("C1", "^--"),
     "SpikingJelly, LTB recipe": ("C1", "v:"),
-    "ANN, channels_last": ("C7", "-"),
-    "ANN, bf16, channels_last": ("C7", ":"),
+    "ANN, channels_last": ("C7", "x-"),
+    "ANN, bf16, channels_last": ("C7", "x:"),
 }
 _ACROSS = 4
 
