@@ -172,8 +172,9 @@ def test_absolute_values() -> None:
     ids=str,
 )
 def test_bad_starts(arguments: dict, error: type[Exception], says: str) -> None:
+    rest = {name: value for name, value in arguments.items() if name != "loader"}
     with pytest.raises(error, match=says):
-        convert(net(), arguments.pop("loader", None), threshold=1.0, **arguments)
+        convert(net(), arguments.get("loader"), threshold=1.0, **rest)
 
 
 # ---- one layer, in closed form -------------------------------------------------------------------
