@@ -626,6 +626,7 @@ def test_dense_layers_are_used_where_chosen(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(cost, "DENSE", 1e15)
     monkeypatch.setattr(cost, "BYTES", 1e15)
+    monkeypatch.setattr(cost, "CONVERT", 1e15)
     snn, x = exact("residual")
     plan = lower(snn)
     with torch.no_grad():

@@ -17,6 +17,7 @@ ADDS = 0.85e9
 LISTS = 120e6
 DENSE = 60e9
 BYTES = 6e9
+CONVERT = 0.4e9  # bits packed or unpacked, those of padded channels included
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,18 @@ def _of_term(net: Network, node: Node, term: Term) -> tuple[float, float, float]
     return macs, macs * rate, positions * taps * per_panel * rate * -(-out // PANEL)
 
 
+def _bits(size: tuple[int, ...]) -> float:
+    """Bits of a packed map and step."""
+    return math.prod(size[1:]) * -(-size[0] // PANEL) * PANEL
+
+
 def cost_of(net: Network, node: Node) -> Cost:
-    """What a layer costs; needs its terms."""
+    """What a layer costs; needs its terms.
+
+    A dense layer among packed ones unpacks what it reads and has its spikes packed again.
+    """
     macs = synaptic = rows = lists = 0.0
+    converted = _bits(node.size)
     neurons = math.prod(node.size)
     moved = 12.0 * neurons
     for term in node.terms:
@@ -66,9 +76,12 @@ def cost_of(net: Network, node: Node) -> Cost:
         macs, synaptic, rows = macs + m, synaptic + s, rows + r
         taps = math.prod(term.weight.shape[2:]) * -(-node.size[0] // PANEL)
         lists += _positions(node) * taps
-        moved += 8.0 * math.prod(net.origin_of(term.source).size)
+        source = net.origin_of(term.source)
+        moved += 8.0 * math.prod(source.size)
+        converted += _bits(source.size)
     packed = rows / ADDS + lists / LISTS + neurons / 10e9
-    return Cost(macs, synaptic, packed, macs / DENSE + moved / BYTES)
+    dense = macs / DENSE + moved / BYTES + converted / CONVERT
+    return Cost(macs, synaptic, packed, dense)
 
 
 def choose_convolution(net: Network) -> list[str]:
