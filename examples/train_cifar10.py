@@ -8,7 +8,8 @@ Crops and flips on tensors, SGD with momentum, a cosine from ``--lr`` to 0, bf16
 channels_last. After every epoch everything needed to go on is written beside ``--out`` (with
 ``.state`` behind its name): the same command after a kill, or after ``--minutes``, goes on where
 the last epoch ended and gives the weights of an uninterrupted run (on a CPU bit for bit). What is
-drawn depends on seed and epoch alone, not on the number of processes.
+drawn depends on seed and epoch alone, not on the number of processes. ``--init`` starts from the
+weights of a checkpoint: a few epochs make a network of ReLUs one of QCFS.
 
 ``--activation ratenorm`` has a second stage (Ding et al., IJCAI 2021) of ``--rate-epochs``: weights
 are held, one scale of all thresholds is trained with the rate inference loss, and what costs more
@@ -32,6 +33,7 @@ from training import Images, Team, draw, load_state, write
 
 from snnkernels import data, models
 from snnkernels.cli import progress_bar
+from snnkernels.conversion import ACTIVATIONS as STORED
 from snnkernels.conversion import (
     QCFS,
     ClipReLU,
@@ -54,6 +56,7 @@ ACTIVATIONS: dict[str, Callable[[argparse.Namespace], nn.Module]] = {
     ),
     "ratenorm": lambda args: RateNorm(),
 }
+WEIGHTED = (nn.Conv2d, nn.Linear, nn.BatchNorm2d)
 NETWORKS = tuple(name for name in models.ARCHITECTURES if name != "small_cnn")
 # Of no consequence for the weights: they may change from one part of a run to the next.
 FREE = ("data", "out", "minutes", "fresh", "threads")
@@ -71,6 +74,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--network", choices=NETWORKS, default="vgg16")
     add("--activation", choices=tuple(ACTIVATIONS), default="relu")
     add("--pool", choices=("avg", "max"), default="avg", help="of the VGGs")
+    add("--init", metavar="FILE", help="start from the weights of this checkpoint")
     add("--levels", type=int, default=8, metavar="L", help="steps of the staircase of qcfs")
     add("--gradient", choices=("floor_clip", "clip_floor"), default="floor_clip", help="of qcfs")
     add("--ceiling", type=float, help="clip and qcfs start there, threshold_relu stays there")
@@ -171,7 +175,26 @@ def build(args: argparse.Namespace, team: Team) -> nn.Module:
     net = models.ARCHITECTURES[args.network](
         activation=lambda: ACTIVATIONS[args.activation](args), **_pool(args)
     )
+    if args.init is not None:
+        start_from(net, args.init, args.network)
     return net.to(team.device, memory_format=torch.channels_last)
+
+
+def start_from(net: nn.Module, path: str, network: str) -> None:
+    """Copy the weights of a checkpoint; of the activations only what both networks have."""
+    found = models.load_checkpoint(path, activations=STORED)
+    if found.architecture != network:
+        raise ValueError(f"--init {path} is a {found.architecture}, not a {network}")
+    learned = {
+        f"{name}.{key}"
+        for model in (net, found.model)
+        for name, module in model.named_modules()
+        if not list(module.children()) and not isinstance(module, WEIGHTED)
+        for key in module.state_dict()
+    }
+    absent, more = net.load_state_dict(found.model.state_dict(), strict=False)
+    if wrong := sorted({*absent, *more} - learned):
+        raise ValueError(f"--init {path} has not the weights of this {network}: {wrong[:8]}")
 
 
 def _pool(args: argparse.Namespace) -> dict[str, str]:

@@ -284,6 +284,28 @@ def test_other_settings_do_not_resume(training, bundle: Path, tmp_path: Path, ca
     assert training.main(train_argv(bundle, out, "--lr", "0.5", "--fresh")) == 0
 
 
+def test_starts_from_a_checkpoint(training, bundle: Path, tmp_path: Path, capsys) -> None:
+    """From ReLU to QCFS and back: the weights go over, what one activation learns stays behind."""
+    relu, qcfs, again = (tmp_path / f"{name}.safetensors" for name in ("relu", "qcfs", "again"))
+    assert training.main(train_argv(bundle, relu)) == 0
+    still = ("--lr", "0", "--epochs", "1")
+    argv = train_argv(bundle, qcfs, *still, "--activation", "qcfs", "--ceiling", "3")
+    assert training.main([*argv, "--init", str(relu)]) == 0
+    argv = train_argv(bundle, again, *still)
+    assert training.main([*argv, "--init", str(qcfs)]) == 0
+    a, b, c = (weights_of(path) for path in (relu, qcfs, again))
+    assert a.keys() == c.keys() < b.keys()
+    added = b.keys() - a.keys()
+    assert added
+    assert all((b[k] == 3).all() for k in added)
+    weights = [k for k in a if k.endswith("weight")]
+    assert all(torch.equal(a[k], b[k]) and torch.equal(a[k], c[k]) for k in weights)
+    capsys.readouterr()
+    argv = train_argv(bundle, tmp_path / "x.safetensors", "--network", "resnet10")
+    assert training.main([*argv, "--init", str(relu)]) == 1
+    assert "is a resnet20, not a resnet10" in capsys.readouterr().err
+
+
 def test_second_stage_keeps_what_costs_little(training) -> None:
     args = training.parse(["--data", "d", "--out", "o", "--epochs", "2", "--rate-tolerance", "1"])
     assert training.kept([[1.0, 50.0], [1.0, 90.0]], args) == (1, 90.0)
