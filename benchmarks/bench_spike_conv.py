@@ -18,7 +18,8 @@ import itertools
 import torch
 from common import arguments, interleaved, save, start, table
 
-from snnkernels.kernels.spike_conv import Layer, SpikeMap, branches_of, spike_conv
+from snnkernels.kernels.spike_conv import spike_conv
+from snnkernels.kernels.spike_maps import Layer, SpikeMap, branches_of
 
 LAYERS = ((64, 64, 32, 1), (64, 128, 16, 2), (128, 128, 16, 1), (256, 256, 8, 1), (512, 512, 4, 1))
 RATES = (0.02, 0.05, 0.1, 0.2, 0.4)

@@ -34,6 +34,8 @@ void check(const SpikeConv& p) {
   require(!p.threshold == !p.v_init, "threshold and v_init come together");
   require(p.threshold || (!p.spikes && !p.counts), "spikes need neurons");
   require(p.times >= 0 && p.times <= kSpikeTimes, "times out of range");
+  require(p.lanes == kPanel || ((p.lanes == 16 || p.lanes == 32) && p.panels == 1 && p.pool == 1),
+          "lanes out of range");
   for (i32 i = 0; i < p.times; ++i)
     require(p.count_at[i] > (i ? p.count_at[i - 1] : 0) && p.count_at[i] <= p.T,
             "count_at must be rising steps");
@@ -45,6 +47,7 @@ void check(const SpikeConv& p, const SpikeBranch& b) {
               b.first_word + b.used_words <= b.row_words &&
               (b.kind == kEachToItself || b.used_words <= 256),
           "channels out of range");
+  require(b.sixteens >= 1 && b.sixteens <= 4, "sixteens out of range");
   require(b.first_panel >= 0 && b.panels >= 1 && b.first_panel + b.panels <= p.panels,
           "panels out of range");
   require(b.kind == kAnyToAny || (b.kind == kEachToItself && !b.scale && b.panels <= b.used_words),
@@ -62,6 +65,9 @@ void check(const SpikeConv& p, const SpikeBranch& b) {
   const i64 columns = source_columns(b) + 2 * b.pw - i64(b.kw - 1) * b.dw - 1;
   require(rows >= 0 && columns >= 0 && rows / b.sh + 1 == p.OH && columns / b.sw + 1 == p.OW,
           "a branch does not give OH x OW positions");
+  require(b.kind == kEachToItself || b.lanes == p.lanes, "a branch has other lanes than the layer");
+  require(b.kind == kEachToItself || p.lanes == kPanel || placed(b),
+          "too many channels and columns for few lanes");
   require(b.kind == kEachToItself || row_spikes(p, b) <= INT32_MAX, "too many spikes in a row");
 }
 
@@ -145,7 +151,7 @@ py::dict spike_layout() {
     fields[""] = sizeof(Struct);
     F(words), F(weights), F(scale), F(H), F(W), F(row_words), F(first_word), F(used_words);
     F(first_panel), F(panels), F(kh), F(kw), F(sh), F(sw), F(ph), F(pw), F(dh), F(dw), F(pool_h);
-    F(pool_w), F(pool_sh), F(pool_sw), F(kind), F(either), F(planes), F(pad);
+    F(pool_w), F(pool_sh), F(pool_sw), F(kind), F(either), F(planes), F(lanes), F(sixteens), F(pad);
   }
   {
     typedef SpikeConv Struct;
@@ -154,7 +160,7 @@ py::dict spike_layout() {
     fields[""] = sizeof(Struct);
     F(bias), F(current), F(threshold), F(v_init), F(spikes), F(counts), F(currents), F(B), F(T);
     F(OH), F(OW), F(panels), F(threshold_position), F(v_init_position), F(pool), F(strict);
-    F(times), F(pad), F(count_at);
+    F(times), F(lanes), F(count_at);
   }
 #undef F
   return all;

@@ -13,7 +13,7 @@ constexpr i32 kSpikeTimes = 16;  // numbers of steps after which counts are kept
 
 // How a branch reaches its output channels.
 enum SpikeBranchKind {
-  kAnyToAny = 0,      // any to any: weights [panels, taps, planes, channels, 64]
+  kAnyToAny = 0,      // any to any: weights [panels, taps, planes, channels, 64]; few lanes below
   kEachToItself = 1,  // each channel to itself: weights [panels, taps, 64]
 };
 
@@ -32,6 +32,10 @@ struct SpikeBranch {
   // Sums of a window as binary digits: a digit of 1, 2, 4 adds a row of weights times as much. 1:
   // every spike adds the row itself.
   i32 planes;
+  // Output channels computed of a panel: 64, or fewer of the only panel. Few: weights are
+  // [kh, planes, channels, kw, lanes] with the last column of the kernel first.
+  i32 lanes;
+  i32 sixteens;  // of a single word: groups of 16 channels that are there
   i32 pad;
 };
 
@@ -50,7 +54,7 @@ struct SpikeConv {
   i32 pool;             // side of the windows of a cumulative max-pool before the neurons; 1: none
   i32 strict;           // fire above the threshold, not at it
   i32 times;
-  i32 pad;
+  i32 lanes;                  // as its branches'; those that go each to itself are as with 64
   i64 count_at[kSpikeTimes];  // ascending, at most T
 };
 

@@ -56,21 +56,39 @@ SNN_HD i64 branch_bytes(const SpikeConv& p, const SpikeBranch& b) {
 // Floats that a position and panel carries from one chunk of steps to the next: the membranes; the
 // running sums under a max-pool, and their maximum.
 SNN_HD i64 state_floats(const SpikeConv& p) {
+  if (p.lanes < kPanel) return p.lanes;
   return kPanel * (p.pool > 1 ? 2 + i64(p.pool) * p.pool : 1);
 }
 
-// Places whose state is kept: one where all steps are one chunk.
+SNN_HD i64 counts_of(const SpikeConv& p) { return p.lanes < kPanel ? p.lanes : kPanel; }
+
+// Places whose state is kept: where all steps are one chunk only those that are computed at a time.
 SNN_HD i64 state_places(const SpikeConv& p, i64 rows, i64 panels) {
-  return p.T > kSpikeSteps ? rows * (p.OW / p.pool) * panels : 1;
+  if (p.T > kSpikeSteps) return rows * (p.OW / p.pool) * panels;
+  return p.lanes < kPanel ? p.OW : 1;
+}
+
+// Few lanes: columns that spikes of a row add to, before stride and padding choose among them.
+SNN_HD i64 reached_columns(const SpikeBranch& b) {
+  return source_columns(b) + i64(b.kw - 1) * b.dw;
+}
+
+// Few lanes: most columns of a row of sums.
+SNN_HD i64 narrow_columns(const SpikeConv& p, const SpikeBranch* branches, i64 n) {
+  i64 most = p.OW;
+  for (i64 i = 0; i < n; ++i)
+    if (reached_columns(branches[i]) > most) most = reached_columns(branches[i]);
+  return most;
 }
 
 // Bytes of scratch of one thread, all parts aligned to 64 bytes: currents, maxima and integer sums
-// of the steps of a chunk; state and counts; the branches' rows.
+// of the steps of a chunk, or three rows; state and counts; the branches' rows.
 SNN_HD i64 spike_scratch_bytes(const SpikeConv& p, const SpikeBranch* branches, i64 n, i64 rows,
                                i64 panels) {
   const i64 steps = spike_steps(p);
-  i64 bytes = steps * kPanel * i64(2 * sizeof(float) + sizeof(u16));
-  bytes += state_places(p, rows, panels) * (state_floats(p) + kPanel) * i64(sizeof(float));
+  i64 bytes = p.lanes < kPanel ? 3 * narrow_columns(p, branches, n) * p.lanes * i64(sizeof(float))
+                               : steps * kPanel * i64(2 * sizeof(float) + sizeof(u16));
+  bytes += state_places(p, rows, panels) * (state_floats(p) + counts_of(p)) * i64(sizeof(float));
   for (i64 i = 0; i < n; ++i) bytes += branch_bytes(p, branches[i]);
   return bytes;
 }

@@ -10,8 +10,7 @@
 //
 // As in kernels_cpu.h nothing here may depend on anything but our headers.
 #pragma once
-#include "cpu_rows.h"
-#include "spike_conv_api.h"
+#include "spike_lists.h"
 
 namespace snn {
 namespace SNN_ISA {
@@ -56,9 +55,10 @@ inline void add_rows(i16* acc, const i16* weights, const u16* list, i64 n) {
   __builtin_memcpy(acc, sums, sizeof sums);
 }
 
-// acc[64] += weights[64] where the bit is set.
+// acc[N] += weights[N] where the bit is set.
+template <int N>
 inline void add_where(float* acc, const float* weights, u64 bits) {
-  for (int j = 0; j < kPanel; j += kFloats) {
+  for (int j = 0; j < N; j += kFloats) {
 #if defined(__AVX512F__)
     const __m512 a = (__m512)load(acc + j), w = (__m512)load(weights + j);
     store(acc + j, (Vec<float>)_mm512_mask_add_ps(a, __mmask16(bits >> j), a, w));
@@ -84,101 +84,6 @@ inline u64 bits_of(Mask<float> mask) {
   for (int r = 0; r < kFloats; ++r) bits |= u64(mask[r] & 1) << r;
   return bits;
 #endif
-}
-
-// Appends the channels of the bits of a word; returns how many.
-inline i64 expand(u16* to, u64 word, i64 channel) {
-#if defined(__AVX512F__)
-  i64 n = 0;
-  const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-  for (int j = 0; j < kPanel; j += 16) {
-    const __mmask16 chosen = __mmask16(word >> j);
-    const __m512i channels = _mm512_add_epi32(lanes, _mm512_set1_epi32(i32(channel) + j));
-    const __m512i packed = _mm512_maskz_compress_epi32(chosen, channels);
-    const __m256i narrow = _mm512_maskz_cvtepi32_epi16(0xffff, packed);
-    __builtin_memcpy(to + n, &narrow, sizeof narrow);
-    n += __builtin_popcount(u32(chosen));
-  }
-  return n;
-#else
-  i64 n = 0;
-  for (; word; word &= word - 1) to[n++] = u16(channel + __builtin_ctzll(word));
-  return n;
-#endif
-}
-
-// The rows of one branch's input that windows need now, as lists of channels.
-struct KeptRows {
-  i64* which;  // [kept] the row in each place; -1: none
-  char* rows;  // [kept] of row_bytes
-  i64 kept, bytes, starts;
-
-  const i32* starts_of(i64 row) const {
-    return reinterpret_cast<const i32*>(rows + row % kept * bytes);
-  }
-  const u16* list_of(i64 row) const {
-    return reinterpret_cast<const u16*>(rows + row % kept * bytes + starts);
-  }
-};
-
-// The rows of weights that the spikes of a window of positions add at one step, counted from
-// `first`; returns how many.
-inline i64 collect(u16* to, const SpikeBranch& b, const u64* corner, i64 T, i64 first) {
-  const i64 column = T * b.row_words, row = b.W * column;
-  i64 n = 0;
-  if (b.either) {
-    for (i64 q = 0; q < b.used_words; ++q) {
-      u64 word = 0;
-      for (i64 y = 0; y < b.pool_h; ++y)
-        for (i64 x = 0; x < b.pool_w; ++x) word |= corner[y * row + x * column + q];
-      if (word) n += expand(to + n, word, first + q * kPanel);
-    }
-    return n;
-  }
-  if (b.planes > 1) {
-    // Counts of up to 7, a digit a word, for 64 channels at once.
-    for (i64 q = 0; q < b.used_words; ++q) {
-      u64 ones = 0, twos = 0, fours = 0;
-      for (i64 y = 0; y < b.pool_h; ++y)
-        for (i64 x = 0; x < b.pool_w; ++x) {
-          const u64 word = corner[y * row + x * column + q];
-          const u64 carry = ones & word;
-          ones ^= word;
-          fours ^= twos & carry;
-          twos ^= carry;
-        }
-      const u64 digits[] = {ones, twos, fours};
-      for (i64 d = 0; d < b.planes; ++d)
-        if (digits[d]) n += expand(to + n, digits[d], first + (d * b.used_words + q) * kPanel);
-    }
-    return n;
-  }
-  for (i64 y = 0; y < b.pool_h; ++y)
-    for (i64 x = 0; x < b.pool_w; ++x)
-      for (i64 q = 0; q < b.used_words; ++q) {
-        const u64 word = corner[y * row + x * column + q];
-        if (word) n += expand(to + n, word, first + q * kPanel);
-      }
-  return n;
-}
-
-inline void read_row(KeptRows& kept, const SpikeConv& p, const SpikeBranch& b, i64 image, i64 row,
-                     i64 t0, i64 steps) {
-  i64& which = kept.which[row % kept.kept];
-  if (which == row) return;
-  which = row;
-  i32* starts = const_cast<i32*>(kept.starts_of(row));
-  u16* list = const_cast<u16*>(kept.list_of(row));
-  const i64 columns = source_columns(b), channels = placed(b) ? rows_of_tap(b) : 0;
-  const u64* words =
-      b.words + ((image * b.H + row * b.pool_sh) * b.W * p.T + t0) * b.row_words + b.first_word;
-  i64 n = 0;
-  for (i64 t = 0; t < steps; ++t)
-    for (i64 x = 0; x < columns; ++x) {
-      *starts++ = i32(n);
-      n += collect(list + n, b, words + (x * b.pool_sw * p.T + t) * b.row_words, p.T, x * channels);
-    }
-  *starts = i32(n);
 }
 
 // What one thread works in.
@@ -238,6 +143,7 @@ inline void gather(W* sums, const KeptRows& kept, const SpikeBranch& b, i64 pane
   }
 }
 
+template <int N>
 inline void mask(float* currents, const SpikeConv& p, const SpikeBranch& b, i64 panel, i64 image,
                  i64 y, i64 x, i64 t0, i64 steps) {
   const float* weights = static_cast<const float*>(b.weights) + panel * b.kh * b.kw * kPanel;
@@ -254,9 +160,9 @@ inline void mask(float* currents, const SpikeConv& p, const SpikeBranch& b, i64 
           if (b.either)
             any |= word;
           else if (word)
-            add_where(currents + t * kPanel, weights + tap * kPanel, word);
+            add_where<N>(currents + t * N, weights + tap * kPanel, word);
         }
-      if (any) add_where(currents + t * kPanel, weights + tap * kPanel, any);
+      if (any) add_where<N>(currents + t * N, weights + tap * kPanel, any);
     }
   });
 }
@@ -285,7 +191,7 @@ class SpikeConvUnit {
   void run() {
     for (i64 t0 = 0; t0 < p_.T; t0 += kSpikeSteps) {
       const i64 left = p_.T - t0, steps = left < kSpikeSteps ? left : kSpikeSteps;
-      forget();
+      for (i64 i = 0; i < n_; ++i) kept_rows_of(s_.branches, p_, branches_, i).forget();
       for (i64 r = unit_.r0; r < unit_.r1; ++r)
         for (i64 panel = unit_.p0; panel < unit_.p1; ++panel)
           for (i64 x = 0; x < columns_; ++x) position(r, x, panel, t0, steps);
@@ -293,22 +199,6 @@ class SpikeConvUnit {
   }
 
  private:
-  KeptRows kept(i64 i) const {
-    char* at = s_.branches;
-    for (i64 j = 0; j < i; ++j) at += branch_bytes(p_, branches_[j]);
-    const SpikeBranch& b = branches_[i];
-    const i64 kept = kept_rows(p_, b);
-    return {reinterpret_cast<i64*>(at), at + round_up(kept * i64(sizeof(i64)), 64), kept,
-            row_bytes(p_, b), starts_bytes(p_, b)};
-  }
-
-  void forget() {
-    for (i64 i = 0; i < n_; ++i) {
-      const KeptRows rows = kept(i);
-      for (i64 j = 0; j < rows.kept; ++j) rows.which[j] = -1;
-    }
-  }
-
   // The currents of one position before any pool.
   void convolve(i64 y, i64 x, i64 panel, i64 t0, i64 steps) {
     const i64 first = panel * kPanel;
@@ -325,10 +215,10 @@ class SpikeConvUnit {
       const i64 of_branch = panel - b.first_panel;
       if (of_branch < 0 || of_branch >= b.panels) continue;
       if (b.kind == kEachToItself) {
-        mask(s_.currents, p_, b, of_branch, unit_.b, y, x, t0, steps);
+        mask<kPanel>(s_.currents, p_, b, of_branch, unit_.b, y, x, t0, steps);
         continue;
       }
-      KeptRows rows = kept(i);
+      KeptRows rows = kept_rows_of(s_.branches, p_, branches_, i);
       for (i64 k = 0; k < b.kh; ++k) {
         const i64 sy = y * b.sh - b.ph + k * b.dh;
         if (sy >= 0 && sy < source_rows(b)) read_row(rows, p_, b, unit_.b, sy, t0, steps);
@@ -458,11 +348,6 @@ class SpikeConvUnit {
   const i64 columns_;
   SpikeScratch s_;
 };
-
-void spike_conv(const SpikeConv& p, const SpikeBranch* branches, i64 n, const SpikeUnit& unit,
-                void* scratch) {
-  SpikeConvUnit(p, branches, n, unit, scratch).run();
-}
 
 }  // namespace SNN_ISA
 }  // namespace snn

@@ -20,7 +20,7 @@ from snnkernels.engine import ALL_PASSES, lower
 from snnkernels.engine.layers import Dense, SpikingLayer
 from snnkernels.engine.network import Network, Node, Term
 from snnkernels.engine.passes import PASSES
-from snnkernels.kernels.spike_conv import SpikeMap
+from snnkernels.kernels.spike_maps import SpikeMap
 
 
 def vgg(pool: type[nn.Module] = nn.AvgPool2d) -> nn.Module:

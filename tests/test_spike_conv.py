@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,8 +14,17 @@ from support import PURE, extension
 from torch import Tensor
 
 from snnkernels.kernels import backends
-from snnkernels.kernels import spike_conv as module
-from snnkernels.kernels.spike_conv import PANEL, Branch, Layer, SpikeMap, branches_of, spike_conv
+from snnkernels.kernels import spike_maps as module
+from snnkernels.kernels.spike_conv import spike_conv
+from snnkernels.kernels.spike_conv_reference import _weight
+from snnkernels.kernels.spike_maps import (
+    PANEL,
+    Branch,
+    Layer,
+    SpikeMap,
+    branches_of,
+    lanes_of,
+)
 
 LEVELS = [] if PURE or extension("_cpu") is None else extension("_cpu").isas()
 
@@ -51,7 +61,7 @@ def case(seed: int, int16: bool = False) -> tuple[list[tuple[SpikeMap, Branch]],
     rng = random.Random(seed)
     while True:
         B, T = rng.choice([1, 2, 3]), rng.choice([1, 2, 4, 5, 16, 31, 33, 70])
-        inner, out = rng.choice([1, 3, 16, 63, 64, 65, 130]), rng.choice([1, 10, 64, 70, 128])
+        inner, out = rng.choice([1, 3, 16, 63, 64, 65, 130]), rng.choice([1, 10, 20, 64, 70, 128])
         H, W = rng.randint(3, 9), rng.randint(3, 9)
         kernel = rng.choice([(1, 1), (3, 3), (2, 3), (5, 5)])
         groups = rng.choice([1, 1, 1, 2, 5])
@@ -78,6 +88,10 @@ def case(seed: int, int16: bool = False) -> tuple[list[tuple[SpikeMap, Branch]],
         other = SpikeMap.of(some_spikes(rng, T, B, out, rows, columns))
         sources += [(other, b) for b in branches_of(dyadic(rng, out, 1, 1, 1), groups=out)]
     side = rng.choice([1, 1, 2]) if min(rows, columns) >= 2 else 1
+    lanes = lanes_of(out, side, [(m.words.shape[2], b) for m, b in sources])
+    if rng.random() < 0.2:
+        lanes = PANEL  # is right as well
+    sources = [(m, b.narrow(lanes)) for m, b in sources]
     shape = (rows // side, columns // side, out) if rng.random() < 0.3 else (out,)
     theta = dyadic(rng, *shape, low=2, high=20)
     start = theta / 2 if rng.random() < 0.5 else dyadic(rng, *shape)
@@ -85,6 +99,7 @@ def case(seed: int, int16: bool = False) -> tuple[list[tuple[SpikeMap, Branch]],
         panels,
         padded(dyadic(rng, out), panels, 0.0) if rng.random() < 0.5 else None,
         padded(theta, panels, torch.inf), padded(start, panels, 0.0), side, rng.random() < 0.3,
+        lanes,
     )  # fmt: skip
     current = padded(dyadic(rng, B, rows, columns, out), panels, 0.0)
     ends = sorted(rng.sample(range(1, T + 1), min(T, 3)))
@@ -97,7 +112,7 @@ def by_reference(*args: Any, **kwargs: Any) -> tuple[Tensor | None, Tensor | Non
         return spike_conv(*args, **kwargs)
 
 
-@pytest.mark.parametrize("seed", range(48))
+@pytest.mark.parametrize("seed", range(72))
 def test_every_level_is_the_reference(level: str, seed: int) -> None:
     # With 16 bits as well: sums of whole numbers are exact, and what follows is in one order.
     sources, layer, asked = case(seed, int16=seed % 4 == 3)
@@ -107,6 +122,29 @@ def test_every_level_is_the_reference(level: str, seed: int) -> None:
         assert a is not None
         assert b is not None
         assert torch.equal(a, b), f"{name}: {int((a != b).sum())} of {a.numel()} differ"
+
+
+def test_cases_of_all_lanes() -> None:
+    found = {case(seed)[1].lanes for seed in range(72)}
+    assert found == {16, 32, PANEL}
+
+
+@pytest.mark.parametrize(("channels", "side", "W", "want"), [
+    (1, 1, 8, 16), (16, 1, 8, 16), (17, 1, 8, 32), (32, 1, 8, 32), (33, 1, 8, 64),
+    (16, 2, 8, 64), (16, 1, 1024, 16), (16, 1, 1025, 64),
+])  # fmt: skip
+def test_lanes_by_size(channels: int, side: int, W: int, want: int) -> None:
+    branches = branches_of(torch.zeros(channels, 3, 3, 3))
+    assert lanes_of(channels, side, [(W, b) for b in branches]) == want
+
+
+def test_narrow_and_back() -> None:
+    torch.manual_seed(0)
+    (branch,) = branches_of(torch.randn(20, 70, 2, 3))
+    narrow = branch.narrow(32)
+    assert narrow.weights.shape == (2, 128, 3, 32)
+    assert torch.equal(narrow.wide().weights, branch.weights)
+    assert branch.narrow(PANEL) is branch
 
 
 def test_the_reference_is_a_convolution_and_the_neuron_of_the_library() -> None:
@@ -208,7 +246,7 @@ def test_weights_of_16_bits_are_off_by_at_most_half_a_unit() -> None:
     assert branch.scale is not None
     assert branch.weights.dtype == torch.int16
     unit = branch.scale.flatten().view(-1, 1, 1, 1)
-    back = module._weight(branch, torch.float32)[:, :100] * unit
+    back = _weight(branch, torch.float32)[:, :100] * unit
     assert bool(((back - weight).abs() <= 0.5001 * unit).all())
     largest = torch.maximum(weight.clamp(min=0).sum((1, 2, 3)), -weight.clamp(max=0).sum((1, 2, 3)))
     assert bool((branch.scale.flatten() <= 1.05 * largest / 32000).all())
@@ -242,7 +280,7 @@ def test_a_struct_that_makes_no_sense_is_refused() -> None:
     run = extension("_cpu").spike_conv
     with pytest.raises(ValueError, match="bytes, expected"):
         run(b"", b"")
-    good = {"B": 1, "T": 1, "OH": 9, "OW": 9, "panels": 2, "pool": 1}
+    good = {"B": 1, "T": 1, "OH": 9, "OW": 9, "panels": 2, "pool": 1, "lanes": PANEL}
     spikes, branch = sources[0]
     with pytest.raises(ValueError, match="OH x OW"):
         run(module.CONV.pack(**{**good, "OH": 8}), branch.pack(spikes.words))
@@ -252,6 +290,10 @@ def test_a_struct_that_makes_no_sense_is_refused() -> None:
         run(module.CONV.pack(**good, threshold=1), b"")
     with pytest.raises(ValueError, match="whole number"):
         run(module.CONV.pack(**good), b"x")
+    with pytest.raises(ValueError, match="lanes out of range"):
+        run(module.CONV.pack(**{**good, "lanes": 16}), b"")
+    with pytest.raises(ValueError, match="other lanes than the layer"):
+        run(module.CONV.pack(**{**good, "panels": 2}), replace(branch, lanes=32).pack(spikes.words))
     with pytest.raises(ValueError, match="rising"):
         run(module.CONV.pack(**good, times=1, count_at0=2), b"")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ..kernels.spike_conv import PANEL
+from ..kernels.spike_maps import PANEL
 from .network import Network, Node, Term
 
 __all__ = ["Cost", "choose_convolution", "cost_of"]
@@ -75,7 +75,9 @@ def cost_of(net: Network, node: Node) -> Cost:
         m, s, r = _of_term(net, node, term)
         macs, synaptic, rows = macs + m, synaptic + s, rows + r
         taps = math.prod(term.weight.shape[2:]) * -(-node.size[0] // PANEL)
-        lists += _positions(node) * taps
+        # Few channels: a list for a row of outputs, and about as much for each output as two.
+        few = node.size[0] <= PANEL // 2 and node.side == 1
+        lists += _positions(node) * (min(2, taps) if few else taps)
         source = net.origin_of(term.source)
         moved += 8.0 * math.prod(source.size)
         converted += _bits(source.size)

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..conversion.spiking import SpikingActivation, per_channel_view
-from ..kernels.spike_conv import PANEL, Branch, Layer, SpikeMap, branches_of, spike_conv
+from ..kernels.spike_conv import spike_conv
+from ..kernels.spike_maps import PANEL, Branch, Layer, SpikeMap, branches_of, lanes_of
 from .network import Network, Node
 
 __all__ = ["CountAt", "Dense", "Pack", "Run", "SpikingLayer"]
@@ -81,7 +82,7 @@ class SpikingLayer(nn.Module):
         self.sources = [net.origin_of(term.source).name for term in node.terms]
         self._run = (run,)
         self._branches: list[list[Branch]] = []
-        for i, term in enumerate(node.terms):
+        for term in node.terms:
             mine = branches_of(
                 term.weight.float(), stride=term.stride, padding=term.padding,
                 dilation=term.dilation, groups=term.groups, pool=term.pool,
@@ -89,6 +90,11 @@ class SpikingLayer(nn.Module):
                 int16=int16 and not term.each,
             )  # fmt: skip
             self._branches.append(mine)
+        columns = [(*net.origin_of(term.source).size, 1, 1)[2] for term in node.terms]
+        reads = [(W, b) for W, mine in zip(columns, self._branches, strict=True) for b in mine]
+        self.lanes = lanes_of(self.channels, self.side, reads)
+        self._branches = [[b.narrow(self.lanes) for b in mine] for mine in self._branches]
+        for i, mine in enumerate(self._branches):
             for j, branch in enumerate(mine):
                 self.register_buffer(f"weights_{i}_{j}", branch.weights, persistent=False)
         bias = node.bias
@@ -117,7 +123,9 @@ class SpikingLayer(nn.Module):
         pairs = [
             (m, branch) for m, mine in zip(maps, self._branches, strict=True) for branch in mine
         ]
-        layer = Layer(self.panels, self.bias, self.threshold, self.v_init, self.side, self.strict)
+        layer = Layer(
+            self.panels, self.bias, self.threshold, self.v_init, self.side, self.strict, self.lanes
+        )
         batch = len(maps[0].words) if maps else len(statics[0])
         rows, columns = self.size[1:] if len(self.size) == 3 else (1, 1)
         shape = (batch, rows, columns, run.T, self.panels)

@@ -16,7 +16,7 @@ from ..conversion.network import ConvertedNetwork, _steps
 from ..conversion.pools import CumulativeMaxPool
 from ..conversion.spiking import SpikingActivation
 from ..conversion.steps import CAUSAL
-from ..kernels.spike_conv import TIMES
+from ..kernels.spike_maps import TIMES
 from .buffers import Buffers, plan_buffers
 from .cost import choose_convolution
 from .emit import emit
