@@ -3,10 +3,11 @@
     python benchmarks/engine_accuracy.py vgg9.safetensors resnet10.safetensors \
         --data cifar10_jpeg.npz --T 8
 
-Counts predictions that differ from those of the converted network: of its plans in float32 and
-int16, and of the same network with its convolutions in channels_last, where the library adds in
+Counts predictions that differ from those of the converted network: of its plans in float32, int16
+and int8, and of the same network with its convolutions in channels_last, where the library adds in
 another order as well. Expected: a plan differs no more often than twice as often as channels_last,
-and its accuracy by at most 0.1 point. Rows go to ``results/engine_accuracy.csv``.
+and its accuracy by at most 0.1 point. With ``--runs plan "plan, int8"`` the first
+of those is what the others are compared with. Rows go to ``results/engine_accuracy.csv``.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ def main() -> None:
     parser.add_argument("--T", type=int, default=8, help="steps")
     parser.add_argument("--images", type=int, metavar="N", help="test images; default: all")
     parser.add_argument("--calibration", type=int, default=1024, help="training images")
+    parser.add_argument("--runs", nargs="+", metavar="RUN", help="some, the first to compare with")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the rows")
     args = parser.parse_args()
     snnkernels.tune_malloc()
@@ -46,7 +48,10 @@ def main() -> None:
             "converted, channels_last": last,
             "plan": snnkernels.lower(snn),
             "plan, int16": snnkernels.lower(snn, precision="int16"),
+            "plan, int8": snnkernels.lower(snn, precision="int8"),
         }
+        runs = {name: runs[name] for name in args.runs or runs}
+        first = next(iter(runs))
         found: dict[str, list[torch.Tensor]] = {name: [] for name in runs}
         labels = []
         with torch.no_grad():
@@ -66,9 +71,11 @@ def main() -> None:
                 "T": args.T,
                 "run": name,
                 "accuracy": f"{100 * float((guess == truth).double().mean()):.2f}",
-                "differing": int((guess != guesses["converted"]).sum()),
+                "differing": int((guess != guesses[first]).sum()),
+                "against": first,
             }
             for name, guess in guesses.items()
+            if name == "converted" or name != first
         ]
         save("engine_accuracy", rows, key=KEY, folder=args.out)
         print(table(rows, ["network", "T", "run", "accuracy", "differing"]), "\n")

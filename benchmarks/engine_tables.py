@@ -81,15 +81,20 @@ def layers(path: Path) -> str:
     return _table(head, lines)
 
 
+def _against(row: Row) -> str:
+    other = row.get("against") or "converted"
+    return "" if other == "converted" else f" (from the {other}'s)"
+
+
 def accuracy(path: Path) -> str:
-    """Accuracy of plans, and how many predictions differ from the converted network's."""
+    """Accuracy of plans, and how many predictions differ, from the converted network's if nothing else is said."""
     rows = _rows(path)
     if not rows:
         return "No rows yet: `benchmarks/engine_accuracy.py` writes `engine_accuracy.csv`."
     lines = [
         [
             f"{row['network'].split()[0]}, T = {row['T']}", row["run"], row["accuracy"],
-            f"{row['differing']} of {row['images']}",
+            f"{row['differing']} of {row['images']}" + _against(row),
         ]
         for row in rows
     ]  # fmt: skip

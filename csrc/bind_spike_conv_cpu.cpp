@@ -160,7 +160,7 @@ py::dict spike_layout() {
     fields[""] = sizeof(Struct);
     F(bias), F(current), F(threshold), F(v_init), F(spikes), F(counts), F(currents), F(B), F(T);
     F(OH), F(OW), F(panels), F(threshold_position), F(v_init_position), F(pool), F(strict);
-    F(times), F(lanes), F(count_at);
+    F(times), F(lanes), F(integers), F(pad), F(count_at);
   }
 #undef F
   return all;

@@ -54,7 +54,10 @@ struct SpikeConv {
   i32 pool;             // side of the windows of a cumulative max-pool before the neurons; 1: none
   i32 strict;           // fire above the threshold, not at it
   i32 times;
-  i32 lanes;                  // as its branches'; those that go each to itself are as with 64
+  i32 lanes;  // as its branches'; those that go each to itself are as with 64
+  // Thresholds, starts and membranes are i32; currents must be whole numbers below 2^24.
+  i32 integers;
+  i32 pad;
   i64 count_at[kSpikeTimes];  // ascending, at most T
 };
 

@@ -26,6 +26,23 @@ typedef i16 Shorts __attribute__((vector_size(kVectorBytes)));
 // Sums of one pass over a list: all 64 where the registers suffice.
 constexpr int kInPass = kVectorBytes == 16 ? kPanel / 2 : kPanel;
 
+// Membranes of a vector of neurons, and what they are given.
+template <class M>
+struct NeuronsOf {
+  typedef Vec<float> type;
+};
+template <>
+struct NeuronsOf<i32> {
+  typedef Mask<float> type;
+};
+template <class M>
+using Neurons = typename NeuronsOf<M>::type;
+
+template <class M>
+inline Neurons<M> currents_of(Vec<float> x) {
+  return __builtin_convertvector(x, Neurons<M>);
+}
+
 // acc[64] += the rows of `weights` that a list names.
 inline void add_rows(float* acc, const float* weights, const u16* list, i64 n) {
   constexpr int R = kInPass / kFloats;
@@ -291,13 +308,15 @@ class SpikeConvUnit {
       __builtin_memcpy(v, p_.v_init + here * p_.v_init_position + first, kPanel * sizeof(float));
     const float* threshold = p_.threshold + here * p_.threshold_position + first;
     u64* words = p_.spikes ? p_.spikes + (at * p_.T + t0) * p_.panels + panel : nullptr;
-    if (p_.strict)
-      fire<true>(v, threshold, words, place, at, panel, t0, steps);
-    else
-      fire<false>(v, threshold, words, place, at, panel, t0, steps);
+    const auto run =
+        p_.integers ? p_.strict ? &SpikeConvUnit::fire<true, i32> : &SpikeConvUnit::fire<false, i32>
+        : p_.strict ? &SpikeConvUnit::fire<true, float>
+                    : &SpikeConvUnit::fire<false, float>;
+    (this->*run)(v, threshold, words, place, at, panel, t0, steps);
   }
 
-  template <bool STRICT>
+  // M: of membranes and thresholds.
+  template <bool STRICT, class M>
   void fire(float* v, const float* threshold, u64* words, i64 place, i64 at, i64 panel, i64 t0,
             i64 steps) {
     constexpr int R = kInPass / kFloats;
@@ -306,11 +325,11 @@ class SpikeConvUnit {
     if (words && kInPass < kPanel)
       for (i64 t = 0; t < steps; ++t) words[t * p_.panels] = 0;
     for (int j = 0; j < kPanel; j += kInPass) {
-      Vec<float> m[R], theta[R];
+      Neurons<M> m[R], theta[R];
       Mask<float> count[R] = {};
       for (int r = 0; r < R; ++r) {
-        m[r] = load(v + j + r * kFloats);
-        theta[r] = load(threshold + j + r * kFloats);
+        m[r] = (Neurons<M>)(load(v + j + r * kFloats));
+        theta[r] = (Neurons<M>)(load(threshold + j + r * kFloats));
         if (p_.counts) __builtin_memcpy(&count[r], counts + j + r * kFloats, sizeof count[r]);
       }
       i32 next = 0;
@@ -319,9 +338,9 @@ class SpikeConvUnit {
         const float* x = s_.currents + t * kPanel + j;
         u64 word = 0;
         for (int r = 0; r < R; ++r) {
-          m[r] += load(x + r * kFloats);
+          m[r] += currents_of<M>(load(x + r * kFloats));
           const Mask<float> fired = STRICT ? m[r] > theta[r] : m[r] >= theta[r];
-          m[r] -= (Vec<float>)((Mask<float>)theta[r] & fired);
+          m[r] -= (Neurons<M>)((Mask<float>)theta[r] & fired);
           word |= bits_of(fired) << (r * kFloats);
           if (p_.counts) count[r] -= fired;
         }
@@ -335,7 +354,7 @@ class SpikeConvUnit {
         }
       }
       for (int r = 0; r < R; ++r) {
-        store(v + j + r * kFloats, m[r]);
+        store(v + j + r * kFloats, (Vec<float>)m[r]);
         if (p_.counts) __builtin_memcpy(counts + j + r * kFloats, &count[r], sizeof count[r]);
       }
     }

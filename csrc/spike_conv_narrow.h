@@ -110,10 +110,11 @@ class NarrowUnit {
       }
       if (p_.currents) give(r, t0 + t);
       if (!p_.threshold) continue;
-      if (p_.strict)
-        fire<true>(r, t0 + t, place);
-      else
-        fire<false>(r, t0 + t, place);
+      const auto run =
+          p_.integers ? p_.strict ? &NarrowUnit::fire<true, i32> : &NarrowUnit::fire<false, i32>
+          : p_.strict ? &NarrowUnit::fire<true, float>
+                      : &NarrowUnit::fire<false, float>;
+      (this->*run)(r, t0 + t, place);
     }
   }
 
@@ -178,26 +179,28 @@ class NarrowUnit {
     }
   }
 
-  template <bool STRICT>
+  template <bool STRICT, class M>
   void fire(i64 r, i64 t, i64 place) {
     constexpr int R = N / kFloats;
     const i64 first = (unit_.b * p_.OH + r) * p_.OW;
     i32 which = -1;
     for (i32 i = 0; p_.counts && i < p_.times; ++i)
       if (p_.count_at[i] == t + 1) which = i;
-    Vec<float> theta[R];
-    for (int j = 0; j < R; ++j) theta[j] = load(p_.threshold + j * kFloats);
+    Neurons<M> theta[R];
+    for (int j = 0; j < R; ++j) theta[j] = (Neurons<M>)load(p_.threshold + j * kFloats);
     for (i64 x = 0; x < p_.OW; ++x) {
-      if (p_.threshold_position)
-        for (int j = 0; j < R; ++j)
-          theta[j] = load(p_.threshold + (r * p_.OW + x) * p_.threshold_position + j * kFloats);
+      if (p_.threshold_position) {
+        const float* here = p_.threshold + (r * p_.OW + x) * p_.threshold_position;
+        for (int j = 0; j < R; ++j) theta[j] = (Neurons<M>)load(here + j * kFloats);
+      }
       float* v = v_ + (place + x) * N;
       i32* counts = counts_ + (place + x) * N;
       u64 word = 0;
       for (int j = 0; j < R; ++j) {
-        const Vec<float> m = load(v + j * kFloats) + load(current_ + x * N + j * kFloats);
+        const Neurons<M> m = (Neurons<M>)load(v + j * kFloats) +
+                             currents_of<M>(load(current_ + x * N + j * kFloats));
         const Mask<float> fired = STRICT ? m > theta[j] : m >= theta[j];
-        store(v + j * kFloats, m - (Vec<float>)((Mask<float>)theta[j] & fired));
+        store(v + j * kFloats, (Vec<float>)(m - (Neurons<M>)((Mask<float>)theta[j] & fired)));
         word |= bits_of(fired) << (j * kFloats);
         if (p_.counts) {
           Mask<float> count;

@@ -388,8 +388,8 @@ def test_bad_arguments() -> None:
     snn, x = real()
     with pytest.raises(TypeError, match="snn must be a converted network"):
         lower(nn.Linear(2, 2))  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="precision='int8'"):
-        lower(snn, precision="int8")
+    with pytest.raises(ValueError, match="precision='int4'"):
+        lower(snn, precision="int4")
     with pytest.raises(ValueError, match=r"without=.*no such pass; there are constant_prefix"):
         lower(snn, without=["nothing"])
     for bad in (0, -1, "3 apples", "MiB", 1.5):

@@ -103,6 +103,7 @@ class Node:
         neurons: of neurons and layers.
         spikes: whether a layer's spikes are read, beside its counts.
         why: why a node was left as it is.
+        unit: of a layer in whole numbers: what 1 means in each channel, float64 ``[C]``.
     """
 
     name: str
@@ -120,6 +121,7 @@ class Node:
     neurons: Neurons | None = None
     spikes: bool = True
     why: str = ""
+    unit: Tensor | None = None
 
     def reads(self) -> list[str]:
         """All values it needs."""

@@ -21,6 +21,7 @@ from .buffers import Buffers, plan_buffers
 from .cost import choose_convolution
 from .emit import emit
 from .explain import Explanation, explain
+from .integers import WholePrefix, to_integers
 from .layers import Run
 from .passes import PASSES, Pass
 from .read import mark, read, settings
@@ -33,6 +34,7 @@ ALL_PASSES: dict[str, Pass | None] = {
     "count_at_end": PASSES["count_at_end"],
     "reuse_buffers": None,  # of the memory, not of the network
 }
+PRECISIONS = ("float32", "int16", "int8")
 _UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 _SHAPES = 8  # shapes of inputs whose plans are kept
 _WITH_STATE = (SpikingActivation, CumulativeMaxPool, RunningMean, FromMeans)
@@ -108,8 +110,11 @@ def _bytes(value: int | str) -> int:
 class _Built:
     """A plan for inputs of one shape."""
 
-    def __init__(self, snn: ConvertedNetwork, x: Any, off: frozenset[str], int16: bool) -> None:
+    def __init__(self, snn: ConvertedNetwork, x: Any, off: frozenset[str], precision: str) -> None:
         self.run = Run()
+        self.prefix = WholePrefix(snn.prefix) if precision == "int8" else None
+        if precision == "int8":
+            off = off | {"choose_convolution"}  # sums of dense convolutions are rounded
         self.before = read(snn, x)
         self.net = self.before.copy()
         self.notes: dict[str, list[str]] = {name: [] for name in ALL_PASSES}
@@ -121,7 +126,8 @@ class _Built:
                 if done and name != "count_at_end":
                     changed = True
                 self.notes[name] += done
-        self.body = emit(snn, self.net, self.run, int16)
+        self.notes["integers"] = to_integers(self.net) if precision == "int8" else []
+        self.body = emit(snn, self.net, self.run, precision == "int16")
         self.reuse = "reuse_buffers" not in off
         self.memory: dict[int, Buffers] = {}
         self.in_pieces: bool | None = None
@@ -169,8 +175,9 @@ class Plan(nn.Module):
             raise TypeError(
                 f"snn must be a converted network (snnkernels.convert), got {type(snn).__name__}"
             )
-        if precision not in ("float32", "int16"):
-            raise ValueError(f"precision={precision!r} is unknown; allowed: 'float32', 'int16'")
+        if precision not in PRECISIONS:
+            allowed = ", ".join(map(repr, PRECISIONS))
+            raise ValueError(f"precision={precision!r} is unknown; allowed: {allowed}")
         if not isinstance(without, Iterable):
             raise TypeError(f"without={without!r} must be names of passes: {', '.join(ALL_PASSES)}")
         names = (without,) if isinstance(without, str) else tuple(without)
@@ -241,9 +248,15 @@ class Plan(nn.Module):
             return f"its weights are {', '.join(map(str, floats))}, not float32"
         return ""
 
+    def _as_it_is(self) -> bool:
+        reason = self.why_not()
+        if reason and self.precision == "int8":
+            raise ValueError(f"precision='int8' has no other way to run, but {reason}")
+        return bool(reason)
+
     def forward(self, *inputs: Any, T: int | None = None, **named: Any) -> Any:
         """As :meth:`snnkernels.ConvertedNetwork.forward`, without gradients."""
-        if self.why_not():
+        if self._as_it_is():
             with torch.no_grad():
                 return self.snn(*inputs, T=T, **named)
         T = self.T if T is None else _steps(T)
@@ -257,7 +270,7 @@ class Plan(nn.Module):
         ends = sorted({_steps(T) for T in steps})
         if not ends:
             raise ValueError("steps is empty: predict_curve needs at least one number of steps")
-        if self.why_not():
+        if self._as_it_is():
             with torch.no_grad():
                 return self.snn.predict_curve(x, ends)
         bound = self.snn._ports.bind(as_given(x))
@@ -342,7 +355,7 @@ class Plan(nn.Module):
         key = _shape(x)
         built = self._built.pop(key, None)
         if built is None:
-            built = _Built(self.snn, x[:1], self.without, self.precision == "int16")
+            built = _Built(self.snn, x[:1], self.without, self.precision)
             while len(self._built) >= _SHAPES:
                 del self._built[next(iter(self._built))]
         self._built[key] = built  # the last is that of the last call
@@ -350,7 +363,7 @@ class Plan(nn.Module):
 
     def _run(self, built: _Built, x: Any, ends: tuple[int, ...]) -> list[Any]:
         snn, run = self.snn, built.run
-        statics = snn.prefix(x)
+        statics = snn.prefix(x) if built.prefix is None else built.prefix(x)
         inputs = [statics[i] for i in snn._of_body]
         run.T, run.ends = ends[-1], ends
         buffers = built.buffers(run.T)
@@ -368,6 +381,8 @@ class Plan(nn.Module):
             run.arena = None
             self._reset(built.body)
         dtype = next(t.dtype for t in inputs if t.is_floating_point())
+        if built.prefix is not None:
+            dtype, statics = torch.float32, [t.float() for t in statics]
         return [
             snn._read(statics, [c[i] for c in counts], end, dtype) for i, end in enumerate(ends)
         ]

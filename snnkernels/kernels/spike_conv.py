@@ -77,7 +77,8 @@ def spike_conv(
         bias=pointer(layer.bias), current=pointer(current), threshold=pointer(layer.threshold),
         v_init=pointer(layer.v_init), spikes=pointer(words), counts=pointer(counts),
         currents=pointer(rows), B=B, T=T, OH=OH, OW=OW, panels=panels, pool=layer.pool,
-        strict=int(layer.strict), times=len(count_at), lanes=layer.lanes, **positions,
+        strict=int(layer.strict), times=len(count_at), lanes=layer.lanes,
+        integers=int(layer.integers), **positions,
         **{f"count_at{i}": t for i, t in enumerate(count_at)},
     )  # fmt: skip
     kernels.spike_conv(packed, b"".join(b.pack(m.words) for m, b in sources))

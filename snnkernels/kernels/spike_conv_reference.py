@@ -25,11 +25,11 @@ def _weight(branch: Branch, dtype: torch.dtype) -> Tensor:
     )
 
 
-def _linear(source: SpikeMap, branch: Branch) -> Tensor:
+def _linear(source: SpikeMap, branch: Branch, exact: bool) -> Tensor:
     """What a branch adds, ``[T, B, OH, OW, panels * 64]``."""
     part = source.words[..., branch.first_word : branch.first_word + branch.used_words]
     # Whole numbers have exact sums in float64.
-    dtype = torch.float32 if branch.scale is None else torch.float64
+    dtype = torch.float32 if branch.scale is None and not exact else torch.float64
     x = SpikeMap(part, branch.used_words * PANEL).dense(dtype).flatten(0, 1)
     if branch.pool != (1, 1):
         if branch.either:
@@ -41,7 +41,7 @@ def _linear(source: SpikeMap, branch: Branch) -> Tensor:
         x.shape[1] if branch.each else 1,
     )  # fmt: skip
     y = y.unflatten(0, (source.T, -1)).permute(0, 1, 3, 4, 2)
-    return y if branch.scale is None else y.float() * branch.scale.flatten()
+    return y.float() if branch.scale is None else y.float() * branch.scale.flatten()
 
 
 def _pooled(x: Tensor, side: int) -> Tensor:
@@ -78,7 +78,7 @@ def reference(
         x = x + current
     for source, branch in sources:
         first = branch.first_panel * PANEL
-        x[..., first : first + branch.panels * PANEL] += _linear(source, branch)
+        x[..., first : first + branch.panels * PANEL] += _linear(source, branch, layer.integers)
     if layer.pool > 1:
         x = _pooled(x, layer.pool)
     rows = x.contiguous() if currents else None
@@ -86,7 +86,7 @@ def reference(
         return None, None, rows
     v = layer.v_init.expand(x.shape[1:]).clone()
     fired = []
-    for step in x:
+    for step in x.to(v.dtype):
         v = v + step
         s = v > layer.threshold if layer.strict else v >= layer.threshold
         v = torch.where(s, v - layer.threshold, v)

@@ -34,7 +34,8 @@ BRANCH = Record(
 )  # fmt: skip
 CONV = Record(
     "SpikeConv", ("Q", "bias current threshold v_init spikes counts currents"),
-    ("q", "B T OH OW panels threshold_position v_init_position"), ("i", "pool strict times lanes"),
+    ("q", "B T OH OW panels threshold_position v_init_position"),
+    ("i", "pool strict times lanes integers pad"),
     ("q", " ".join(f"count_at{i}" for i in range(TIMES))),
 )  # fmt: skip
 
@@ -194,6 +195,9 @@ class Layer:
         pool: side (and stride) of a cumulative max-pool between the sum and the neurons.
         strict: neurons fire above the threshold, not at it.
         lanes: as of its branches.
+
+    Thresholds and starts of int32 (both): membranes are whole numbers too, and so must be weights,
+    bias and currents, whose sums must stay below 2^24; padding needs a threshold of 2^31 - 1.
     """
 
     panels: int
@@ -203,6 +207,11 @@ class Layer:
     pool: int = 1
     strict: bool = False
     lanes: int = PANEL
+
+    @property
+    def integers(self) -> bool:
+        """Whether membranes are whole numbers."""
+        return self.threshold is not None and self.threshold.dtype == torch.int32
 
 
 def branches_of(
@@ -216,6 +225,7 @@ def branches_of(
     pool_stride: tuple[int, int] | None = None,
     either: bool = False,
     int16: bool = False,
+    whole: bool = False,
 ) -> list[Branch]:
     """The branches of a convolution: one, or one for each run of panels with the same inputs.
 
@@ -223,6 +233,8 @@ def branches_of(
         weight: float32 ``[C_out, C_in / groups, kh, kw]``.
         pool, pool_stride: window whose spikes are added before the convolution (not divided).
         int16: weights in 16 bits where at most 10,000 spikes can meet; see :func:`_in_16_bits`.
+        whole: weights are whole numbers: they stay what they are, in 16 bits where no sum can
+            overflow.
     """
     out, inner, kh, kw = weight.shape
     panels = -(-out // PANEL)
@@ -259,8 +271,11 @@ def branches_of(
                 used_words=words, first_panel=start,
                 channels=min(inner * groups - word * PANEL, words * PANEL),
             )  # fmt: skip
-            few = inner * kh * kw * about.most <= _MOST
-            found.append(_with_digits(_in_16_bits(branch) if int16 and few else branch))
+            if whole:
+                branch = _whole_in_16_bits(branch)
+            elif int16 and inner * kh * kw * about.most <= _MOST:
+                branch = _in_16_bits(branch)
+            found.append(_with_digits(branch))
         start = p
     return found
 
@@ -274,6 +289,21 @@ def _with_digits(branch: Branch) -> Branch:
     return replace(branch, weights=torch.cat(digits, 2).contiguous(), planes=planes)
 
 
+def _largest_sums(branch: Branch) -> Tensor:
+    """Largest size of a sum of a channel's weights, ``[panels, 64]`` float64."""
+    w = branch.weights.double()
+    return torch.maximum(w.clamp(min=0).sum((1, 2)), -w.clamp(max=0).sum((1, 2))) * branch.most
+
+
+def _whole_in_16_bits(branch: Branch) -> Branch:
+    bound = _largest_sums(branch)
+    if float(bound.max()) > 32767:
+        return branch
+    return replace(
+        branch, weights=branch.weights.to(torch.int16), scale=torch.ones_like(bound).float()
+    )
+
+
 def _in_16_bits(branch: Branch) -> Branch:
     """Weights as multiples of a 16-bit unit per output channel, so large that no sum overflows.
 
@@ -283,7 +313,7 @@ def _in_16_bits(branch: Branch) -> Branch:
     unit.
     """
     w = branch.weights.double()
-    bound = torch.maximum(w.clamp(min=0).sum((1, 2)), -w.clamp(max=0).sum((1, 2))) * branch.most
+    bound = _largest_sums(branch)
     terms = (w != 0).sum((1, 2)) * branch.most
     unit = bound / (32767 - 0.5 * terms)
     unit = torch.where(unit > 0, unit, torch.ones_like(unit))
