@@ -87,7 +87,7 @@ def _against(row: Row) -> str:
 
 
 def accuracy(path: Path) -> str:
-    """Accuracy of plans, and how many predictions differ (from the converted network's, or as said)."""
+    """Accuracy of plans, and how many predictions differ from whose."""
     rows = _rows(path)
     if not rows:
         return "No rows yet: `benchmarks/engine_accuracy.py` writes `engine_accuracy.csv`."
