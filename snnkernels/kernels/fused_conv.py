@@ -62,8 +62,8 @@ def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def why_not(device: torch.device | str) -> str:
-    """Why :func:`fused_conv` cannot run on a device; nothing where it can.
+def why_not(device: torch.device | str, dtype: torch.dtype = torch.int8) -> str:
+    """Why :func:`fused_conv` cannot run on a device with weights of a dtype; else "".
 
     With ``TRITON_INTERPRET=1`` in the environment before Triton is imported it runs on CPUs,
     slowly.
@@ -75,8 +75,13 @@ def why_not(device: torch.device | str) -> str:
         return ""
     if device.type != "cuda":
         return f"Triton has no code for {device.type} devices"
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return "the tensor cores of devices before compute capability 8.0 are not used"
+    capability = torch.cuda.get_device_capability(device)
+    least = (8, 9) if dtype == torch.float8_e4m3fn else (8, 0)
+    if capability < least:
+        return (
+            f"{dtype} needs compute capability {least[0]}.{least[1]}, "
+            f"it has {capability[0]}.{capability[1]}"
+        )
     return ""
 
 
@@ -126,12 +131,13 @@ def fused_conv(
     the usual implicit one, with time as a part of its rows.
     """
     call = checked(spikes, layer, residual, residual_scale, v, output)
-    reason = why_not(spikes.device)
+    reason = why_not(spikes.device, layer.weight.dtype)
     if reason:
         raise RuntimeError(f"fused_conv cannot run on {spikes.device}: {reason}")
     out = _outputs(call, layer, output, count, v_out)
     if call.T and math.prod(call.shape):
-        _launch(call, layer, out, output, tile)
+        tile = _tile(call, layer) if tile is None else tile
+        _run(_launch(call, layer, out, output, tile), spikes.device)
     elif v_out:
         assert out.v is not None
         out.v.copy_(layer.v_init if call.v is None else call.v)
@@ -212,27 +218,29 @@ def _outputs(
     )
 
 
+class _Launch(NamedTuple):
+    """A launch, in the order of the kernel's arguments; constants and options by name."""
+
+    blocks: int
+    arguments: list[Tensor | int]
+    constants: dict[str, int | bool]
+    options: dict[str, int | bool]
+
+
 def _launch(
     call: Call,
     layer: FusedConv,
     out: FusedOutput,
     output: torch.dtype | str | None,
-    tile: Tile | None,
-) -> None:
-    kernel = importlib.import_module(f"{__package__}.fused_conv_triton").fused_conv_kernel
+    tile: Tile,
+) -> _Launch:
     spikes, weight, residual, T = call.spikes, layer.weight, call.residual, call.T
     if spikes.dtype in BYTES:
         spikes = spikes.view(torch.int8 if weight.dtype == torch.int8 else torch.uint8)
     (B, OH, OW, N), (H, W, C) = call.shape, spikes.shape[2:]
     KH, KW = weight.shape[1:3]
     M = B * OH * OW
-    if tile is None:
-        processors = PROCESSORS
-        if spikes.is_cuda:
-            processors = torch.cuda.get_device_properties(spikes.device).multi_processor_count
-        tile = tile_for(M, N, C, T, weight.dtype, layer.pool, processors)
     (SH, SW), (PH, PW), (DH, DW) = layer.stride, layer.padding, layer.dilation
-    grid = (-(-M // tile.positions) * -(-N // tile.channels),)
     # What is not there is not read: any pointer will do.
     there = [
         layer.threshold if t is None else t
@@ -241,17 +249,38 @@ def _launch(
             call.residual_scale, out.spikes, out.count, out.v,
         )
     ]  # fmt: skip
-    options = {"maxnreg": tile.registers} if tile.registers else {}
-    with torch.cuda.device_of(spikes):
-        kernel[grid](
-            spikes, weight, *there, T, B, H, W, C, OH, OW, N,
-            0 if residual is None or residual.dim() == 4 else M * N,
-            KH=KH, KW=KW, SH=SH, SW=SW, PH=PH, PW=PW, DH=DH, DW=DW, POOL=layer.pool,
-            BIAS=layer.bias is not None, RESIDUAL=residual is not None,
-            SCALED=call.residual_scale is not None, STRICT=layer.strict, FULL_V=call.v is not None,
-            OUTPUT=0 if output is None else 2 if output == "packed" else 1,
-            COUNT=out.count is not None, V_OUT=out.v is not None, QUADS=not _interpreted(),
-            ONE=tile.steps >= T, EVEN_T=T % tile.steps == 0, EVEN_C=C % tile.inner == 0,
-            TC=tile.steps, BP=tile.positions, BN=tile.channels, BK=tile.inner, GROUP=tile.group,
-            num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False, **options,
-        )  # fmt: skip
+    step = 0 if residual is None or residual.dim() == 4 else M * N
+    return _Launch(
+        -(-M // tile.positions) * -(-N // tile.channels),
+        [spikes, weight, *there, T, B, H, W, C, OH, OW, N, step],
+        {
+            "KH": KH, "KW": KW, "SH": SH, "SW": SW, "PH": PH, "PW": PW, "DH": DH, "DW": DW,
+            "POOL": layer.pool, "BIAS": layer.bias is not None, "RESIDUAL": residual is not None,
+            "SCALED": call.residual_scale is not None, "STRICT": layer.strict,
+            "FULL_V": call.v is not None,
+            "OUTPUT": 0 if output is None else 2 if output == "packed" else 1,
+            "COUNT": out.count is not None, "V_OUT": out.v is not None, "QUADS": not _interpreted(),
+            "ONE": tile.steps >= T, "EVEN_T": T % tile.steps == 0, "EVEN_C": C % tile.inner == 0,
+            "TC": tile.steps, "BP": tile.positions, "BN": tile.channels, "BK": tile.inner,
+            "GROUP": tile.group,
+        },
+        {
+            "num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": False,
+            **({"maxnreg": tile.registers} if tile.registers else {}),
+        },
+    )  # fmt: skip
+
+
+def _run(launch: _Launch, device: torch.device) -> None:
+    kernel = importlib.import_module(f"{__package__}.fused_conv_triton").fused_conv_kernel
+    with torch.cuda.device(device.index if device.type == "cuda" else -1):
+        kernel[(launch.blocks,)](*launch.arguments, **launch.constants, **launch.options)
+
+
+def _tile(call: Call, layer: FusedConv) -> Tile:
+    (B, OH, OW, N), C, device = call.shape, call.spikes.shape[-1], call.spikes.device
+    processors, major = PROCESSORS, 9
+    if device.type == "cuda":
+        found = torch.cuda.get_device_properties(device)
+        processors, major = found.multi_processor_count, found.major
+    return tile_for(B * OH * OW, N, C, call.T, layer.weight.dtype, layer.pool, processors, major)

@@ -66,8 +66,8 @@ class FusedConv:
     ) -> FusedConv:
         """Check a layer and lay out its weights.
 
-        Channels of inputs that are a multiple of 16 (32 bytes for the 8-bit dtypes are no better)
-        keep loads 16 bytes wide; any number works.
+        Any number of input channels works, and only a multiple of 16 works fast: loads are wide
+        then. Pad the spikes before and the weights here with zeros.
 
         Args:
             weight: ``[N, C, KH, KW]``, or ``[N, C]`` of a linear layer.

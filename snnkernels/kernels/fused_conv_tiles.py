@@ -36,7 +36,7 @@ class Tile(NamedTuple):
     group: int = 8
 
 
-# rows, channels, warps, registers: two blocks a processor for the first, more for the others.
+# rows, channels, warps, and registers that leave room for two blocks a processor.
 _TABLE = ((128, 128, 8, 128), (128, 64, 4, 0), (64, 64, 4, 0), (64, 32, 4, 0))
 
 
@@ -56,12 +56,20 @@ def inner_for(C: int, most: int, least: int) -> int:
 
 
 def tile_for(
-    M: int, N: int, C: int, T: int, dtype: torch.dtype, pool: int = 1, processors: int = PROCESSORS
+    M: int,
+    N: int,
+    C: int,
+    T: int,
+    dtype: torch.dtype,
+    pool: int = 1,
+    processors: int = PROCESSORS,
+    major: int = 9,
 ) -> Tile:
     """The tile for M positions of N channels, C input channels and T steps.
 
     The first row of the table that fits N and gives every processor a block; else the last that
-    fits.
+    fits. The bound on registers is for compute capability 9: where operands of the product are in
+    registers as well, it would spill within the inner loop.
     """
     steps = steps_for(T)
     wide = dtype.itemsize == 1
@@ -71,4 +79,6 @@ def tile_for(
     rows, channels, warps, registers = next(full, fitting[-1])
     # Behind a pool four values are read for each that is multiplied.
     stages = 2 if pool == 2 else 4 if channels < 128 else 3
-    return Tile(steps, rows // steps, channels, inner, warps, stages, registers)
+    return Tile(
+        steps, rows // steps, channels, inner, warps, stages, registers if major == 9 else 0
+    )

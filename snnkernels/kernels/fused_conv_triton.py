@@ -25,9 +25,10 @@ def _step(v, x, theta, STRICT: tl.constexpr):
 def _step_if(v, x, theta, live, STRICT: tl.constexpr, EVEN_T: tl.constexpr):
     """A step that is none (spike 0, the same membrane) behind the last one."""
     after, fired = _step(v, x, theta, STRICT)
-    if EVEN_T:
-        return after, fired
-    return tl.where(live, after, v), tl.where(live, fired, 0)
+    if not EVEN_T:
+        after = tl.where(live, after, v)
+        fired = tl.where(live, fired, 0)
+    return after, fired
 
 
 @triton.jit
@@ -77,26 +78,37 @@ def _scan(v, acc, theta, left, TC: tl.constexpr, BP: tl.constexpr, BN: tl.conste
 
 
 @triton.jit
+def _start(v_ptr, neuron, stored, column, dtype: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
+           FULL_V: tl.constexpr):  # fmt: skip
+    """The membranes [BP, BN] before the first step."""
+    if FULL_V:
+        v = tl.load(v_ptr + neuron, mask=stored, other=0)
+    else:
+        v = tl.zeros((BP, BN), dtype) + tl.load(v_ptr + column)[None, :]
+    return v
+
+
+@triton.jit
 def _sum_of_4(a, b, c, d, QUADS: tl.constexpr):
     """Of spikes: at most 4, exact in every type."""
-    if a.dtype.is_fp8():
-        SUM: tl.constexpr = tl.float16  # there are no sums of 8-bit floats
-        return a.to(SUM) + b.to(SUM) + (c.to(SUM) + d.to(SUM))
-    if QUADS and a.dtype.primitive_bitwidth == 8:
+    if a.dtype.is_fp8():  # which have no sums of their own
+        total = a.to(tl.float16) + b.to(tl.float16) + (c.to(tl.float16) + d.to(tl.float16))
+    elif QUADS and a.dtype.primitive_bitwidth == 8:
         # Four bytes a register: nothing carries over. The interpreter has no assembly.
-        return tl.inline_asm_elementwise(
+        total = tl.inline_asm_elementwise(
             "{ .reg .b32 s; add.u32 s, $1, $2; add.u32 $0, $3, $4; add.u32 $0, $0, s; }",
             "=r,r,r,r,r", [a, b, c, d], dtype=a.dtype, is_pure=True, pack=4,
         )  # fmt: skip
-    return a + b + (c + d)
+    else:
+        total = a + b + (c + d)
+    return total
 
 
 @triton.jit
 def _as_spikes(word, t, dtype: tl.constexpr):
     bit = (word >> t) & 1
-    if dtype.is_floating():
-        return bit.to(tl.float32).to(dtype)  # the interpreter has no way from integers to fp8
-    return bit.to(dtype)
+    # There is no way from integers to 8-bit floats.
+    return bit.to(tl.float32).to(dtype) if dtype.is_floating() else bit.to(dtype)
 
 
 # Of the sizes only those of channels decide how wide a load is: the rest makes no more kernels.
@@ -156,11 +168,8 @@ def fused_conv_kernel(
     places = block_m.to(tl.int64) * BP + tl.arange(0, BP)
     stored = (places < M)[:, None] & (columns < N)[None, :]
     neuron = places[:, None] * N + columns[None, :]
-    theta = tl.load(theta_ptr + column)[None, :]
-    if FULL_V:
-        v = tl.load(v_ptr + neuron, mask=stored, other=0)
-    else:
-        v = tl.zeros((BP, BN), ACC) + tl.load(v_ptr + column)[None, :]
+    if not ONE:
+        v = _start(v_ptr, neuron, stored, column, ACC, BP, BN, FULL_V)
     count = tl.zeros((BP, BN), tl.int32)
     words = tl.zeros((BP, BN), tl.int32)
 
@@ -214,6 +223,9 @@ def fused_conv_kernel(
                 w = tl.load(w_tile + (tap * C + c0), mask=(c0 + channels < C)[:, None], other=0.0)
             a = a.to(w.dtype)
             acc = tl.dot(a, w, acc, out_dtype=ACC)
+        theta = tl.load(theta_ptr + column)[None, :]
+        if ONE:  # only now: no registers for it during the product
+            v = _start(v_ptr, neuron, stored, column, ACC, BP, BN, FULL_V)
         v, word = _scan(v, acc, theta, T - first, TC, BP, BN, STRICT, EVEN_T)
         if OUTPUT == 1:
             # A loop, not unrolled: with one store alone Triton runs the neurons in its layout, with
@@ -230,7 +242,7 @@ def fused_conv_kernel(
                 o = o_ptr + (first // 32).to(tl.int64) * M * N + neuron
                 tl.store(o, words.to(o_ptr.dtype.element_ty), mask=stored)
                 words = tl.zeros((BP, BN), tl.int32)
+        if V_OUT:
+            tl.store(v_out_ptr + neuron, v, mask=stored & (first + TC >= T))
     if COUNT:
         tl.store(count_ptr + neuron, count, mask=stored)
-    if V_OUT:
-        tl.store(v_out_ptr + neuron, v, mask=stored)
