@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from fused_conv_cases import Case
 from support import PURE
+from test_packaging import in_a_process
 
 from snnkernels import functional
 from snnkernels.kernels import fused_conv_tiles as tiles
@@ -248,6 +249,26 @@ def test_sums_beyond_int32_are_refused() -> None:
     fused_conv_reference(torch.zeros(600, 1, 25_000, dtype=torch.uint8), layer)
     with pytest.raises(ValueError, match=r"T=700 steps of 25000 .* can leave int32"):
         fused_conv_reference(torch.zeros(700, 1, 25_000, dtype=torch.uint8), layer)
+
+
+def test_without_triton_all_but_the_launch_works() -> None:
+    """As on an install for CPUs: importing Triton is an error here."""
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch, snnkernels\n"
+        "from snnkernels.kernels.fused_conv import *\n"
+        "layer = FusedConv.of(torch.ones(2, 4, 3, 3, dtype=torch.int8), 3)\n"
+        "spikes = torch.ones(2, 1, 3, 3, 4, dtype=torch.uint8)\n"
+        "print(fused_conv_reference(spikes, layer, count=True).count.tolist(), why_not('cpu'))\n"
+        "try: fused_conv(spikes, layer)\n"
+        "except RuntimeError as error: print(error)\n"
+    )
+    done = in_a_process(code)
+    assert done.returncode == 0, done.stderr
+    reason = "Triton is not installed (pip install triton)"
+    assert done.stdout.splitlines() == [
+        f"[[[[2, 2]]]] {reason}", f"fused_conv cannot run on cpu: {reason}",
+    ]  # fmt: skip
 
 
 def test_a_cpu_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
