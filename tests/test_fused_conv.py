@@ -13,8 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fused_conv_cases import Case
-from support import PURE
-from test_packaging import in_a_process
+from support import PURE, in_a_process
 
 from snnkernels import functional
 from snnkernels.kernels import fused_conv_tiles as tiles
