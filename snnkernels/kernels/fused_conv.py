@@ -11,7 +11,8 @@ Two arithmetics, told apart by the dtype of the weights:
   the same bits in any order of summation and on any device.
 * float16, bfloat16 and float8_e4m3fn weights: the same in float32, sums in the order of the tensor
   cores. A neuron can only differ from another order where its membrane comes within the rounding of
-  those sums of its threshold.
+  those sums of its threshold. (Tensor cores of compute capability 9 keep fewer bits of float8 sums
+  than float32 has.)
 
 Triton is optional and imported by the first launch. :func:`fused_conv_reference` computes the same
 in plain PyTorch, anywhere.
@@ -23,6 +24,7 @@ import importlib
 import importlib.util
 import math
 import os
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -58,6 +60,11 @@ class FusedOutput(NamedTuple):
     v: Tensor | None
 
 
+@lru_cache(maxsize=1)
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
 def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -69,7 +76,7 @@ def why_not(device: torch.device | str, dtype: torch.dtype = torch.int8) -> str:
     slowly.
     """
     device = torch.device(device)
-    if importlib.util.find_spec("triton") is None:
+    if not _has_triton():
         return "Triton is not installed (pip install triton)"
     if _interpreted():
         return ""
@@ -107,9 +114,9 @@ def fused_conv(
     a spike (times 4 behind a pool) is checked, the sizes of bias and residual are the caller's.
 
     Args:
-        spikes: ``[T, B, H, W, C]`` (``[T, B, C]`` of a linear layer), contiguous, of 0 and 1 (small
-            whole numbers work alike): uint8 or bool, or the dtype of the weights; the former not
-            beside float8 weights. T = 0 is legal.
+        spikes: ``[T, B, H, W, C]`` (``[T, B, C]`` of a linear layer), contiguous, of 0 and 1: uint8
+            or bool, or the dtype of the weights; the former not beside float8 weights. T = 0 is
+            legal.
         layer: of :meth:`FusedConv.of`, on the same device.
         residual: ``[T, B, OH, OW, N]``, or constant in time ``[B, OH, OW, N]``; contiguous: a
             current, or spikes that pass by the convolution. uint8, int8 or int32 beside int8
@@ -127,8 +134,9 @@ def fused_conv(
         ValueError: an argument is not allowed; names it.
         RuntimeError: the kernel cannot run on this device; :func:`why_not` says why.
 
-    Source: none; the neuron is that of :func:`snnkernels.kernels.reference.if_forward`, the product
-    the usual implicit one, with time as a part of its rows.
+    Source: the neuron of :func:`snnkernels.kernels.reference.if_forward`; the convolution as a
+    product whose left side is never laid out, after Chetlur et al., cuDNN: Efficient Primitives for
+    Deep Learning (arXiv 1410.0759), here with time in its rows.
     """
     call = checked(spikes, layer, residual, residual_scale, v, output)
     reason = why_not(spikes.device, layer.weight.dtype)

@@ -77,8 +77,9 @@ def tile_for(
     fitting = [row for row in _TABLE if row[1] < 2 * N] or [_TABLE[-1]]
     full = (row for row in fitting if -(-M * steps // row[0]) * -(-N // row[1]) >= processors)
     rows, channels, warps, registers = next(full, fitting[-1])
-    # Behind a pool four values are read for each that is multiplied.
-    stages = 2 if pool == 2 else 4 if channels < 128 else 3
+    if pool == 2:  # four values are read for each that is multiplied: one block a processor
+        return Tile(steps, rows // steps, channels, inner, warps, 2)
+    stages = 4 if channels < 128 else 3
     return Tile(
         steps, rows // steps, channels, inner, warps, stages, registers if major == 9 else 0
     )

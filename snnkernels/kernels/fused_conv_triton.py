@@ -242,7 +242,8 @@ def fused_conv_kernel(
                 o = o_ptr + (first // 32).to(tl.int64) * M * N + neuron
                 tl.store(o, words.to(o_ptr.dtype.element_ty), mask=stored)
                 words = tl.zeros((BP, BN), tl.int32)
-        if V_OUT:
-            tl.store(v_out_ptr + neuron, v, mask=stored & (first + TC >= T))
+        if V_OUT:  # noqa: SIM102 - one is known when compiling, the other is not
+            if first + TC >= T:
+                tl.store(v_out_ptr + neuron, v, mask=stored)
     if COUNT:
         tl.store(count_ptr + neuron, count, mask=stored)
