@@ -11,6 +11,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 import sysconfig
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -111,6 +112,19 @@ def find_nvcc() -> str | None:
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
     named = os.environ.get("NVCC", "nvcc")
     return shutil.which(named) or shutil.which("nvcc", path=str(Path(home) / "bin"))
+
+
+def in_a_process(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs Python code with the copy of the package under test."""
+    path = os.pathsep.join(filter(None, (str(PACKAGE.parent), os.environ.get("PYTHONPATH"))))
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=sys.prefix,  # in a clone, python -c would import the source folder
+        env={**os.environ, "PYTHONPATH": path, **environment},
+    )
 
 
 def check_call(command: Iterable[str | Path], **options: Any) -> str:

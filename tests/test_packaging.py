@@ -6,7 +6,6 @@ import ast
 import hashlib
 import os
 import re
-import subprocess
 import sys
 import sysconfig
 from pathlib import Path
@@ -15,7 +14,17 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from support import CSRC, PACKAGE, PURE, ROOT, HostShim, check_call, compiler, extension
+from support import (
+    CSRC,
+    PACKAGE,
+    PURE,
+    ROOT,
+    HostShim,
+    check_call,
+    compiler,
+    extension,
+    in_a_process,
+)
 
 from snnkernels.kernels import backends, params, reference
 
@@ -112,18 +121,6 @@ def test_codes_are_those_of_params_h() -> None:
 
 
 # ---- importing -----------------------------------------------------------------------------------
-
-
-def in_a_process(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join(filter(None, (str(PACKAGE.parent), os.environ.get("PYTHONPATH"))))
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=sys.prefix,  # in a clone, python -c would import the source folder
-        env={**os.environ, "PYTHONPATH": path, **environment},
-    )
 
 
 def test_import_is_lean() -> None:
