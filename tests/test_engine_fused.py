@@ -104,7 +104,7 @@ def test_why_a_layer_is_not_fused() -> None:
         ("cumulative max-pool", {"side": 2}),
         ("no convolution", {"terms": []}),
         ("groups=2", {"terms": [replace(term, groups=2)]}),
-        ("more spikes than one uint8", {"terms": [replace(term, pool=(16, 16))]}),
+        ("more spikes than one value", {"terms": [replace(term, pool=(16, 16))]}),
         ("beyond torch.float16", {"terms": [replace(term, weight=term.weight * 1e9)]}),
         ("threshold of shape", {"neurons": replace(node.neurons, threshold=torch.ones(2, 3, 4))}),
     ]

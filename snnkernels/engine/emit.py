@@ -4,26 +4,83 @@ from __future__ import annotations
 
 import copy
 import operator
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
+import torch
 from torch import fx, nn
 
 from ..conversion.network import ConvertedNetwork
 from ..conversion.spiking import SpikingActivation
 from .layers import CountAt, Dense, Pack, Run, SpikingLayer
+from .map_layers import FromMap, MapLayer, ToMap
 from .network import Network, Node
 
-__all__ = ["emit"]
+__all__ = ["Form", "Maps", "Packed", "emit"]
 
 
-def emit(snn: ConvertedNetwork, net: Network, run: Run, int16: bool) -> fx.GraphModule:
+class Form(Protocol):
+    """What the layers of a plan are, and the ways between their spikes and dense tensors."""
+
+    def layer(self, net: Network, node: Node, counted: bool) -> Any:
+        """A module with ``sources``: names of the values whose spikes it is called with."""
+
+    def pack(self) -> nn.Module:
+        """From spikes ``[T * B, *size]``."""
+
+    def dense(self, node: Node) -> nn.Module:
+        """To those, each of its weight."""
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Words of 64 channels, for CPUs."""
+
+    run: Run
+    int16: bool
+
+    def layer(self, net: Network, node: Node, counted: bool) -> Any:
+        """As :meth:`Form.layer`."""
+        return SpikingLayer(net, node, self.run, self.int16, counted)
+
+    def pack(self) -> nn.Module:
+        """As :meth:`Form.pack`."""
+        return Pack(self.run)
+
+    def dense(self, node: Node) -> nn.Module:
+        """As :meth:`Form.dense`."""
+        return Dense(node)
+
+
+@dataclass(frozen=True)
+class Maps:
+    """uint8 with channels innermost, for GPUs."""
+
+    run: Run
+    precision: str
+    device: torch.device
+
+    def layer(self, net: Network, node: Node, counted: bool) -> Any:
+        """As :meth:`Form.layer`."""
+        return MapLayer(net, node, self.run, self.precision, counted, self.device)
+
+    def pack(self) -> nn.Module:
+        """As :meth:`Form.pack`."""
+        return ToMap(self.run)
+
+    def dense(self, node: Node) -> nn.Module:
+        """As :meth:`Form.dense`."""
+        return FromMap(node, self.device)
+
+
+def emit(snn: ConvertedNetwork, net: Network, run: Run, form: Form) -> fx.GraphModule:
     """``body(*statics, T) -> counts [times, B, *]``, of layers and of what stayed as it was."""
-    return _Emitter(snn, net, run, int16).build()
+    return _Emitter(snn, net, run, form).build()
 
 
 class _Emitter:
-    def __init__(self, snn: ConvertedNetwork, net: Network, run: Run, int16: bool) -> None:
-        self.snn, self.net, self.run, self.int16 = snn, net, run, int16
+    def __init__(self, snn: ConvertedNetwork, net: Network, run: Run, form: Form) -> None:
+        self.snn, self.net, self.run, self.form = snn, net, run, form
         self.graph = fx.Graph()
         self.root: dict[str, Any] = {}
         self.of: dict[str, fx.Node] = {n.name: n for n in snn.body.graph.nodes}
@@ -62,20 +119,20 @@ class _Emitter:
     def _layer(self, node: Node) -> fx.Node:
         if node.name not in self.calls:
             counted = self._counted(node.name)
-            layer = SpikingLayer(self.net, node, self.run, self.int16, counted)
+            layer = self.form.layer(self.net, node, counted)
             sources = [self._packed(name) for name in layer.sources]
             statics = [self._dense(name) for name in node.statics]
             self.calls[node.name] = self._add(node.name, layer, *sources, *statics)
         return self.calls[node.name]
 
     def _packed(self, name: str) -> fx.Node:
-        """The spikes of a value as a SpikeMap."""
+        """The spikes of a value as layers read them."""
         node = self.net.origin_of(name)
         if node.name not in self.packed:
             if node.op == "layer":
                 packed = self.graph.call_function(operator.getitem, (self._layer(node), 0))
             else:
-                packed = self._add(f"{node.name}_pack", Pack(self.run), self._dense(node.name))
+                packed = self._add(f"{node.name}_pack", self.form.pack(), self._dense(node.name))
             self.packed[node.name] = packed
         return self.packed[node.name]
 
@@ -90,7 +147,7 @@ class _Emitter:
             return self.dense[name]
         node = self.net.nodes.get(name)
         if node is not None and node.op == "layer":
-            made = self._add(f"{name}_dense", Dense(node), self._packed(name))
+            made = self._add(f"{name}_dense", self.form.dense(node), self._packed(name))
         elif node is not None and node.op == "static":
             made = self.given[name]
         else:

@@ -69,6 +69,8 @@ class Explanation:
         lines.append("")
         for row in (head, *rows):
             lines.append("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip())
+        if not self.arena:
+            return "\n".join(lines)
         lines.append("")
         lines.append(
             f"packed spikes of an image: {_si(self.arena)}B at a time "
@@ -92,9 +94,14 @@ def _runs(node: Node) -> str:
 
 
 def explain(
-    before: Network, net: Network, notes: dict[str, list[str]], buffers: Buffers, T: int
+    before: Network,
+    net: Network,
+    notes: dict[str, list[str]],
+    buffers: Buffers,
+    T: int,
+    maps: dict[str, str] | None = None,
 ) -> Explanation:
-    """An explanation of a lowered network."""
+    """An explanation of a lowered network; ``maps``: how layers on maps of uint8 run."""
     rows = []
     for node in net:
         if node.neurons is None:
@@ -106,11 +113,12 @@ def explain(
         # Before: the current of every step and its spikes, in float32.
         was = 4 * neurons * T * 2 if not layer or node.terms else 4 * neurons * (T + 1)
         packed = 8 * math.prod(node.size[1:]) * panels_of(node.size[0]) * T
+        packed = packed if maps is None else neurons * T
         after = (packed if node.spikes else 4 * neurons) if layer else was
         rows.append(
             LayerRow(
                 node.name,
-                _runs(node),
+                (maps or {}).get(node.name) or _runs(node),
                 reads or ", ".join(node.inputs),
                 was,
                 after,

@@ -29,8 +29,8 @@ from .network import Network, Node, Term
 
 __all__ = ["FusedLayer"]
 
-_DTYPES = (torch.float16, torch.bfloat16)
-_MOST = 255  # spikes that one uint8 counts, exact in both dtypes
+# And how many spikes one value of a map may count, exact in each.
+_DTYPES = {torch.float16: 255, torch.bfloat16: 255, torch.int8: 127}
 
 
 class FusedLayer(nn.Module):
@@ -46,11 +46,12 @@ class FusedLayer(nn.Module):
 
         Args:
             net, node: a layer that :func:`snnkernels.engine.passes.fuse_neurons` made.
-            dtype: of the weights, float16 or bfloat16: rounded once.
+            dtype: of the weights, float16 or bfloat16: rounded once; int8 for a layer in whole
+                numbers (:mod:`.integers`).
 
         Raises:
             NotFusible: says why the layer has to run as a convolution and neurons.
-            ValueError: the dtype is none of the two.
+            ValueError: the dtype is none of these.
         """
         super().__init__()
         if dtype not in _DTYPES:
@@ -63,8 +64,8 @@ class FusedLayer(nn.Module):
         if not many:
             raise NotFusible("it has no convolution")
         main = max(many, key=lambda term: term.weight.numel() * (term.groups == 1))
-        if math.prod(main.pool) > _MOST and not main.either:
-            raise NotFusible(f"windows of {main.pool} hold more spikes than one uint8 counts")
+        if math.prod(main.pool) > _DTYPES[dtype] and not main.either:
+            raise NotFusible(f"windows of {main.pool} hold more spikes than one value counts")
         weight = main.weight.to(dtype)
         if not bool(weight.isfinite().all()):
             raise NotFusible(f"a weight is beyond {dtype}")
@@ -90,8 +91,16 @@ class FusedLayer(nn.Module):
         self.size, self.spikes = node.size, node.spikes
         self.counted = any(user.op == "count" for user in net.users(node.name))
         self._main = main
-        self._others = [replace(term, weight=term.weight.float()) for term in others]
+        # Whole numbers have exact sums in float64.
+        wide = torch.float64 if dtype == torch.int8 else torch.float32
+        self._others = [replace(term, weight=term.weight.to(wide)) for term in others]
         self._run = (run,)
+
+    def place(self, device: torch.device) -> FusedLayer:
+        """Move what it holds."""
+        self.layer = self.layer.to(device)
+        self._others = [replace(term, weight=term.weight.to(device)) for term in self._others]
+        return self
 
     def forward(
         self, maps: Sequence[Tensor], statics: Sequence[Tensor] = ()
@@ -130,16 +139,17 @@ class FusedLayer(nn.Module):
     ) -> tuple[Tensor | None, Tensor | None]:
         """The residual of the call, and what one of it weighs."""
         if len(maps) == 1 and self._others[0].in_place and not statics:
-            return maps[0], self._others[0].weight.flatten().to(maps[0].device)
+            scale = self._others[0].weight.flatten()
+            return maps[0], scale.to(maps[0].device, self.layer.state)
         total: Tensor | None = None
         for static in statics:
             full = static[..., None, None] if static.dim() == 2 else static
-            full = full.permute(0, 2, 3, 1).float()
+            full = full.permute(0, 2, 3, 1)
             total = full if total is None else total + full
         for spikes, term in zip(maps, self._others, strict=True):
             current = _current(spikes, term)
             total = current if total is None else current + total
-        return (None if total is None else total.contiguous()), None
+        return (None if total is None else total.to(self.layer.state).contiguous()), None
 
     def extra_repr(self) -> str:
         """Show what it is made of."""
@@ -162,11 +172,11 @@ def _pool(x: Tensor, term: Term) -> Tensor:
 
 
 def _current(spikes: Tensor, term: Term) -> Tensor:
-    """What a term adds, float32 ``[T, B, OH, OW, N]``."""
+    """What a term adds, ``[T, B, OH, OW, N]``, in the dtype of its weights."""
     weight = term.weight.to(spikes.device)
     if term.in_place:
         return spikes * weight.flatten()
-    x = spikes.flatten(0, 1).permute(0, 3, 1, 2).float()
+    x = spikes.flatten(0, 1).permute(0, 3, 1, 2).to(weight.dtype)
     if (term.pool, term.pool_stride) != ((1, 1), (1, 1)):
         x = _pool(x, term)
     x = F.conv2d(x, weight, None, term.stride, term.padding, term.dilation, term.groups)

@@ -163,12 +163,12 @@ class Graphs:
                 self.backend.finish()
             del self._graphs[key]
 
-    def __call__(self, *inputs: Tensor, T: int, version: Hashable = None) -> Answers:
+    def __call__(self, *inputs: Tensor, T: Any, version: Hashable = None) -> Answers:
         """The answers, as new tensors.
 
         Args:
             inputs: of the computation; a graph is for their shapes, strides, dtypes and device.
-            T: number of steps.
+            T: number of steps, or what else of them the computation is told.
             version: of everything else that the computation reads (weights, settings); when it
                 changes all graphs are dropped: they read what was there when they were captured.
         """
@@ -181,7 +181,7 @@ class Graphs:
             with self.backend.turn():
                 return self._run(inputs, T)
 
-    def _run(self, inputs: Sequence[Tensor], T: int) -> Answers:
+    def _run(self, inputs: Sequence[Tensor], T: Any) -> Answers:
         shapes = tuple((x.shape, x.stride(), x.dtype, x.device) for x in inputs)
         key = (shapes, T)
         seen = key in self._graphs

@@ -9,19 +9,21 @@ scale is left at inference.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from ..conversion.spiking import per_channel_view
 from .network import Network, Node
 
-__all__ = ["LARGEST", "MOST_CURRENT", "WholePrefix", "to_integers"]
+__all__ = ["WholePrefix", "check_range", "current_bound", "to_integers", "units_of"]
 
-LARGEST = 127  # weight
-MOST_CURRENT = 2**23  # of what is constant in time; more fires, or silences, at every step as well
+_LARGEST = 127  # weight
+_MOST_CURRENT = 2**23  # of what is constant in time; more fires, or silences, at every step as well
 _FINEST = 2**20  # units of a threshold at most
 _FRACTIONS = torch.linspace(0.3, 1.0, 36, dtype=torch.float64).tolist()
 # Inputs: below 2^9 in steps of 2^-14. Weights on them: 18 bits. The sum of a window is then a whole
@@ -77,7 +79,7 @@ def _to_integers(node: Node) -> str:
     terms = []
     for term in node.terms:
         whole = (term.weight / column).round()
-        terms.append(replace(term, weight=whole if term.each else whole.clamp(-LARGEST, LARGEST)))
+        terms.append(replace(term, weight=whole if term.each else whole.clamp(-_LARGEST, _LARGEST)))
     bias = node.bias
     if neurons.bias is not None:
         own = neurons.bias.double().expand(channels)
@@ -103,13 +105,64 @@ def _unit(weights: Tensor, otherwise: Tensor) -> Tensor:
     most = weights.abs().amax(1)
     best, found = torch.full_like(most, torch.inf), otherwise.clone()
     for fraction in _FRACTIONS:
-        unit = (most * (fraction / LARGEST)).clamp(min=1e-300)
-        near = (weights / unit[:, None]).round().clamp(-LARGEST, LARGEST) * unit[:, None]
+        unit = (most * (fraction / _LARGEST)).clamp(min=1e-300)
+        near = (weights / unit[:, None]).round().clamp(-_LARGEST, _LARGEST) * unit[:, None]
         error = (near - weights).square().sum(1)
         better = (error < best) & (most > 0)
         best = torch.where(better, error, best)
         found = torch.where(better, unit, found)
     return found
+
+
+def units_of(statics: Sequence[Tensor], unit: Tensor) -> list[Tensor]:
+    """The current that is constant in time, ``[B, C]`` or ``[B, C, H, W]`` float32, in units.
+
+    Its parts are added first, exactly, and rounded once.
+    """
+    if not statics:
+        return []
+    total = statics[0]
+    for static in statics[1:]:
+        total = total + static
+    units = total / per_channel_view(unit, 1, total.dim())
+    return [units.round().clamp(-_MOST_CURRENT, _MOST_CURRENT).float()]
+
+
+def current_bound(node: Node) -> float:
+    """Largest size of a layer's current in units.
+
+    Raises:
+        ValueError: float32 could not hold it.
+    """
+    sums = [torch.zeros(node.size[0], dtype=torch.float64) for _ in range(2)]
+    for term in node.terms:
+        most = 1 if term.either else math.prod(term.pool)
+        for i, sign in enumerate((1, -1)):
+            sums[i] += (sign * term.weight).clamp(min=0).flatten(1).sum(1) * most
+    bound = float(torch.stack(sums).amax())
+    bound += 0.0 if node.bias is None else float(node.bias.abs().max())
+    bound += _MOST_CURRENT if node.statics else 0
+    if bound >= 2**24:
+        raise ValueError(
+            f"precision='int8': sums of {node.name} can reach {bound:.4g}, beyond 2^24; use "
+            "precision='float32'"
+        )
+    return bound
+
+
+def check_range(name: str, T: int, bound: float, start: int, side: int) -> None:
+    """T steps must stay in range: 2^24 of running sums (float32), 2^31 of membranes.
+
+    Raises:
+        ValueError: they might not.
+    """
+    most = 2**24 if side > 1 else 2**31
+    if T * bound + start >= most:
+        raise ValueError(
+            f"T={T} is too long for precision='int8': sums of {name} could reach "
+            f"{T * bound + start:.4g} (allowed: below {most}); use precision='float32' or fewer "
+            "steps"
+        )
 
 
 class WholePrefix:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from ..conversion.spiking import SpikingActivation, per_channel_view
 from ..kernels.spike_conv import spike_conv
 from ..kernels.spike_maps import PANEL, Branch, Layer, SpikeMap, branches_of, lanes_of
-from .integers import MOST_CURRENT
+from .integers import check_range, current_bound, units_of
 from .network import Network, Node
 
 __all__ = ["CountAt", "Dense", "Pack", "Run", "SpikingLayer"]
@@ -64,28 +63,6 @@ def _spread(value: Tensor, size: tuple[int, ...], fill: float) -> Tensor:
 
 
 _NEVER = 2**31 - 1  # a threshold
-
-
-def _bound(node: Node) -> float:
-    """Largest size of a layer's current in whole numbers.
-
-    Raises:
-        ValueError: float32 could not hold it.
-    """
-    sums = [torch.zeros(node.size[0], dtype=torch.float64) for _ in range(2)]
-    for term in node.terms:
-        most = 1 if term.either else math.prod(term.pool)
-        for i, sign in enumerate((1, -1)):
-            sums[i] += (sign * term.weight).clamp(min=0).flatten(1).sum(1) * most
-    bound = float(torch.stack(sums).amax())
-    bound += 0.0 if node.bias is None else float(node.bias.abs().max())
-    bound += MOST_CURRENT if node.statics else 0
-    if bound >= 2**24:
-        raise ValueError(
-            f"precision='int8': sums of {node.name} can reach {bound:.4g}, beyond 2^24; use "
-            "precision='float32'"
-        )
-    return bound
 
 
 class SpikingLayer(nn.Module):
@@ -140,21 +117,19 @@ class SpikingLayer(nn.Module):
         )
         self.register_buffer("v_init", _spread(neurons.v_init, node.size, 0), persistent=False)
         self.register_buffer("unit", node.unit, persistent=False)
-        self._bound = 0.0 if node.unit is None else _bound(node)
+        self._bound = 0.0 if node.unit is None else current_bound(node)
         self._start = 0 if node.unit is None else int(self.v_init.abs().max())
 
     def forward(self, *values: Any) -> tuple[SpikeMap | None, Tensor | None]:
         """Run all steps."""
         run = self._run[0]
-        self._check_range(run.T)
+        if self.unit is not None:
+            check_range(self.name, run.T, self._bound, self._start, self.side)
         maps, statics = values[: len(self.sources)], values[len(self.sources) :]
         current: Tensor | None = None
-        for static in statics:
+        for static in statics if self.unit is None else units_of(statics, self.unit):
             current = static if current is None else current + static
         if current is not None:
-            if self.unit is not None:
-                units = current / per_channel_view(self.unit, 1, current.dim())
-                current = units.round().clamp(-MOST_CURRENT, MOST_CURRENT).float()
             full = current[..., None, None] if current.dim() == 2 else current
             full = full.permute(0, 2, 3, 1)
             current = F.pad(full, (0, self.panels * PANEL - self.channels)).contiguous()
@@ -177,18 +152,6 @@ class SpikingLayer(nn.Module):
             counts = counts[..., : self.channels].permute(0, 1, 4, 2, 3).contiguous()
             counts = counts.flatten(2) if len(self.size) == 1 else counts
         return None if words is None else SpikeMap(words, self.channels), counts
-
-    def _check_range(self, T: int) -> None:
-        """T steps must stay in range: 2^24 of running sums (float32), 2^31 of membranes."""
-        if self.unit is None:
-            return
-        most = 2**24 if self.side > 1 else 2**31
-        if T * self._bound + self._start >= most:
-            raise ValueError(
-                f"T={T} is too long for precision='int8': sums of {self.name} could reach "
-                f"{T * self._bound + self._start:.4g} (allowed: below {most}); use "
-                "precision='float32' or fewer steps"
-            )
 
     def extra_repr(self) -> str:
         """Show what it is made of."""

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from ..conversion.inputs import Inputs, as_given, each, leaves, parts_of
 from ..conversion.means import FromMeans, RunningMean
@@ -19,10 +19,12 @@ from ..conversion.steps import CAUSAL
 from ..kernels.spike_maps import TIMES
 from .buffers import Buffers, plan_buffers
 from .cost import choose_convolution
-from .emit import emit
+from .emit import Maps, Packed, emit
 from .explain import Explanation, explain
+from .graphs import Backend, CudaBackend, Graphs
 from .integers import WholePrefix, to_integers
 from .layers import Run
+from .map_layers import MapLayer
 from .passes import PASSES, Pass
 from .read import mark, read, settings
 
@@ -33,8 +35,14 @@ ALL_PASSES: dict[str, Pass | None] = {
     "choose_convolution": choose_convolution,
     "count_at_end": PASSES["count_at_end"],
     "reuse_buffers": None,  # of the memory, not of the network
+    "capture_graphs": None,  # of the calls
 }
-PRECISIONS = ("float32", "int16", "int8")
+# By the type of device.
+PRECISIONS = {
+    "cpu": ("float32", "int16", "int8"),
+    "cuda": ("float32", "float16", "bfloat16", "int8"),
+}
+_MEMORY = {"cpu": 32 * 2**20, "cuda": 4 * 2**30}
 _UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 _SHAPES = 8  # shapes of inputs whose plans are kept
 _WITH_STATE = (SpikingActivation, CumulativeMaxPool, RunningMean, FromMeans)
@@ -45,7 +53,7 @@ def lower(
     *,
     precision: str = "float32",
     without: Sequence[str] = (),
-    max_memory: int | str = "32MiB",
+    max_memory: int | str | None = None,
 ) -> Plan:
     """A converted network as a plan that gives the same answer in a fraction of the time.
 
@@ -56,9 +64,11 @@ def lower(
         print(fast.explain(images))
 
     On CPUs spikes stay packed between layers, 64 channels a word, and a weight is added where there
-    is a spike (:mod:`snnkernels.engine`). What the engine has no layer for runs as the converted
-    network runs it; :meth:`Plan.explain` says what and why. A plan is for inference: it has no
-    gradients.
+    is a spike (:mod:`snnkernels.engine`). On CUDA devices they are maps of uint8 with channels
+    innermost; a convolution and the neurons behind it are one Triton kernel where there is one for
+    them, else cuDNN's and ours, and calls of a shape seen before are replayed as a CUDA graph. What
+    the engine has no layer for runs as the converted network runs it; :meth:`Plan.explain` says
+    what and why. A plan is for inference: it has no gradients.
 
     The same answer: given the same spikes, a layer adds the same weights in another order, so a
     neuron can only answer differently where its membrane comes within the rounding of that sum of
@@ -71,15 +81,26 @@ def lower(
             call, and reads them again when they have changed (writes through ``.data`` or NumPy
             leave no trace: make another plan after them). While forward hooks wait in its body, it
             runs itself, so that they are called.
-        precision: ``"float32"`` (weights as they are), or ``"int16"``: weights as multiples of
-            a 16-bit unit per output channel, sums exact; each weight is off by at most half a
-            unit, about 1 / 65,000 of the largest sum there can be. Layers whose sums can have more
-            than 10,000 spikes (wide linear layers, means of whole maps) keep their 32 bits: the
-            unit would be no smaller than a few times a weight.
+        precision: ``"float32"``: weights as they are.
+
+            ``"int16"`` (CPUs): weights as multiples of a 16-bit unit per output channel, sums
+            exact; each weight is off by at most half a unit, about 1 / 65,000 of the largest sum
+            there can be. Layers whose sums can have more than 10,000 spikes (wide linear layers,
+            means of whole maps) keep their 32 bits: the unit would be no smaller than a few times
+            a weight.
+
+            ``"float16"``, ``"bfloat16"`` (CUDA): weights rounded to it; membranes, and the sums of
+            fused layers, in float32.
+
+            ``"int8"``: all in whole numbers (8-bit weights; thresholds, biases and membranes of 32
+            bits; :mod:`.integers`), so that spikes are the same bits whatever adds them up, in
+            which order and on which device. Every layer of neurons must be lowered, and one linear
+            layer lie between the input and the first; else a call is an error that says so.
         without: names of passes to leave out, of :data:`snnkernels.engine.ALL_PASSES`.
         max_memory: bound on what a call takes for spikes and currents beside weights, in bytes or
             such as ``"256MiB"``: larger batches go through in pieces of as many images as fit, at
-            least one. Where a part of the answer has no row per image they go through whole.
+            least one. By default 32 MiB on CPUs, 4 GiB on GPUs. Where a part of the answer has no
+            row per image they go through whole.
 
     Raises:
         TypeError: ``snn`` is no converted network.
@@ -107,11 +128,27 @@ def _bytes(value: int | str) -> int:
     )
 
 
+def _form(device: torch.device) -> str:
+    """What spikes are between layers: packed words, or maps of uint8."""
+    return "packed" if device.type == "cpu" else "maps"
+
+
+def _backend(device: torch.device) -> Backend | None:
+    """What captures graphs on a device, if anything does."""
+    return CudaBackend(device) if device.type == "cuda" else None
+
+
 class _Built:
     """A plan for inputs of one shape."""
 
-    def __init__(self, snn: ConvertedNetwork, x: Any, off: frozenset[str], precision: str) -> None:
+    def __init__(
+        self, snn: ConvertedNetwork, x: Any, off: frozenset[str], precision: str, backend: Any
+    ) -> None:
         self.run = Run()
+        device = _device_of(snn)
+        self.packed = _form(device) == "packed"
+        if not self.packed:
+            off = off | {"choose_convolution"}  # its costs are those of CPUs
         self.prefix = WholePrefix(snn.prefix) if precision == "int8" else None
         if precision == "int8":
             off = off | {"choose_convolution"}  # sums of dense convolutions are rounded
@@ -127,12 +164,40 @@ class _Built:
                     changed = True
                 self.notes[name] += done
         self.notes["integers"] = to_integers(self.net) if precision == "int8" else []
-        self.body = emit(snn, self.net, self.run, precision == "int16")
-        self.reuse = "reuse_buffers" not in off
+        self.body = emit(
+            snn, self.net, self.run,
+            Packed(self.run, precision == "int16") if self.packed
+            else Maps(self.run, precision, device),
+        )  # fmt: skip
+        self.reuse = "reuse_buffers" not in off and self.packed
+        self.graphs: Graphs | None = None
+        if backend is not None and "capture_graphs" not in off:
+            self.graphs = Graphs(self.compute, backend)
         self.memory: dict[int, Buffers] = {}
         self.in_pieces: bool | None = None
         if not self.reuse:
             self.notes["reuse_buffers"] = []
+
+    def compute(self, *given: Any) -> tuple[Tensor, ...]:
+        """Counts after the numbers of steps that come last, from what is constant in time."""
+        *statics, ends = given
+        self.run.T, self.run.ends = ends[-1], ends
+        self.reset()
+        try:
+            return tuple(self.body(*statics, ends[-1]))
+        finally:
+            self.reset()
+
+    def reset(self) -> None:
+        """Layers that stayed as they were begin at their initial potential."""
+        for module in self.body.modules():
+            if isinstance(module, _WITH_STATE):
+                module.reset()
+
+    def close(self) -> None:
+        """Nothing of it runs any more."""
+        if self.graphs is not None:
+            self.graphs.clear()
 
     def buffers(self, T: int) -> Buffers:
         if T not in self.memory:
@@ -143,10 +208,10 @@ class _Built:
         """Most that one image takes at a time: packed spikes, and dense values left."""
         buffers = self.buffers(T)
         packed = 8 * (buffers.words if self.reuse else buffers.apart)
+        # Maps and the currents of what is not fused take as much as dense tensors.
+        small = ("layer", "static", "count") if self.packed else ("static", "count")
         dense = [
-            4 * T * math.prod(node.size)
-            for node in self.net
-            if node.op not in ("layer", "static", "count") and node.size
+            4 * T * math.prod(node.size) for node in self.net if node.op not in small and node.size
         ]
         constant = [4 * math.prod(n.size) for n in self.net if n.op == "static"]
         # A value, what it is made of and what its neurons give live together.
@@ -168,15 +233,16 @@ class Plan(nn.Module):
         *,
         precision: str,
         without: Sequence[str],
-        max_memory: int | str,
+        max_memory: int | str | None,
     ) -> None:
         super().__init__()
         if not isinstance(snn, ConvertedNetwork):
             raise TypeError(
                 f"snn must be a converted network (snnkernels.convert), got {type(snn).__name__}"
             )
-        if precision not in PRECISIONS:
-            allowed = ", ".join(map(repr, PRECISIONS))
+        known = dict.fromkeys(name for names in PRECISIONS.values() for name in names)
+        if precision not in known:
+            allowed = ", ".join(map(repr, known))
             raise ValueError(f"precision={precision!r} is unknown; allowed: {allowed}")
         if not isinstance(without, Iterable):
             raise TypeError(f"without={without!r} must be names of passes: {', '.join(ALL_PASSES)}")
@@ -189,18 +255,19 @@ class Plan(nn.Module):
         self.snn = snn
         self.precision = precision
         self.without = frozenset(names)
-        self.max_memory = _bytes(max_memory)
+        self.max_memory = None if max_memory is None else _bytes(max_memory)
         self._built: dict[Any, _Built] = {}
         self._weights: Any = None
         self._alive: list[Tensor] = []
         self._arena: Tensor | None = None
+        self._graphs_of: tuple[torch.device, Backend | None] | None = None
         self._lock = threading.RLock()
         self.eval()
 
     # A plan holds no parameters of its own: what it has made of the weights is made again.
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        state.update(_built={}, _weights=None, _alive=[], _arena=None, _lock=None)
+        state.update(_built={}, _weights=None, _alive=[], _arena=None, _graphs_of=None, _lock=None)
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -235,11 +302,12 @@ class Plan(nn.Module):
         steps = self.snn._clock.steps
         if steps != CAUSAL:
             return "its method runs time otherwise than one spike after another at every step"
-        if torch.is_autocast_enabled("cpu"):
+        devices = {t.device for t in (*self.snn.parameters(), *self.snn.buffers())}
+        if len(devices) != 1 or not {d.type for d in devices} <= set(PRECISIONS):
+            found = ", ".join(sorted(map(str, devices))) or "nowhere: it has no tensor"
+            return f"it is on {found}, not on one CPU or CUDA device"
+        if torch.is_autocast_enabled(next(iter(devices)).type):
             return "autocast is on"
-        tensors = [*self.snn.parameters(), *self.snn.buffers()]
-        if any(t.device.type != "cpu" for t in tensors):
-            return "it is not on a CPU"
         for name, module in self.snn.body.named_modules():
             if module._forward_hooks or module._forward_pre_hooks:
                 return f"a hook of {name or 'the body'} is to be called"
@@ -252,7 +320,21 @@ class Plan(nn.Module):
         reason = self.why_not()
         if reason and self.precision == "int8":
             raise ValueError(f"precision='int8' has no other way to run, but {reason}")
+        if not reason and self.precision not in (allowed := PRECISIONS[self._device.type]):
+            raise ValueError(
+                f"precision={self.precision!r} does not run on {self._device}; there are "
+                f"{', '.join(map(repr, allowed))}"
+            )
         return bool(reason)
+
+    @property
+    def _device(self) -> torch.device:
+        return _device_of(self.snn)
+
+    @property
+    def _most(self) -> int:
+        """Bytes that a call may take."""
+        return self.max_memory or _MEMORY[self._device.type]
 
     def forward(self, *inputs: Any, T: int | None = None, **named: Any) -> Any:
         """As :meth:`snnkernels.ConvertedNetwork.forward`, without gradients."""
@@ -302,7 +384,11 @@ class Plan(nn.Module):
             raise ValueError(
                 "explain() needs inputs: the plan depends on their shape, and there was no call yet"
             )
-        return explain(built.before, built.net, built.notes, built.buffers(self.T), self.T)
+        maps = None
+        if not built.packed:
+            layers = (m for m in built.body.modules() if isinstance(m, MapLayer))
+            maps = {layer.name: layer.runs for layer in layers}
+        return explain(built.before, built.net, built.notes, built.buffers(self.T), self.T, maps)
 
     def peak_memory(self, batch: int, T: int | None = None) -> int:
         """Bytes that a call on so many images takes for spikes, beside weights, as planned.
@@ -314,7 +400,7 @@ class Plan(nn.Module):
             raise ValueError("peak_memory needs a call first: the plan depends on the inputs")
         built = next(reversed(self._built.values()))
         image = built.bytes_per_image(T)
-        return image * min(batch, max(1, self.max_memory // max(image, 1)))
+        return image * min(batch, max(1, self._most // max(image, 1)))
 
     # ---- running
 
@@ -323,7 +409,7 @@ class Plan(nn.Module):
             built = self._plan(x)
             batch = len(x)
             image = built.bytes_per_image(ends[-1])
-            piece = max(1, self.max_memory // max(image, 1))
+            piece = max(1, self._most // max(image, 1))
             if batch <= piece or not self._in_pieces(built, x):
                 return self._run(built, x, ends)
             parts = [self._run(built, x[i : i + piece], ends) for i in range(0, batch, piece)]
@@ -348,16 +434,20 @@ class Plan(nn.Module):
             [settings(layer) for _, layer in self.neurons()],
         )
         if weights != self._weights:
+            for old in self._built.values():
+                old.close()
             self._built.clear()
             self._weights = weights
             # Kept, so that no other tensor comes to lie where one of these was.
             self._alive = [t.detach() for t in tensors]
         key = _shape(x)
-        built = self._built.pop(key, None)
+        built: _Built | None = self._built.pop(key, None)
         if built is None:
-            built = _Built(self.snn, x[:1], self.without, self.precision)
+            if self._graphs_of is None or self._graphs_of[0] != self._device:
+                self._graphs_of = (self._device, _backend(self._device))
+            built = _Built(self.snn, x[:1], self.without, self.precision, self._graphs_of[1])
             while len(self._built) >= _SHAPES:
-                del self._built[next(iter(self._built))]
+                self._built.pop(next(iter(self._built))).close()
         self._built[key] = built  # the last is that of the last call
         return built
 
@@ -365,8 +455,7 @@ class Plan(nn.Module):
         snn, run = self.snn, built.run
         statics = snn.prefix(x) if built.prefix is None else built.prefix(x)
         inputs = [statics[i] for i in snn._of_body]
-        run.T, run.ends = ends[-1], ends
-        buffers = built.buffers(run.T)
+        buffers = built.buffers(ends[-1])
         if built.reuse and buffers.words:
             words = buffers.words * len(x)
             if self._arena is None or self._arena.numel() < words:
@@ -374,12 +463,13 @@ class Plan(nn.Module):
                 with torch.inference_mode(False):  # it may be written to outside as well
                     self._arena = torch.empty(words, dtype=torch.int64)
             run.arena, run.offsets = self._arena, buffers.offsets
-        self._reset(built.body)
         try:
-            counts = built.body(*inputs, run.T)
+            if built.graphs is not None and all(isinstance(t, Tensor) for t in inputs):
+                counts = built.graphs(*inputs, T=ends)
+            else:
+                counts = built.compute(*inputs, ends)
         finally:
             run.arena = None
-            self._reset(built.body)
         dtype = next(t.dtype for t in inputs if t.is_floating_point())
         if built.prefix is not None:
             dtype, statics = torch.float32, [t.float() for t in statics]
@@ -387,15 +477,14 @@ class Plan(nn.Module):
             snn._read(statics, [c[i] for c in counts], end, dtype) for i, end in enumerate(ends)
         ]
 
-    def _reset(self, body: fx.GraphModule) -> None:
-        for module in body.modules():
-            if isinstance(module, _WITH_STATE):
-                module.reset()
-
     def extra_repr(self) -> str:
         """Show precision and passes left out."""
         off = f", without={sorted(self.without)}" if self.without else ""
         return f"precision={self.precision!r}{off}"
+
+
+def _device_of(snn: ConvertedNetwork) -> torch.device:
+    return next(t.device for t in (*snn.parameters(), *snn.buffers()))
 
 
 def _shape(x: Any) -> Any:

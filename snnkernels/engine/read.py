@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -72,7 +73,22 @@ def read(snn: ConvertedNetwork, x: Any) -> Network:
             sizes.run(*(statics[i] for i in snn._of_body), 1)
         finally:
             snn.reset()
-    return _Reader(snn, sizes).network()
+    return _on_cpu(_Reader(snn, sizes).network())
+
+
+def _on_cpu(net: Network) -> Network:
+    """Passes fold there, whatever device the network is on."""
+    for node in net:
+        node.terms = [replace(term, weight=term.weight.cpu()) for term in node.terms]
+        for name in ("bias", "scale", "shift"):
+            if (value := getattr(node, name)) is not None:
+                setattr(node, name, value.cpu())
+        if node.neurons is not None:
+            names = ("threshold", "v_init", "amplitude", "bias")
+            held = {name: getattr(node.neurons, name) for name in names}
+            moved = {name: value.cpu() for name, value in held.items() if value is not None}
+            node.neurons = replace(node.neurons, **moved)
+    return net
 
 
 def _pair(value: Any) -> tuple[int, int]:

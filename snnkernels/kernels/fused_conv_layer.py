@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -121,6 +121,13 @@ class FusedConv:
             strict,
             linear,
         )
+
+    def to(self, device: torch.device | str) -> FusedConv:
+        """The same on another device."""
+        names = ("weight", "threshold", "v_init", "bias")
+        held = {name: getattr(self, name) for name in names}
+        moved = {name: value.to(device) for name, value in held.items() if value is not None}
+        return replace(self, **moved)
 
     @property
     def state(self) -> torch.dtype:

@@ -1,0 +1,182 @@
+"""Plans on maps of uint8 spikes, as GPUs run them, in plain PyTorch on CPUs; graphs by a fake."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from typing import Any
+
+import pytest
+import torch
+from test_engine import NETWORKS, converted, counts_of, exact
+from test_engine_int8 import LOWERED, network, oracle
+from torch import Tensor, nn
+
+from snnkernels.engine import lower, map_layers
+from snnkernels.engine import plan as module
+from snnkernels.engine.map_layers import MapLayer
+
+
+@pytest.fixture(autouse=True)
+def maps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CPUs take maps here, and all precisions."""
+    monkeypatch.setattr(module, "_form", lambda device: "maps")
+    every = ("float32", "float16", "bfloat16", "int8")
+    monkeypatch.setitem(module.PRECISIONS, "cpu", every)
+
+
+@pytest.fixture
+def fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if there were a fused kernel; its plain PyTorch form runs."""
+    monkeypatch.setattr(map_layers, "why_not", lambda device, dtype: "")
+
+
+def counts_by_label(plan: Any, x: Tensor, T: int) -> dict[str, Tensor]:
+    plan(x, T=T)
+    (built,) = plan._built.values()
+    labels = {n.name: n.neurons.module.label for n in built.net if n.neurons is not None}
+    found: dict[str, Tensor] = {}
+    hooks = []
+    for layer in built.body.modules():
+        if isinstance(layer, MapLayer):
+
+            def keep(layer: Any, args: Any, out: Any) -> None:
+                spikes, counts = out
+                rows = counts[-1] if spikes is None else spikes.sum(0).permute(0, 3, 1, 2)
+                found[labels[layer.name]] = rows.reshape(len(x), *layer.size).to(torch.int32)
+
+            hooks.append(layer.register_forward_hook(keep))
+    plan(x, T=T)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_all_counts_are_equal_where_sums_are_exact(name: str) -> None:
+    snn, x = exact(name)
+    plan = lower(snn)
+    for T in (1, 7, 40):
+        want, got = counts_of(snn, x, T), counts_by_label(plan, x, T)
+        assert got, plan.explain()
+        for label, counts in got.items():
+            assert torch.equal(counts, want[label]), f"{label} at T={T}"
+        with torch.no_grad():
+            assert torch.equal(plan(x, T=T), snn(x, T=T))
+            curve, other = plan.predict_curve(x, (1, T)), snn.predict_curve(x, (1, T))
+            assert all(torch.equal(curve[t], other[t]) for t in curve)
+
+
+@pytest.mark.parametrize("name", ["vgg average", "residual", "mlp"])
+@pytest.mark.parametrize("precision", ["float16", "bfloat16"])
+def test_fused_layers_give_the_same_counts(name: str, precision: str, fused: None) -> None:
+    snn, x = exact(name)
+    plan = lower(snn, precision=precision)
+    want, got = counts_of(snn, x, 9), counts_by_label(plan, x, 9)
+    for label, counts in got.items():
+        assert torch.equal(counts, want[label]), label
+    (built,) = plan._built.values()
+    layers = [m for m in built.body.modules() if isinstance(m, MapLayer)]
+    assert sum(m.fused is not None for m in layers) == len(layers) - 1
+    assert all("no convolution" in m.why for m in layers if m.fused is None)
+
+
+@pytest.mark.parametrize("name", LOWERED)
+@pytest.mark.parametrize("together", [False, True])
+def test_whole_numbers_are_the_same_bits_here(
+    name: str, together: bool, request: pytest.FixtureRequest
+) -> None:
+    if together:
+        request.getfixturevalue("fused")
+    snn, x = network(name)
+    plan = lower(snn, precision="int8")
+    for T in (1, 6, 35):
+        want, got = oracle(plan, x, T), counts_by_label(plan, x, T)
+        assert got.keys() == want.keys()
+        for label, counts in got.items():
+            assert torch.equal(counts, want[label]), f"{label} at T={T}"
+
+
+class Fake:
+    """Captures by keeping the computation; a replay runs it and writes where the answers lie."""
+
+    def __init__(self) -> None:
+        self.captured = self.replayed = self.finished = 0
+
+    def capturing(self) -> bool:
+        return False
+
+    def turn(self) -> Any:
+        return contextlib.nullcontext()
+
+    def capture(self, run: Any) -> tuple[Any, tuple[Tensor, ...]]:
+        self.captured += 1
+        answers = tuple(torch.empty_like(a) for a in run())
+        return (run, answers), answers
+
+    def replay(self, graph: Any) -> None:
+        self.replayed += 1
+        run, answers = graph
+        for place, value in zip(answers, run(), strict=True):
+            place.copy_(value)
+
+    def finish(self) -> None:
+        self.finished += 1
+
+
+def test_calls_are_captured_by_shape_and_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = Fake()
+    monkeypatch.setattr(module, "_backend", lambda device: fake)
+    snn, x = exact("residual")
+    plan = lower(snn)
+    want = snn(x, T=5)
+    for _ in range(4):
+        assert torch.equal(plan(x, T=5), want)
+    assert (fake.captured, fake.replayed) == (1, 3)
+    assert torch.equal(plan(x, T=6), snn(x, T=6))
+    assert torch.equal(plan(x[:1], T=5), snn(x[:1], T=5))
+    assert (fake.captured, fake.replayed) == (1, 3)
+    curve = plan.predict_curve(x, (2, 5))
+    curve = plan.predict_curve(x, (2, 5))
+    assert fake.captured == 2
+    assert torch.equal(curve[5], want)
+    with torch.no_grad():
+        next(snn.body.parameters()).mul_(2)
+    assert torch.equal(plan(x, T=5), snn(x, T=5))
+    assert fake.captured == 2
+    assert fake.finished > 0
+    off = lower(snn, without=["capture_graphs"])
+    for _ in range(3):
+        off(x, T=5)
+    assert fake.captured == 2
+
+
+def test_batches_in_pieces() -> None:
+    snn, x = exact("vgg average")
+    plan = lower(snn, max_memory="64KiB")
+    many = torch.cat([x] * 4)
+    assert torch.equal(plan(many), snn(many))
+    assert plan.peak_memory(1) > 0
+
+
+def test_pickled_and_copied_plans_run() -> None:
+    snn, x = exact("small cnn")
+    plan = lower(snn)
+    want = plan(x)
+    assert torch.equal(copy.deepcopy(plan)(x), want)
+
+
+def test_explain_says_what_is_fused(fused: None) -> None:
+    snn, x = exact("vgg maximum")
+    text = str(lower(snn, precision="float16").explain(x))
+    assert "fused" in text
+    assert "apart: a cumulative max-pool" in text
+
+
+def test_precisions_by_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    snn, x = exact("small cnn")
+    with pytest.raises(ValueError, match="precision='float16' does not run on cpu; there are"):
+        lower(snn, precision="float16")(x)
+    meta = converted(nn.Sequential(nn.Flatten(), nn.Linear(192, 4), nn.ReLU()), x).to("meta")
+    assert "not on one CPU or CUDA device" in lower(meta).why_not()
