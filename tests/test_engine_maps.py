@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
+import fused_conv_cases as cases
 import pytest
 import torch
-from test_engine import NETWORKS, converted, counts_of, exact
+from test_engine import NETWORKS, converted, counts_of, counts_of_plan, exact
 from test_engine_int8 import LOWERED, network, oracle
+from test_fused_conv import needs_triton, once
 from torch import Tensor, nn
 
 from snnkernels.engine import lower, map_layers
@@ -95,6 +99,36 @@ def test_whole_numbers_are_the_same_bits_here(
         assert got.keys() == want.keys()
         for label, counts in got.items():
             assert torch.equal(counts, want[label]), f"{label} at T={T}"
+
+
+def interpreted(name: str, T: int) -> tuple[dict[str, Tensor], list[bool]]:
+    """Counts of a plan whose fused layers Triton interprets, and which layers are fused."""
+    module._form = lambda device: "maps"
+    module.PRECISIONS["cpu"] = ("int8",)
+    snn, x = network(name)
+    plan = lower(snn, precision="int8")
+    counts = counts_by_label(plan, x, T)
+    (built,) = plan._built.values()
+    layers = [m for m in built.body.modules() if isinstance(m, MapLayer)]
+    return counts, [layer.fused is not None for layer in layers]
+
+
+@needs_triton
+@once
+@pytest.mark.parametrize("name", ["residual", "small cnn"])
+def test_whole_numbers_are_the_same_bits_in_the_interpreter(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context, initializer=cases.start) as pool:
+        got, fused = pool.submit(interpreted, name, 3).result()
+    assert fused == [False] + [True] * (len(fused) - 1)  # the first has a constant current
+    monkeypatch.undo()
+    snn, x = network(name)
+    want = counts_of_plan(lower(snn, precision="int8"), x, 3)  # by the kernel for CPUs
+    assert got.keys() == want.keys()
+    for label, counts in got.items():
+        assert torch.equal(counts, want[label]), label
 
 
 class Fake:
