@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib.util
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
@@ -19,6 +20,8 @@ from torch import Tensor, nn
 from snnkernels.engine import lower, map_layers
 from snnkernels.engine import plan as module
 from snnkernels.engine.map_layers import MapLayer
+
+PLANS_FUSE = importlib.util.find_spec("triton") is not None
 
 
 @pytest.fixture(autouse=True)
@@ -214,3 +217,44 @@ def test_precisions_by_device(monkeypatch: pytest.MonkeyPatch) -> None:
         lower(snn, precision="float16")(x)
     meta = converted(nn.Sequential(nn.Flatten(), nn.Linear(192, 4), nn.ReLU()), x).to("meta")
     assert "not on one CPU or CUDA device" in lower(meta).why_not()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", LOWERED)
+def test_whole_numbers_are_the_same_bits_on_a_gpu(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snn, x = network(name)
+    other, _ = network(name)
+    plan = lower(other.cuda(), precision="int8")
+    got = counts_by_label(plan, x.cuda(), 9)
+    monkeypatch.undo()
+    want = counts_of_plan(lower(snn, precision="int8"), x, 9)
+    for label, counts in want.items():
+        assert torch.equal(got[label].cpu(), counts), label
+    if PLANS_FUSE:
+        (built,) = plan._built.values()
+        assert any(m.fused is not None for m in built.body.modules() if isinstance(m, MapLayer))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["float32", "float16", "bfloat16", "int8"])
+def test_graphs_replay_the_same_answers_on_a_gpu(precision: str) -> None:
+    snn, x = exact("residual")
+    snn, x = snn.cuda(), x.cuda()
+    plan = lower(snn, precision=precision)
+    want = [plan(x, T=T) for T in (5, 6)]
+    for _ in range(3):
+        for T, first in zip((5, 6), want, strict=True):
+            assert torch.equal(plan(x, T=T), first)
+    (built,) = plan._built.values()
+    assert len(built.graphs) == 2, built.graphs.why_not
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        assert torch.equal(plan(x, T=5), want[0])
+    if precision == "float32":
+        with torch.no_grad():
+            assert torch.equal(want[0], snn(x, T=5))
+            next(snn.body.parameters()).mul_(2)
+            assert torch.equal(plan(x, T=5), snn(x, T=5))
