@@ -5,7 +5,8 @@
 #   OUT=<folder> [PEERS=<folder>] [COMMIT=<hash>] [SECONDS_ALL=570] \
 #     bash benchmarks/run_gpu.sh [--dry]
 #
-# OUT gets at most 8 files: log.txt, summary.txt, a CSV per benchmark, a picture, ncu.csv.
+# OUT gets at most 8 files: log.txt, summary.txt, a CSV per benchmark (its picture is drawn from it,
+# benchmarks/picture.py), ncu.csv.
 # PEERS holds wheels of the rivals (installed into a temporary folder, without a network) and, in
 # PEERS/sj14, the wheel of SpikingJelly 0.0.0.0.14. COMMIT is for copies that lack a .git folder.
 # Made where there is a network:
@@ -117,7 +118,7 @@ bench() {
 }
 bench bench_neuron 200 --seconds 180 --case-seconds 1 --rounds 7 \
   --section forward outputs training dtypes limits ${sj14[@]+"${sj14[@]}"}
-keep "neuron_$device.csv" "neuron_$device.png"
+keep "neuron_$device.csv"
 bench bench_overhead 45 --seconds 35 --rounds 7
 keep "overhead_$device.csv"
 bench bench_memory 60 --seconds 45 --dtype float32
