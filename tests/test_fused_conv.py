@@ -294,6 +294,15 @@ def test_sums_beyond_int32_are_refused() -> None:
         fused_conv_reference(torch.zeros(700, 1, 25_000, dtype=torch.uint8), layer)
 
 
+def test_sizes_beyond_32_bits_are_refused() -> None:
+    layer = FusedConv.of(CONV, 3)
+    layer = replace(layer, weight=layer.weight.to("meta"))
+    for B, size in ((2**21, 40), (1, 2**15)):
+        spikes = torch.empty(1, B, size, size, 4, dtype=torch.uint8, device="meta")
+        with pytest.raises(ValueError, match=rf"{B} images of {size} x {size} x 4 spikes"):
+            fused_conv(spikes, layer)
+
+
 def test_without_triton_all_but_the_launch_works() -> None:
     """As on an install for CPUs: importing Triton is an error here."""
     code = (
