@@ -36,6 +36,9 @@ _MOST = 255  # spikes that one uint8 counts, exact in both dtypes
 class FusedLayer(nn.Module):
     """Neurons and the linear maps of spikes before them, one of them in one kernel with them.
 
+    Runs on the device that the weights of its terms are on; :func:`fused_conv` where that can,
+    else its plain PyTorch form.
+
     Attributes:
         layer: what is fused.
         sources: names of the values that are read, in the order of the call.
