@@ -6,6 +6,7 @@ import contextlib
 import copy
 import importlib.util
 import multiprocessing
+import os
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
@@ -17,10 +18,13 @@ from test_engine_int8 import LOWERED, network, oracle
 from test_fused_conv import needs_triton, once
 from torch import Tensor, nn
 
+from snnkernels import models
+from snnkernels.conversion import ACTIVATIONS
 from snnkernels.engine import lower, map_layers
 from snnkernels.engine import plan as module
 from snnkernels.engine.map_layers import MapLayer
 
+CHECKPOINTS = os.environ.get("SNNKERNELS_CHECKPOINT", "").split()
 PLANS_FUSE = importlib.util.find_spec("triton") is not None
 
 
@@ -104,11 +108,21 @@ def test_whole_numbers_are_the_same_bits_here(
             assert torch.equal(counts, want[label]), f"{label} at T={T}"
 
 
+def subject_of(name: str) -> tuple[Any, Tensor]:
+    """A small network, or that of a checkpoint on one image of noise."""
+    if not name.endswith(".safetensors"):
+        return network(name)
+    torch.manual_seed(0)
+    x = torch.randn(8, 3, 32, 32)
+    ann = models.load_checkpoint(name, activations=ACTIVATIONS).model
+    return converted(ann, x), x[:1]
+
+
 def interpreted(name: str, T: int) -> tuple[dict[str, Tensor], list[bool]]:
     """Counts of a plan whose fused layers Triton interprets, and which layers are fused."""
     module._form = lambda device: "maps"
     module.PRECISIONS["cpu"] = ("int8",)
-    snn, x = network(name)
+    snn, x = subject_of(name)
     plan = lower(snn, precision="int8")
     counts = counts_by_label(plan, x, T)
     (built,) = plan._built.values()
@@ -118,7 +132,8 @@ def interpreted(name: str, T: int) -> tuple[dict[str, Tensor], list[bool]]:
 
 @needs_triton
 @once
-@pytest.mark.parametrize("name", ["residual", "small cnn"])
+# SNNKERNELS_CHECKPOINT=resnet10.safetensors: a network trained on CIFAR-10 as well.
+@pytest.mark.parametrize("name", ["residual", "small cnn", *CHECKPOINTS])
 def test_whole_numbers_are_the_same_bits_in_the_interpreter(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -127,7 +142,7 @@ def test_whole_numbers_are_the_same_bits_in_the_interpreter(
         got, fused = pool.submit(interpreted, name, 3).result()
     assert fused == [False] + [True] * (len(fused) - 1)  # the first has a constant current
     monkeypatch.undo()
-    snn, x = network(name)
+    snn, x = subject_of(name)
     want = counts_of_plan(lower(snn, precision="int8"), x, 3)  # by the kernel for CPUs
     assert got.keys() == want.keys()
     for label, counts in got.items():
