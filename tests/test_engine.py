@@ -384,6 +384,15 @@ def test_several_inputs_and_outputs() -> None:
     assert "packed spikes" in str(plan.explain(*pairs))
 
 
+def test_inside_what_is_compiled_a_plan_runs_as_it_is() -> None:
+    snn, x = exact("small cnn")
+    plan = lower(snn)
+    want = plan(x)
+    assert torch.equal(torch.compile(plan, backend="eager")(x), want)
+    around = torch.compile(lambda x: plan(x * 1.0) + 1, backend="eager")
+    assert torch.equal(around(x), want + 1)
+
+
 # torch warns of a copy that an even kernel takes.
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 @pytest.mark.parametrize(

@@ -337,6 +337,7 @@ class Plan(nn.Module):
         """Bytes that a call may take."""
         return self.max_memory or _MEMORY[self._device.type]
 
+    @torch.compiler.disable  # nothing of it is left to compile
     def forward(self, *inputs: Any, T: int | None = None, **named: Any) -> Any:
         """As :meth:`snnkernels.ConvertedNetwork.forward`, without gradients."""
         if self._as_it_is():
