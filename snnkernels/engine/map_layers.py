@@ -7,6 +7,7 @@ the same layers run in plain PyTorch, for tests.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -161,6 +162,15 @@ class MapLayer(nn.Module):
             v = torch.where(s, v - theta, v)
             fired.append(s)
         return torch.stack(fired).to(torch.uint8)
+
+    @property
+    def bytes_per_step(self) -> int:
+        """Most that an image takes at a time, of one step."""
+        outputs = math.prod(self.size)
+        if self.fused is not None:
+            return 12 * outputs  # maps, and currents that are added
+        # Currents lie there before a pool, beside what they are the sum of and what is read.
+        return 4 * _wide(self.dtype).itemsize * self.side**2 * outputs
 
     @property
     def runs(self) -> str:
