@@ -206,6 +206,45 @@ def test_what_is_beyond_32_bits_does_not_come_around() -> None:
     assert int(got.sum()) > 0
 
 
+class StemAdded(nn.Module):
+    """What is constant in time and spikes in one sum, behind a max-pool."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.pool, self.fc = nn.MaxPool2d(2), nn.Linear(128, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        stem = self.a(x)
+        return self.fc(F.relu(self.pool(self.b(F.relu(stem)) + stem)).flatten(1))
+
+
+@pytest.mark.parametrize("factor", [1.0, 30.0, 1e4])
+@pytest.mark.parametrize("strict", [False, True])
+def test_constant_currents_are_cut_where_no_spike_changes(factor: float, strict: bool) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 3, 8, 8)
+    snn = converted(StemAdded().eval(), x)
+    for _, layer in snn.neurons():
+        layer.node.tie = ">" if strict else ">="
+    with torch.no_grad():
+        for parameter in snn.prefix.parameters():
+            parameter.mul_(factor)
+    plan = lower(snn, precision="int8")
+    want, got = oracle(plan, x, 20), counts_of_plan(plan, x, 20)
+    assert len(got) == 2
+    for label, counts in got.items():
+        assert torch.equal(counts, want[label])
+
+
+def test_many_steps_stay_in_range() -> None:
+    snn, x = network("residual")
+    plan = lower(snn, precision="int8")
+    want, got = oracle(plan, x, 300), counts_of_plan(plan, x, 300)
+    for label, counts in got.items():
+        assert torch.equal(counts, want[label])
+
+
 def test_weights_and_thresholds_are_whole_and_fit() -> None:
     snn, x = network("residual")
     plan = lower(snn, precision="int8")

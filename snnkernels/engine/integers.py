@@ -20,10 +20,10 @@ from torch import Tensor, fx, nn
 from ..conversion.spiking import per_channel_view
 from .network import Network, Node
 
-__all__ = ["WholePrefix", "check_range", "current_bound", "to_integers", "units_of"]
+__all__ = ["WholePrefix", "check_range", "current_bounds", "to_integers", "units_of"]
 
 _LARGEST = 127  # weight
-_MOST_CURRENT = 2**23  # of what is constant in time; more fires, or silences, at every step as well
+_MOST_CURRENT = 2**23  # of what is constant in time
 _FINEST = 2**20  # units of a channel's smallest threshold at most
 _LAST = 2**31 - 1  # of int32: a threshold that is never reached, a start that check_range refuses
 _FRACTIONS = torch.linspace(0.3, 1.0, 36, dtype=torch.float64).tolist()
@@ -137,10 +137,10 @@ def _unit(weights: Tensor, otherwise: Tensor) -> Tensor:
     return found
 
 
-def units_of(statics: Sequence[Tensor], unit: Tensor) -> list[Tensor]:
+def units_of(statics: Sequence[Tensor], unit: Tensor, most: float) -> list[Tensor]:
     """The current that is constant in time, ``[B, C]`` or ``[B, C, H, W]`` float32, in units.
 
-    Its parts are added first, exactly, and rounded once.
+    Its parts are added first, exactly, and rounded once. What is beyond ``most`` is cut off there.
     """
     if not statics:
         return []
@@ -148,15 +148,20 @@ def units_of(statics: Sequence[Tensor], unit: Tensor) -> list[Tensor]:
     for static in statics[1:]:
         total = total + static
     units = total / per_channel_view(unit, 1, total.dim())
-    return [units.round().clamp(-_MOST_CURRENT, _MOST_CURRENT).float()]
+    return [units.round().clamp(-most, most).float()]
 
 
-def current_bound(node: Node) -> float:
-    """Largest size of a layer's current in units.
+def current_bounds(node: Node) -> tuple[float, float]:
+    """Largest size of a layer's current in units, and of the part of it that is constant in time.
+
+    A constant part beyond the threshold, the start and all else together makes a neuron fire at
+    every step whatever else it is given, or never: a larger one changes no spike. Behind a max-pool
+    the position that leads may lag by twice all else, and so may its next sum.
 
     Raises:
         ValueError: float32 could not hold it.
     """
+    assert node.neurons is not None
     sums = [torch.zeros(node.size[0], dtype=torch.float64) for _ in range(2)]
     for term in node.terms:
         most = 1 if term.either else math.prod(term.pool)
@@ -164,13 +169,17 @@ def current_bound(node: Node) -> float:
             sums[i] += (sign * term.weight).clamp(min=0).flatten(1).sum(1) * most
     bound = float(torch.stack(sums).amax())
     bound += 0.0 if node.bias is None else float(node.bias.abs().max())
-    bound += _MOST_CURRENT if node.statics else 0
+    constant = 0.0
+    if node.statics:
+        own = float(node.neurons.threshold.max()) + float(node.neurons.v_init.abs().max())
+        constant = min(own + 4 * bound + 1, _MOST_CURRENT)
+    bound += constant
     if bound >= 2**24:
         raise ValueError(
             f"precision='int8': sums of {node.name} can reach {bound:.4g}, beyond 2^24; use "
             "precision='float32'"
         )
-    return bound
+    return bound, constant
 
 
 def check_range(name: str, T: int, bound: float, start: int, side: int) -> None:

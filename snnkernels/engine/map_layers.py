@@ -20,7 +20,7 @@ from ..functional import if_run
 from ..kernels.fused_conv import NotFusible, why_not
 from ..maps import cumulative_max_pool
 from .fused import FusedLayer
-from .integers import check_range, current_bound, units_of
+from .integers import check_range, current_bounds, units_of
 from .layers import Run
 from .network import Network, Node, Term
 
@@ -85,7 +85,7 @@ class MapLayer(nn.Module):
         ):
             held = None if value is None else value.to(device)
             self.register_buffer(name, held, persistent=False)
-        self._bound = 0.0 if node.unit is None else current_bound(node)
+        self._bound, self._constant = (0.0, 0.0) if node.unit is None else current_bounds(node)
         self._start = 0 if node.unit is None else int(neurons.v_init.abs().max())
 
     def _fuse(self, net: Network, node: Node, precision: str, device: Any) -> str:
@@ -108,7 +108,7 @@ class MapLayer(nn.Module):
         unit = self.unit
         if unit is not None:
             check_range(self.name, run.T, self._bound, self._start, self.side)
-            statics = units_of(statics, unit)
+            statics = units_of(statics, unit, self._constant)
         if self.fused is not None:
             return self.fused(maps, statics)
         current = self._current(maps, statics)
