@@ -49,13 +49,18 @@ def networks(path: Path, cases: tuple[tuple[str, str], ...] = ()) -> str:
         "plan in ANN passes",
     ]
     lines = []
-    for (network, batch, T), rows in found.items():
+    for (network, batch, T), rows in sorted(found.items(), key=_order):
         plan = rows.get("plan", {})
         times = [_times(rows.get(name, {}).get("relative", "")) for name in names]
         rate = plan.get("rate", "")
         rate = f"{100 * float(rate):.1f} %" if rate else ""
         lines.append([f"{network}, {batch}, {T}", rate, *times, plan.get("ANN passes", "")])
     return _table(head, lines)
+
+
+def _order(item: tuple[tuple[str, str, str], object]) -> tuple[str, int, int]:
+    network, batch, T = item[0]
+    return network, int(batch), int(T)
 
 
 def _times(value: str) -> str:

@@ -9,6 +9,7 @@ import ctypes
 import mmap
 import os
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from snnkernels.kernels.fused_conv import FusedConv, fused_conv, fused_conv_reference
+from snnkernels.kernels.fused_conv import (
+    FusedConv,
+    FusedOutput,
+    fused_conv,
+    fused_conv_reference,
+)
 from snnkernels.kernels.fused_conv_tiles import Tile
 
 
@@ -147,22 +153,26 @@ def guarded(tensor: Tensor) -> Tensor:
     return placed.view(tensor.shape).copy_(tensor)
 
 
-def check(case: Case) -> int:
-    """Run a case and compare it; how many spikes differ from the reference's."""
+def check(case: Case, place: Callable[[Tensor], Tensor] = guarded, u: float = 2.0**-24) -> int:
+    """Run a case and compare it; how many spikes differ from the reference's.
+
+    Args:
+        place: takes tensors to where they are read.
+        u: the most that an addition of the product is off by, relatively.
+    """
     spikes, layer, given = made(case)
-    spikes = guarded(spikes)
-    layer = replace(
-        layer,
-        **{
-            name: guarded(getattr(layer, name))
-            for name in ("weight", "threshold", "v_init", "bias")
-            if getattr(layer, name) is not None
-        },
-    )
-    given = {name: guarded(value) for name, value in given.items()}
     tile = None if case.tile is None else Tile(*case.tile, warps=4, stages=1)
     told = {**given, "output": case.output, "count": True, "v_out": True}
-    got = fused_conv(spikes, layer, tile=tile, **told)
+    held = ("weight", "threshold", "v_init", "bias")
+    there = {name: getattr(layer, name) for name in held if getattr(layer, name) is not None}
+    placed = replace(layer, **{name: place(value) for name, value in there.items()})
+
+    def run(**told: Any) -> FusedOutput:
+        told = {n: place(t) if isinstance(t, Tensor) else t for n, t in told.items()}
+        found = fused_conv(place(spikes), placed, tile=tile, **told)
+        return FusedOutput(*(None if t is None else t.cpu() for t in found))
+
+    got = run(**told)
     want = fused_conv_reference(spikes, layer, **told)
     if case.dtype == torch.int8:
         for name, a, b in zip(got._fields, got, want, strict=True):
@@ -171,9 +181,10 @@ def check(case: Case) -> int:
                 assert a.dtype == b.dtype, f"{name}: {a.dtype}, not {b.dtype}"
                 assert torch.equal(a, b), f"{name}: {int((a != b).sum())} of {a.numel()} differ"
         return 0
-    dense = fused_conv(spikes, layer, tile=tile, **given).spikes
+    dense = run(**given).spikes
+    assert dense is not None
     assert torch.equal(got.count, dense.sum(0, dtype=torch.int32))
-    _decisions_are_right(case, spikes, layer, given, dense, got.v)
+    _decisions_are_right(case, spikes, layer, given, dense, got.v, u)
     if case.output == "packed":
         from snnkernels.kernels import reference
 
@@ -184,16 +195,21 @@ def check(case: Case) -> int:
 
 
 def _decisions_are_right(
-    case: Case, spikes: Tensor, layer: FusedConv, given: dict[str, Any], fired: Tensor, last: Tensor
+    case: Case,
+    spikes: Tensor,
+    layer: FusedConv,
+    given: dict[str, Any],
+    fired: Tensor,
+    last: Tensor,
+    u: float,
 ) -> None:
     """Every spike, and every one that is not there, is that of a membrane within its rounding.
 
     Followed along the spikes that the kernel itself emitted, in float64 (exact beside float32). A
-    sum of n float32 terms in any order is off by at most n u of the sum of their sizes, u = 2**-24;
-    the charge by u of itself, the reset by u of its result. What was off at one step is off at the
-    next.
+    sum of n float32 terms in any order is off by at most n u of the sum of their sizes (u = 2**-24
+    where additions are rounded); the charge by u of itself, the reset by u of its result. What was
+    off at one step is off at the next.
     """
-    u = 2.0**-24
     x = spikes.double()
     x = x[:, :, None, None] if case.kernel is None else x
     T = len(x)

@@ -10,14 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-_POINTERS = {
-    torch.uint8: "*u8", torch.int8: "*i8", torch.int16: "*i16", torch.int32: "*i32",
-    torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32",
-    torch.float8_e4m3fn: "*fp8e4nv",
-}  # fmt: skip
-
 
 @dataclass(frozen=True)
 class Code:
@@ -26,29 +18,37 @@ class Code:
     registers: int
     stack: int
     shared: int
-    barriers: int
     all: Counter[str]
     loop: Counter[str]
 
 
-def compiled(kernel: Any, launch: Any, arch: int, folder: Path, scalars: tuple[str, ...]) -> Code:
-    """Compile a `_Launch`; `scalars` names what Triton looks at for multiples of 16."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+class Pretended:
+    """What Triton asks of a device before it compiles for it."""
 
-    names = kernel.arg_names
-    signature, aligned = {}, {}
-    for i, (name, value) in enumerate(zip(names, launch.arguments, strict=False)):
-        pointer = isinstance(value, torch.Tensor)
-        signature[name] = _POINTERS[value.dtype] if pointer else "i32"
-        if pointer or (name in scalars and value % 16 == 0):
-            aligned[(i,)] = [["tt.divisibility", 16]]
-    signature.update(dict.fromkeys(launch.constants, "constexpr"))
-    source = ASTSource(
-        fn=kernel, signature=signature, constexprs=dict(launch.constants), attrs=aligned
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+
+    def get_current_device(self) -> int:
+        return self.arch  # what is compiled is kept by device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.arch, 32)
+
+
+def compiled(kernel: Any, launch: Any, arch: int, folder: Path) -> Code:
+    """Compile what a `_Launch` would run on a device, by the way it would go."""
+    import triton
+    from triton.runtime import driver
+
+    driver.set_active(Pretended(arch))
+    made = kernel.warmup(
+        *launch.arguments, grid=(launch.blocks,), **launch.constants, **launch.options
     )
-    made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(launch.options))
     cubin = folder / "kernel.cubin"
     cubin.write_bytes(made.asm["cubin"])
     tools = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -61,7 +61,7 @@ def compiled(kernel: Any, launch: Any, arch: int, folder: Path, scalars: tuple[s
     found = re.search(r"REG:(\d+) STACK:(\d+)", used)
     assert found, used
     every, loop = _instructions(said(tools / "nvdisasm", "-c", cubin))
-    return Code(int(found[1]), int(found[2]), made.metadata.shared, every["BAR"], every, loop)
+    return Code(int(found[1]), int(found[2]), made.metadata.shared, every, loop)
 
 
 def _instructions(text: str) -> tuple[Counter[str], Counter[str]]:

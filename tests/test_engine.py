@@ -384,6 +384,34 @@ def test_several_inputs_and_outputs() -> None:
     assert "packed spikes" in str(plan.explain(*pairs))
 
 
+def test_inside_what_is_compiled_a_plan_runs_as_it_is() -> None:
+    snn, x = exact("small cnn")
+    plan = lower(snn)
+    want = plan(x)
+    assert torch.equal(torch.compile(plan, backend="eager")(x), want)
+    around = torch.compile(lambda x: plan(x * 1.0) + 1, backend="eager")
+    assert torch.equal(around(x), want + 1)
+
+
+# torch warns of a copy that an even kernel takes.
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+@pytest.mark.parametrize(
+    ("kernel", "padding", "lowered"),
+    [(3, "same", True), ((5, 3), "same", True), (3, "valid", True), (4, "same", False)],
+)
+def test_padding_in_words(kernel: Any, padding: str, lowered: bool) -> None:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 20, 3), nn.ReLU(), nn.Conv2d(20, 30, kernel, padding=padding), nn.ReLU()]
+    ann = make_dyadic(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())).eval()
+    x = dyadic(2, 3, 9, 9)
+    snn = converted(ann, x, threshold=4.0)
+    plan = lower(snn, without=["choose_convolution"])
+    with torch.no_grad():
+        same_answer(snn, plan, x)
+    (built,) = plan._built.values()
+    assert sum(node.op == "layer" for node in built.net) == 1 + lowered
+
+
 def test_bad_arguments() -> None:
     snn, x = real()
     with pytest.raises(TypeError, match="snn must be a converted network"):

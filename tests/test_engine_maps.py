@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib.util
 import multiprocessing
+import os
 import weakref
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
@@ -18,9 +20,14 @@ from test_fused_conv import needs_triton, once
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from snnkernels import models
+from snnkernels.conversion import ACTIVATIONS
 from snnkernels.engine import lower, map_layers
 from snnkernels.engine import plan as module
 from snnkernels.engine.map_layers import MapLayer
+
+CHECKPOINTS = os.environ.get("SNNKERNELS_CHECKPOINT", "").split()
+PLANS_FUSE = importlib.util.find_spec("triton") is not None
 
 
 @pytest.fixture(autouse=True)
@@ -103,11 +110,21 @@ def test_whole_numbers_are_the_same_bits_here(
             assert torch.equal(counts, want[label]), f"{label} at T={T}"
 
 
+def subject_of(name: str) -> tuple[Any, Tensor]:
+    """A small network, or that of a checkpoint on one image of noise."""
+    if not name.endswith(".safetensors"):
+        return network(name)
+    torch.manual_seed(0)
+    x = torch.randn(8, 3, 32, 32)
+    ann = models.load_checkpoint(name, activations=ACTIVATIONS).model
+    return converted(ann, x), x[:1]
+
+
 def interpreted(name: str, T: int) -> tuple[dict[str, Tensor], list[bool]]:
     """Counts of a plan whose fused layers Triton interprets, and which layers are fused."""
     module._form = lambda device: "maps"
     module.PRECISIONS["cpu"] = ("int8",)
-    snn, x = network(name)
+    snn, x = subject_of(name)
     plan = lower(snn, precision="int8")
     counts = counts_by_label(plan, x, T)
     (built,) = plan._built.values()
@@ -117,7 +134,8 @@ def interpreted(name: str, T: int) -> tuple[dict[str, Tensor], list[bool]]:
 
 @needs_triton
 @once
-@pytest.mark.parametrize("name", ["residual", "small cnn"])
+# SNNKERNELS_CHECKPOINT=resnet10.safetensors: a network trained on CIFAR-10 as well.
+@pytest.mark.parametrize("name", ["residual", "small cnn", *CHECKPOINTS])
 def test_whole_numbers_are_the_same_bits_in_the_interpreter(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -126,7 +144,7 @@ def test_whole_numbers_are_the_same_bits_in_the_interpreter(
         got, fused = pool.submit(interpreted, name, 3).result()
     assert fused == [False] + [True] * (len(fused) - 1)  # the first has a constant current
     monkeypatch.undo()
-    snn, x = network(name)
+    snn, x = subject_of(name)
     want = counts_of_plan(lower(snn, precision="int8"), x, 3)  # by the kernel for CPUs
     assert got.keys() == want.keys()
     for label, counts in got.items():
@@ -249,3 +267,44 @@ def test_precisions_by_device(monkeypatch: pytest.MonkeyPatch) -> None:
         lower(snn, precision="float16")(x)
     meta = converted(nn.Sequential(nn.Flatten(), nn.Linear(192, 4), nn.ReLU()), x).to("meta")
     assert "not on one CPU or CUDA device" in lower(meta).why_not()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", LOWERED)
+def test_whole_numbers_are_the_same_bits_on_a_gpu(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snn, x = network(name)
+    other, _ = network(name)
+    plan = lower(other.cuda(), precision="int8")
+    got = counts_by_label(plan, x.cuda(), 9)
+    monkeypatch.undo()
+    want = counts_of_plan(lower(snn, precision="int8"), x, 9)
+    for label, counts in want.items():
+        assert torch.equal(got[label].cpu(), counts), label
+    if PLANS_FUSE:
+        (built,) = plan._built.values()
+        assert any(m.fused is not None for m in built.body.modules() if isinstance(m, MapLayer))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["float32", "float16", "bfloat16", "int8"])
+def test_graphs_replay_the_same_answers_on_a_gpu(precision: str) -> None:
+    snn, x = exact("residual")
+    snn, x = snn.cuda(), x.cuda()
+    plan = lower(snn, precision=precision)
+    want = [plan(x, T=T) for T in (5, 6)]
+    for _ in range(3):
+        for T, first in zip((5, 6), want, strict=True):
+            assert torch.equal(plan(x, T=T), first)
+    (built,) = plan._built.values()
+    assert len(built.graphs) == 2, built.graphs.why_not
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        assert torch.equal(plan(x, T=5), want[0])
+    if precision == "float32":
+        with torch.no_grad():
+            assert torch.equal(want[0], snn(x, T=5))
+            next(snn.body.parameters()).mul_(2)
+            assert torch.equal(plan(x, T=5), snn(x, T=5))

@@ -6,6 +6,7 @@ import importlib.util
 import multiprocessing
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import fused_conv_cases as cases
@@ -26,6 +27,7 @@ from snnkernels.kernels.fused_conv import (
     why_not,
 )
 
+INT8 = torch.int8
 TRITON = importlib.util.find_spec("triton") is not None
 needs_triton = pytest.mark.skipif(not TRITON, reason="Triton is not installed (pip install triton)")
 once = pytest.mark.skipif(PURE, reason="SNNKERNELS_TEST_PURE=1: the same with the extension")
@@ -149,6 +151,48 @@ def test_nothing_to_do(interpreter: ProcessPoolExecutor) -> None:
             assert interpreter.submit(cases.check, case).result() == 0
 
 
+# ---- the kernel, on a device ---------------------------------------------------------------------
+
+LARGE = {"B": 8, "size": (16, 16), "C": 128, "N": 192, "tile": None}
+
+
+def check_on_the_device(case: Case, u: float = 2.0**-24) -> int:
+    reason = why_not("cuda", case.dtype)
+    if reason:
+        pytest.skip(reason)
+    return cases.check(case, lambda tensor: tensor.cuda(), u)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("T", [1, 2, 4, 7, 8, 12, 32, 33])
+def test_int8_on_the_device(T: int) -> None:
+    assert check_on_the_device(replace(cases.sampled(INT8, T, seed=T), tile=None)) == 0
+    assert check_on_the_device(Case(INT8, T, residual=torch.uint8, scaled=True, **LARGE)) == 0
+    assert check_on_the_device(Case(INT8, T, pool=2, output="packed", **LARGE)) == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("T", [1, 4, 8, 33])
+def test_floats_on_the_device(dtype: torch.dtype, T: int) -> None:
+    # Tensor cores cut off what they add: twice a rounding, and another for the sum of a block.
+    for case in (Case(dtype, T, residual=dtype, **LARGE), Case(dtype, T, pool=2, **LARGE)):
+        flips = check_on_the_device(case, u=2.0**-22)
+        assert flips < 1e-4 * T * 8 * 16 * 16 * 192
+
+
+@pytest.mark.gpu
+def test_float8_on_the_device() -> None:
+    case = Case(torch.float8_e4m3fn, 8, **LARGE)
+    if why_not("cuda", case.dtype):
+        pytest.skip(why_not("cuda", case.dtype))
+    spikes, layer, _ = cases.made(case)
+    want = fused_conv_reference(spikes, layer).spikes
+    there = {n: getattr(layer, n).cuda() for n in ("weight", "threshold", "v_init", "bias")}
+    got = fused_conv(spikes.cuda(), replace(layer, **there)).spikes
+    assert float((got.cpu() != want).float().mean()) < 0.01
+
+
 # ---- tiles ---------------------------------------------------------------------------------------
 
 
@@ -248,6 +292,15 @@ def test_sums_beyond_int32_are_refused() -> None:
     fused_conv_reference(torch.zeros(600, 1, 25_000, dtype=torch.uint8), layer)
     with pytest.raises(ValueError, match=r"T=700 steps of 25000 .* can leave int32"):
         fused_conv_reference(torch.zeros(700, 1, 25_000, dtype=torch.uint8), layer)
+
+
+def test_sizes_beyond_32_bits_are_refused() -> None:
+    layer = FusedConv.of(CONV, 3)
+    layer = replace(layer, weight=layer.weight.to("meta"))
+    for B, size in ((2**21, 40), (1, 2**15)):
+        spikes = torch.empty(1, B, size, size, 4, dtype=torch.uint8, device="meta")
+        with pytest.raises(ValueError, match=rf"{B} images of {size} x {size} x 4 spikes"):
+            fused_conv(spikes, layer)
 
 
 def test_without_triton_all_but_the_launch_works() -> None:

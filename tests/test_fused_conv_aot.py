@@ -6,6 +6,7 @@ import importlib.util
 import multiprocessing
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +49,11 @@ def compile_case(case: Case, arch: int, positions: int, folder: str) -> sass.Cod
     spikes, layer, given = cases.made(case)
     residual, scale, v = (given.get(name) for name in ("residual", "residual_scale", "v"))
     call = checked(spikes, layer, residual, scale, v, case.output)
-    out = fused_conv._outputs(call, layer, case.output, False, False)
+    everything = case.N == 1
+    out = fused_conv._outputs(call, layer, case.output, everything, everything)
     tile = tile_for(positions, case.N, case.C, case.T, case.dtype, case.pool, major=arch // 10)
     launch = fused_conv._launch(call, layer, out, case.output, tile)
-    return sass.compiled(fused_conv_kernel, launch, arch, Path(folder), ("C", "N"))
+    return sass.compiled(fused_conv_kernel, launch, arch, Path(folder))
 
 
 def wide(dtype: torch.dtype, **more: Any) -> Case:
@@ -90,6 +92,10 @@ def test_kind_of_product_and_no_spills(
     # Two blocks of 256 threads fit on a processor; not where the operands are in registers too.
     assert code.registers <= (255 if found in ("IMMA", "HMMA", "QMMA") else 128)
     assert code.shared <= 100 * 1024
+    if arch == 90:
+        # Currents cross the threads once, spikes not at all: stores of every step on their own
+        # have three times as many.
+        assert code.all["BAR"] <= 10
 
 
 # Beyond the plain layer, on 90: what is added, and the largest stack outside of the inner loop.
@@ -119,6 +125,13 @@ VARIANTS: dict[str, tuple[Case, int, int]] = {
     "int8, 48 input channels": (wide(INT8, C=48), 2**16, 64),
     "int8, 1x1": (wide(INT8, kernel=(1, 1), padding=(0, 0)), 2**16, 0),
 }
+
+
+def test_sizes_of_one_compile_too(compiler: ProcessPoolExecutor, tmp_path: Path) -> None:
+    """Triton takes a 1 for a constant."""
+    case = Case(INT8, T=1, B=1, size=(1, 1), C=1, N=1, residual=torch.uint8, full_v=True)
+    for changed in ({}, {"output": "packed"}, {"kernel": None, "T": 9}):
+        compiler.submit(compile_case, replace(case, **changed), 90, 1, str(tmp_path)).result()
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -59,10 +59,11 @@ class Maps:
     run: Run
     precision: str
     device: torch.device
+    fuse: bool
 
     def layer(self, net: Network, node: Node, counted: bool) -> Any:
         """As :meth:`Form.layer`."""
-        return MapLayer(net, node, self.run, self.precision, counted, self.device)
+        return MapLayer(net, node, self.run, self.precision, counted, self.device, self.fuse)
 
     def pack(self) -> nn.Module:
         """As :meth:`Form.pack`."""

@@ -36,6 +36,9 @@ _DTYPES = {torch.float16: 255, torch.bfloat16: 255, torch.int8: 127}
 class FusedLayer(nn.Module):
     """Neurons and the linear maps of spikes before them, one of them in one kernel with them.
 
+    Runs on the device that the weights of its terms are on; :func:`fused_conv` where that can,
+    else its plain PyTorch form.
+
     Attributes:
         layer: what is fused.
         sources: names of the values that are read, in the order of the call.

@@ -54,7 +54,14 @@ class MapLayer(nn.Module):
     unit: Tensor | None
 
     def __init__(
-        self, net: Network, node: Node, run: Run, precision: str, counted: bool, device: Any
+        self,
+        net: Network,
+        node: Node,
+        run: Run,
+        precision: str,
+        counted: bool,
+        device: Any,
+        fuse: bool = True,
     ) -> None:
         super().__init__()
         neurons = node.neurons
@@ -64,7 +71,7 @@ class MapLayer(nn.Module):
         self.dtype = DTYPES[precision]
         self._run = (run,)
         self.fused: FusedLayer | None = None
-        self.why = self._fuse(net, node, precision, device)
+        self.why = self._fuse(net, node, precision, device) if fuse else "left out"
         terms = list(node.terms)
         self.sources = [net.origin_of(term.source).name for term in terms]
         if self.fused is not None:

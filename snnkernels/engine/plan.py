@@ -35,7 +35,8 @@ ALL_PASSES: dict[str, Pass | None] = {
     "choose_convolution": choose_convolution,
     "count_at_end": PASSES["count_at_end"],
     "reuse_buffers": None,  # of the memory, not of the network
-    "capture_graphs": None,  # of the calls
+    "fuse_convolutions": None,  # of the kernels on GPUs
+    "capture_graphs": None,  # of the calls there
 }
 # By the type of device.
 PRECISIONS = {
@@ -167,7 +168,7 @@ class _Built:
         self.body = emit(
             snn, self.net, self.run,
             Packed(self.run, precision == "int16") if self.packed
-            else Maps(self.run, precision, device),
+            else Maps(self.run, precision, device, "fuse_convolutions" not in off),
         )  # fmt: skip
         self.maps = [m for m in self.body.modules() if isinstance(m, MapLayer)]
         self.reuse = "reuse_buffers" not in off and self.packed
@@ -335,6 +336,7 @@ class Plan(nn.Module):
         """Bytes that a call may take."""
         return self.max_memory or _MEMORY[self._device.type]
 
+    @torch.compiler.disable  # nothing of it is left to compile
     def forward(self, *inputs: Any, T: int | None = None, **named: Any) -> Any:
         """As :meth:`snnkernels.ConvertedNetwork.forward`, without gradients."""
         if self._as_it_is():

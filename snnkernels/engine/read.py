@@ -97,6 +97,16 @@ def _pair(value: Any) -> tuple[int, int]:
     return int(value[0]), int(value[-1])
 
 
+def _padding(conv: nn.Conv2d) -> tuple[int, int] | None:
+    """Zeros on each side; None where they are no zeros, or not as many on both sides."""
+    if conv.padding_mode != "zeros":
+        return None
+    if conv.padding == "same":
+        reach = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+        return None if any(n % 2 for n in reach) else (reach[0] // 2, reach[1] // 2)
+    return (0, 0) if isinstance(conv.padding, str) else _pair(conv.padding)
+
+
 class _Reader:
     def __init__(self, snn: ConvertedNetwork, sizes: _Sizes) -> None:
         self.snn, self.body = snn, snn.body
@@ -155,12 +165,12 @@ class _Reader:
             return
         elif isinstance(module, _SAME_MODULES):
             node.op = "same"
-        elif type(module) is nn.Conv2d and isinstance(module.padding, tuple):
-            if module.padding_mode == "zeros":
+        elif type(module) is nn.Conv2d:
+            padding = _padding(module)
+            if padding is not None:
                 self._linear(
                     node, node.inputs[0], module.weight, module.bias, stride=_pair(module.stride),
-                    padding=_pair(module.padding), dilation=_pair(module.dilation),
-                    groups=module.groups,
+                    padding=padding, dilation=_pair(module.dilation), groups=module.groups,
                 )  # fmt: skip
         elif type(module) is nn.Linear and len(node.size) == 1:
             source, weight = self._unflattened(node.inputs[0], module.weight)

@@ -253,7 +253,11 @@ def checked(
             f"T={T} steps of {KH * KW * C} int8 weights each can leave int32; run fewer steps at a "
             "time and carry v"
         )
-    # The kernel's offsets within an image and a filter are 32 bits.
-    if max(H * W * C, KH * KW * C, 2 * (OH + KH) * OW) >= 2**31:
-        raise ValueError(f"spikes of {H} x {W} x {C} an image are beyond 2**31 values")
+    # What the kernel counts in 32 bits: values of an image and of a filter, positions of a batch (a
+    # tile may lie beyond the last).
+    if max(H * W * C, KH * KW * C, B * OH * OW + 2**10) >= 2**31:
+        raise ValueError(
+            f"{B} images of {H} x {W} x {C} spikes: an image must have fewer than 2**31 values, a "
+            "batch fewer positions"
+        )
     return Call(full, residual, residual_scale, v, T, shape)

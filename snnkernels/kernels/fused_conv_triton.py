@@ -135,8 +135,10 @@ def fused_conv_kernel(
     """
     BM: tl.constexpr = TC * BP
     ACC: tl.constexpr = tl.int32 if w_ptr.dtype.element_ty == tl.int8 else tl.float32
-    M = tl.cast(B, tl.int64) * OH * OW
-    blocks_m = tl.cdiv(M, BP).to(tl.int32)
+    # Positions are fewer than 2**31, offsets are not: divisions of 64 bits would take as many
+    # instructions as a part of the product.
+    M = B * OH * OW
+    blocks_m = tl.cdiv(M, BP)
     blocks_n = tl.cdiv(N, BN)
     # Neighbours in time share rows and columns in the L2 cache: GROUP row blocks per column block.
     pid = tl.program_id(0)
@@ -148,16 +150,17 @@ def fused_conv_kernel(
 
     rows = tl.arange(0, BM)
     step = rows // BP
-    position = block_m.to(tl.int64) * BP + rows % BP
+    position = block_m * BP + rows % BP
     in_map = position < M
-    ow = (position % OW).to(tl.int32)
-    oh = (position // OW % OH).to(tl.int32)
-    image = position // OW // OH
+    line = position // OW
+    ow = position - line * OW
+    image = line // OH
+    oh = line - image * OH
     iy0 = oh * SH - PH
     ix0 = ow * SW - PW
     LH = H // POOL
     LW = W // POOL
-    pixel = (image * H + iy0 * POOL) * W + ix0 * POOL
+    pixel = (image.to(tl.int64) * H + iy0 * POOL) * W + ix0 * POOL
 
     channels = tl.arange(0, BK)
     columns = block_n * BN + tl.arange(0, BN)
@@ -165,9 +168,9 @@ def fused_conv_kernel(
     column = tl.minimum(columns, N - 1)
     w_tile = w_ptr + (column.to(tl.int64) * (KH * KW) * C)[None, :] + channels[:, None]
 
-    places = block_m.to(tl.int64) * BP + tl.arange(0, BP)
+    places = block_m * BP + tl.arange(0, BP)
     stored = (places < M)[:, None] & (columns < N)[None, :]
-    neuron = places[:, None] * N + columns[None, :]
+    neuron = places.to(tl.int64)[:, None] * N + columns[None, :]
     if not ONE:
         v = _start(v_ptr, neuron, stored, column, ACC, BP, BN, FULL_V)
     count = tl.zeros((BP, BN), tl.int32)
@@ -188,7 +191,7 @@ def fused_conv_kernel(
         if BIAS:
             acc += tl.load(bias_ptr + column)[None, :]
         if RESIDUAL:
-            at = (t.to(tl.int64) * r_step + position * N)[:, None] + columns[None, :]
+            at = (t.to(tl.int64) * r_step + position.to(tl.int64) * N)[:, None] + columns[None, :]
             inside_r = alive[:, None] & (columns < N)[None, :]
             r = tl.load(r_ptr + at, mask=inside_r, other=0).to(ACC)
             if SCALED:
