@@ -116,7 +116,8 @@ inline i64 collect(u16* to, const SpikeBranch& b, const u64* corner, i64 T, i64 
 // Appends the spikes of a row at one step, channel by channel: neighbours in the list then mostly
 // add to outputs apart, and need not wait for each other. `words` is the first column's.
 inline i64 collect_row(u16* to, const SpikeBranch& b, const u64* words, i64 T) {
-  const i64 columns = source_columns(b), channels = rows_of_tap(b), column = T * b.row_words;
+  const i64 columns = source_columns(b), channels = rows_of_tap(b);
+  const i64 column = b.pool_sw * T * b.row_words;  // a window of one may have a stride
   i64 n = 0;
   for (i64 q = 0; q < b.used_words; ++q)
     for (i64 s = 0; s < (b.used_words > 1 ? 4 : b.sixteens); ++s)

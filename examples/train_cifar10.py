@@ -74,7 +74,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--network", choices=NETWORKS, default="vgg16")
     add("--activation", choices=tuple(ACTIVATIONS), default="relu")
     add("--pool", choices=("avg", "max"), default="avg", help="of the VGGs")
-    add("--init", metavar="FILE", help="start from the weights of this checkpoint")
+    add(
+        "--init",
+        metavar="FILE",
+        help="start from the weights of this checkpoint; from its ceilings without --ceiling",
+    )
     add("--levels", type=int, default=8, metavar="L", help="steps of the staircase of qcfs")
     add("--gradient", choices=("floor_clip", "clip_floor"), default="floor_clip", help="of qcfs")
     add("--ceiling", type=float, help="clip and qcfs start there, threshold_relu stays there")
@@ -176,24 +180,32 @@ def build(args: argparse.Namespace, team: Team) -> nn.Module:
         activation=lambda: ACTIVATIONS[args.activation](args), **_pool(args)
     )
     if args.init is not None:
-        start_from(net, args.init, args.network)
+        start_from(net, args.init, args.network, learned=args.ceiling is None)
     return net.to(team.device, memory_format=torch.channels_last)
 
 
-def start_from(net: nn.Module, path: str, network: str) -> None:
-    """Copy the weights of a checkpoint; of the activations only what both networks have."""
+def start_from(net: nn.Module, path: str, network: str, learned: bool = True) -> None:
+    """Copy the weights of a checkpoint; of the activations only what both networks have.
+
+    ``learned=False`` leaves the activations as they are.
+    """
     found = models.load_checkpoint(path, activations=STORED)
     if found.architecture != network:
         raise ValueError(f"--init {path} is a {found.architecture}, not a {network}")
-    learned = {
+    of_activations = {
         f"{name}.{key}"
         for model in (net, found.model)
         for name, module in model.named_modules()
         if not list(module.children()) and not isinstance(module, WEIGHTED)
         for key in module.state_dict()
     }
-    absent, more = net.load_state_dict(found.model.state_dict(), strict=False)
-    if wrong := sorted({*absent, *more} - learned):
+    state = {
+        key: value
+        for key, value in found.model.state_dict().items()
+        if learned or key not in of_activations
+    }
+    absent, more = net.load_state_dict(state, strict=False)
+    if wrong := sorted({*absent, *more} - of_activations):
         raise ValueError(f"--init {path} has not the weights of this {network}: {wrong[:8]}")
 
 

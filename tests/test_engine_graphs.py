@@ -99,6 +99,18 @@ def test_a_graph_for_each_shape_layout_dtype_and_number_of_steps(parts: Any) -> 
     assert backend.log.count("capture") == len(graphs) == len(others)
 
 
+def test_a_graph_captured_in_inference_mode_runs_outside_and_back(parts: Any) -> None:
+    _, backend, graphs = parts
+    with torch.inference_mode():
+        for _ in range(2):
+            same(graphs, torch.randn(4, 3), T=8)
+    same(graphs, torch.randn(4, 3, requires_grad=True), T=8)
+    with torch.inference_mode():
+        same(graphs, torch.randn(4, 3), T=8)
+    assert backend.log == ["capture", "replay", "replay", "replay"]
+    assert not any(answer.requires_grad for answer in graphs(torch.randn(4, 3), T=8))
+
+
 def test_answers_do_not_change_with_the_next_call(parts: Any) -> None:
     _, _, graphs = parts
     x = torch.ones(2, 2)

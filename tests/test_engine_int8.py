@@ -146,6 +146,105 @@ def test_the_current_of_the_first_layer_has_exact_sums() -> None:
     assert float((value - close).abs().max()) < 1e-3 * float(close.abs().max())
 
 
+@pytest.mark.parametrize("large", [0.0, 1.0, 1e9])
+def test_any_bias_leaves_exact_sums(large: float) -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(3, 4, 3)
+    snn = converted(nn.Sequential(conv, nn.ReLU(), nn.Flatten(), nn.Linear(144, 4)).eval(),
+                    torch.randn(2, 3, 8, 8))  # fmt: skip
+    (inner,) = (m for m in snn.prefix.modules() if isinstance(m, nn.Conv2d))
+    assert inner.bias is not None
+    with torch.no_grad():
+        inner.weight.mul_(1e-9)
+        inner.bias.fill_(large)
+    prefix = WholePrefix(snn.prefix)
+    (inner,) = (m for m in prefix._run.modules() if isinstance(m, nn.Conv2d))
+    assert inner.bias is not None
+    assert inner.weight.abs().max() > 0 or large == 1e9
+    assert torch.equal(inner.bias, torch.full((4,), large, dtype=torch.float64))
+    x = torch.randn(2, 3, 8, 8) * 100
+    columns = F.unfold((x.double() * 2**14).round() / 2**14, 3)
+    terms = inner.weight.flatten(1)[None, :, :, None] * columns[:, None]
+    bias = inner.bias.view(1, 4, 1, 1).expand(2, 4, 1, 36)
+    first = torch.cat([bias, terms], 2).cumsum(2)[:, :, -1]
+    last = torch.cat([terms, bias], 2).cumsum(2)[:, :, -1]
+    assert torch.equal(first, last)
+    (value,) = (t for t in prefix(x) if t.dim() == 4)
+    assert torch.equal(value.flatten(2), last)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("where", ["prefix", "body"])
+@pytest.mark.parametrize("which", ["weight", "bias"])
+def test_values_that_are_not_finite_are_refused(bad: float, where: str, which: str) -> None:
+    snn, x = network("vgg average")
+    part = getattr(snn, where)
+    conv = next(m for m in part.modules() if isinstance(m, nn.Conv2d))
+    with torch.no_grad():
+        getattr(conv, which).view(-1)[1] = bad
+    with pytest.raises(ValueError, match=f"finite weights and biases, but .* has {bad}"):
+        lower(snn, precision="int8")(x)
+
+
+def test_what_is_beyond_32_bits_does_not_come_around() -> None:
+    for factor in (-1e6, 1e6):
+        snn, x = network("mlp")
+        (_, first), *_ = snn.neurons()
+        first.node.v_init = first.node.v_threshold.expand(100) * factor * 2**20
+        with pytest.raises(ValueError, match="too long for precision='int8'"):
+            lower(snn, precision="int8")(x, T=1)
+    # A threshold that no sum reaches is never reached.
+    snn, x = network("small cnn")
+    label, layer = list(snn.neurons())[1]
+    size = counts_of_plan(lower(snn), x, 1)[label].shape[1:]
+    theta = layer.node.v_threshold.expand(size[0])[:, None, None].expand(size).clone()
+    theta[:, 0, 0] *= 1e12
+    layer.node.v_threshold = theta
+    layer.node.v_init, layer.node.amplitude = torch.zeros(()), torch.ones(())
+    got = counts_of_plan(lower(snn, precision="int8"), x, 9)[label]
+    assert int(got[:, :, 0, 0].sum()) == 0
+    assert int(got.sum()) > 0
+
+
+class StemAdded(nn.Module):
+    """What is constant in time and spikes in one sum, behind a max-pool."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.pool, self.fc = nn.MaxPool2d(2), nn.Linear(128, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        stem = self.a(x)
+        return self.fc(F.relu(self.pool(self.b(F.relu(stem)) + stem)).flatten(1))
+
+
+@pytest.mark.parametrize("factor", [1.0, 30.0, 1e4])
+@pytest.mark.parametrize("strict", [False, True])
+def test_constant_currents_are_cut_where_no_spike_changes(factor: float, strict: bool) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 3, 8, 8)
+    snn = converted(StemAdded().eval(), x)
+    for _, layer in snn.neurons():
+        layer.node.tie = ">" if strict else ">="
+    with torch.no_grad():
+        for parameter in snn.prefix.parameters():
+            parameter.mul_(factor)
+    plan = lower(snn, precision="int8")
+    want, got = oracle(plan, x, 20), counts_of_plan(plan, x, 20)
+    assert len(got) == 2
+    for label, counts in got.items():
+        assert torch.equal(counts, want[label])
+
+
+def test_many_steps_stay_in_range() -> None:
+    snn, x = network("residual")
+    plan = lower(snn, precision="int8")
+    want, got = oracle(plan, x, 300), counts_of_plan(plan, x, 300)
+    for label, counts in got.items():
+        assert torch.equal(counts, want[label])
+
+
 def test_weights_and_thresholds_are_whole_and_fit() -> None:
     snn, x = network("residual")
     plan = lower(snn, precision="int8")

@@ -7,6 +7,7 @@ import copy
 import importlib.util
 import multiprocessing
 import os
+import weakref
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
@@ -17,6 +18,7 @@ from test_engine import NETWORKS, converted, counts_of, counts_of_plan, exact
 from test_engine_int8 import LOWERED, network, oracle
 from test_fused_conv import needs_triton, once
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from snnkernels import models
 from snnkernels.conversion import ACTIVATIONS
@@ -209,6 +211,39 @@ def test_batches_in_pieces() -> None:
     many = torch.cat([x] * 4)
     assert torch.equal(plan(many), snn(many))
     assert plan.peak_memory(1) > 0
+
+
+class Peak(TorchDispatchMode):
+    """Most bytes that tensors made inside take at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: dict[int, int] = {}
+        self.most = 0
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = op(*args, **(kwargs or {}))
+        for value in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(value, Tensor):
+                storage = value.untyped_storage()
+                if id(storage) not in self.sizes:
+                    weakref.finalize(storage, self.sizes.pop, id(storage), None)
+                self.sizes[id(storage)] = storage.nbytes()
+        self.most = max(self.most, sum(self.sizes.values()))
+        return out
+
+
+@pytest.mark.parametrize("name", ["vgg maximum", "residual", "small cnn"])
+@pytest.mark.parametrize("precision", ["float32", "float16", "int8"])
+def test_no_call_takes_more_than_planned(name: str, precision: str) -> None:
+    snn, x = network(name)
+    plan = lower(snn, precision=precision, max_memory="1GiB")
+    many = torch.cat([x] * 4)
+    plan(many, T=20)
+    with Peak() as peak:
+        plan(many, T=20)
+    planned = plan.peak_memory(len(many), T=20)
+    assert planned / 4 < peak.most <= planned
 
 
 def test_pickled_and_copied_plans_run() -> None:

@@ -298,6 +298,10 @@ def test_starts_from_a_checkpoint(training, bundle: Path, tmp_path: Path, capsys
     added = b.keys() - a.keys()
     assert added
     assert all((b[k] == 3).all() for k in added)
+    argv = train_argv(bundle, again, *still, "--fresh", "--activation", "clip")
+    for more, want in (((), 3), (("--ceiling", "5"), 5)):
+        assert training.main([*argv, "--init", str(qcfs), *more]) == 0
+        assert all((weights_of(again)[k] == want).all() for k in added)
     weights = [k for k in a if k.endswith("weight")]
     assert all(torch.equal(a[k], b[k]) and torch.equal(a[k], c[k]) for k in weights)
     capsys.readouterr()

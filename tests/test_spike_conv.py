@@ -179,6 +179,20 @@ def test_the_reference_is_a_convolution_and_the_neuron_of_the_library() -> None:
     assert torch.equal(counts[1, ..., :12].permute(0, 3, 1, 2), fired.sum(0).int())
 
 
+@pytest.mark.parametrize("lanes", [16, PANEL])
+def test_windows_of_one_have_a_stride(level: str, lanes: int) -> None:
+    spikes = (torch.rand(3, 2, 5, 7, 9) < 0.4).float()
+    weight = torch.randint(-4, 5, (6, 5, 3, 3)) / 4
+    (branch,) = branches_of(weight, padding=(1, 1), pool_stride=(2, 3))
+    layer = Layer(1, lanes=lanes)
+    _, _, got = spike_conv(
+        [(SpikeMap.of(spikes), branch.narrow(lanes))], layer, spikes=False, currents=True
+    )
+    x = F.conv2d(spikes[..., ::2, ::3].flatten(0, 1), weight, padding=1).unflatten(0, (3, 2))
+    assert got is not None
+    assert torch.equal(got[..., :6], x.permute(0, 1, 3, 4, 2))
+
+
 def test_maps_pack_and_unpack() -> None:
     spikes = (torch.rand(3, 2, 70, 4, 5) < 0.5).float()
     packed = SpikeMap.of(spikes)

@@ -98,8 +98,10 @@ class _Captured:
     """A graph with the memory that it reads and writes."""
 
     def __init__(self, backend: Backend, inputs: Sequence[Tensor], run: Callable) -> None:
-        self.inputs = [torch.empty_like(x, memory_format=torch.preserve_format) for x in inputs]
-        self.graph, self.answers = backend.capture(lambda: run(*self.inputs))
+        # Calls outside of inference_mode write there as well, whoever made the first ones.
+        with torch.inference_mode(False), torch.no_grad():
+            self.inputs = [torch.empty_like(x, memory_format=torch.preserve_format) for x in inputs]
+            self.graph, self.answers = backend.capture(lambda: run(*self.inputs))
 
     def replay(self, backend: Backend, inputs: Sequence[Tensor]) -> Answers:
         for place, x in zip(self.inputs, inputs, strict=True):

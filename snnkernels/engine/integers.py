@@ -20,15 +20,17 @@ from torch import Tensor, fx, nn
 from ..conversion.spiking import per_channel_view
 from .network import Network, Node
 
-__all__ = ["WholePrefix", "check_range", "current_bound", "to_integers", "units_of"]
+__all__ = ["WholePrefix", "check_range", "current_bounds", "to_integers", "units_of"]
 
 _LARGEST = 127  # weight
-_MOST_CURRENT = 2**23  # of what is constant in time; more fires, or silences, at every step as well
-_FINEST = 2**20  # units of a threshold at most
+_MOST_CURRENT = 2**23  # of what is constant in time
+_FINEST = 2**20  # units of a channel's smallest threshold at most
+_LAST = 2**31 - 1  # of int32: a threshold that is never reached, a start that check_range refuses
 _FRACTIONS = torch.linspace(0.3, 1.0, 36, dtype=torch.float64).tolist()
 # Inputs: below 2^9 in steps of 2^-14. Weights on them: 18 bits. The sum of a window is then a whole
 # number of the smallest product, of 23 + 18 bits and those of its size: exact in float64.
 _INPUT_STEP, _MOST_INPUT, _WEIGHT_BITS, _MOST_TERMS = 2.0**-14, 2.0**9, 18, 2**11
+_BIAS_BITS = 38  # of the weights' steps: below 2^52 of the products'
 _MOVES = (nn.Identity, nn.Dropout, nn.Dropout2d, nn.Flatten, nn.Unflatten, nn.MaxPool2d)
 _MOVING = {
     "flatten",
@@ -84,11 +86,12 @@ def _to_integers(node: Node) -> str:
     if neurons.bias is not None:
         own = neurons.bias.double().expand(channels)
         bias = own if bias is None else bias + own
+    _check_finite(node.name, *(t.weight for t in node.terms), *([] if bias is None else [bias]))
 
     def whole_of(value: Tensor) -> Tensor:
         value = value.double()
         spread = unit if value.dim() <= 1 else unit.view(-1, *[1] * (value.dim() - 1))
-        return (value / spread).round().to(torch.int32)
+        return (value / spread).round().clamp(-_LAST, _LAST).to(torch.int32)
 
     node.terms, node.unit = terms, unit
     node.bias = None if bias is None else (bias / unit).round()
@@ -98,6 +101,26 @@ def _to_integers(node: Node) -> str:
     )  # fmt: skip
     units = (least / unit).median()
     return f"{node.name}: a threshold is {float(units):.0f} units (median)"
+
+
+def _check_finite(name: str, *values: Tensor) -> None:
+    """Devices turn what is no number into different whole numbers.
+
+    Raises:
+        ValueError: a value is not finite.
+    """
+    for value in values:
+        bad = value[~value.isfinite()]
+        if bad.numel():
+            raise ValueError(
+                f"precision='int8' needs finite weights and biases, but {name} has {float(bad[0])}"
+            )
+
+
+def _exponent(value: Tensor) -> int:
+    """The power of two above all sizes; of zeros one below those of all numbers."""
+    most = float(value.abs().max())
+    return math.frexp(most)[1] if most else -900
 
 
 def _unit(weights: Tensor, otherwise: Tensor) -> Tensor:
@@ -114,10 +137,10 @@ def _unit(weights: Tensor, otherwise: Tensor) -> Tensor:
     return found
 
 
-def units_of(statics: Sequence[Tensor], unit: Tensor) -> list[Tensor]:
+def units_of(statics: Sequence[Tensor], unit: Tensor, most: float) -> list[Tensor]:
     """The current that is constant in time, ``[B, C]`` or ``[B, C, H, W]`` float32, in units.
 
-    Its parts are added first, exactly, and rounded once.
+    Its parts are added first, exactly, and rounded once. What is beyond ``most`` is cut off there.
     """
     if not statics:
         return []
@@ -125,15 +148,20 @@ def units_of(statics: Sequence[Tensor], unit: Tensor) -> list[Tensor]:
     for static in statics[1:]:
         total = total + static
     units = total / per_channel_view(unit, 1, total.dim())
-    return [units.round().clamp(-_MOST_CURRENT, _MOST_CURRENT).float()]
+    return [units.round().clamp(-most, most).float()]
 
 
-def current_bound(node: Node) -> float:
-    """Largest size of a layer's current in units.
+def current_bounds(node: Node) -> tuple[float, float]:
+    """Largest size of a layer's current in units, and of the part of it that is constant in time.
+
+    A constant part beyond the threshold, the start and all else together makes a neuron fire at
+    every step whatever else it is given, or never: a larger one changes no spike. Behind a max-pool
+    the position that leads may lag by twice all else, and so may its next sum.
 
     Raises:
         ValueError: float32 could not hold it.
     """
+    assert node.neurons is not None
     sums = [torch.zeros(node.size[0], dtype=torch.float64) for _ in range(2)]
     for term in node.terms:
         most = 1 if term.either else math.prod(term.pool)
@@ -141,13 +169,17 @@ def current_bound(node: Node) -> float:
             sums[i] += (sign * term.weight).clamp(min=0).flatten(1).sum(1) * most
     bound = float(torch.stack(sums).amax())
     bound += 0.0 if node.bias is None else float(node.bias.abs().max())
-    bound += _MOST_CURRENT if node.statics else 0
+    constant = 0.0
+    if node.statics:
+        own = float(node.neurons.threshold.max()) + float(node.neurons.v_init.abs().max())
+        constant = min(own + 4 * bound + 1, _MOST_CURRENT)
+    bound += constant
     if bound >= 2**24:
         raise ValueError(
             f"precision='int8': sums of {node.name} can reach {bound:.4g}, beyond 2^24; use "
             "precision='float32'"
         )
-    return bound
+    return bound, constant
 
 
 def check_range(name: str, T: int, bound: float, start: int, side: int) -> None:
@@ -190,9 +222,10 @@ class WholePrefix:
         if len(linear) > 1:
             self._refuse(f"{len(linear)} convolutions or linear layers")
         self._run: Callable[..., Any] = copy.deepcopy(prefix).double()
-        for module in self._run.modules() if isinstance(self._run, nn.Module) else ():
+        modules = self._run.named_modules() if isinstance(self._run, nn.Module) else ()
+        for name, module in modules:
             if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)):
-                self._round(module)
+                self._round(name, module)
 
     def _refuse(self, what: str) -> None:
         raise ValueError(
@@ -200,17 +233,21 @@ class WholePrefix:
             f"neurons, whose sums are exact; found {what}; use precision='float32'"
         )
 
-    def _round(self, module: Any) -> None:
+    def _round(self, name: str, module: Any) -> None:
         weight = module.weight.detach()
+        bias = None if module.bias is None else module.bias.detach()
         terms = weight[0].numel()
         if terms > _MOST_TERMS:
             self._refuse(f"one of {terms} terms (at most {_MOST_TERMS})")
-        step = 2.0 ** (torch.frexp(weight.abs().max()).exponent.item() - _WEIGHT_BITS)
+        _check_finite(name, weight, *([] if bias is None else [bias]))
+        bits = _exponent(weight) - _WEIGHT_BITS
+        if bias is not None:  # a huge one leaves few bits to the weights: sums stay exact
+            bits = max(bits, _exponent(bias) - _BIAS_BITS)
+        step = 2.0**bits
         module.weight = nn.Parameter((weight / step).round() * step, requires_grad=False)
-        if module.bias is not None:
+        if bias is not None:
             step *= _INPUT_STEP
-            bias = (module.bias.detach() / step).round() * step
-            module.bias = nn.Parameter(bias, requires_grad=False)
+            module.bias = nn.Parameter((bias / step).round() * step, requires_grad=False)
 
     def __call__(self, x: Any) -> Any:
         """The statics, float64.

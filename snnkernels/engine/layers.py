@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from ..conversion.spiking import SpikingActivation, per_channel_view
 from ..kernels.spike_conv import spike_conv
 from ..kernels.spike_maps import PANEL, Branch, Layer, SpikeMap, branches_of, lanes_of
-from .integers import check_range, current_bound, units_of
+from .integers import check_range, current_bounds, units_of
 from .network import Network, Node
 
 __all__ = ["CountAt", "Dense", "Pack", "Run", "SpikingLayer"]
@@ -117,7 +118,7 @@ class SpikingLayer(nn.Module):
         )
         self.register_buffer("v_init", _spread(neurons.v_init, node.size, 0), persistent=False)
         self.register_buffer("unit", node.unit, persistent=False)
-        self._bound = 0.0 if node.unit is None else current_bound(node)
+        self._bound, self._constant = (0.0, 0.0) if node.unit is None else current_bounds(node)
         self._start = 0 if node.unit is None else int(self.v_init.abs().max())
 
     def forward(self, *values: Any) -> tuple[SpikeMap | None, Tensor | None]:
@@ -125,9 +126,12 @@ class SpikingLayer(nn.Module):
         run = self._run[0]
         if self.unit is not None:
             check_range(self.name, run.T, self._bound, self._start, self.side)
-        maps, statics = values[: len(self.sources)], values[len(self.sources) :]
+        maps = values[: len(self.sources)]
+        statics: Sequence[Tensor] = values[len(self.sources) :]
         current: Tensor | None = None
-        for static in statics if self.unit is None else units_of(statics, self.unit):
+        if self.unit is not None:
+            statics = units_of(statics, self.unit, self._constant)
+        for static in statics:
             current = static if current is None else current + static
         if current is not None:
             full = current[..., None, None] if current.dim() == 2 else current

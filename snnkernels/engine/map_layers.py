@@ -7,6 +7,7 @@ the same layers run in plain PyTorch, for tests.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ from ..functional import if_run
 from ..kernels.fused_conv import NotFusible, why_not
 from ..maps import cumulative_max_pool
 from .fused import FusedLayer
-from .integers import check_range, current_bound, units_of
+from .integers import check_range, current_bounds, units_of
 from .layers import Run
 from .network import Network, Node, Term
 
@@ -91,7 +92,7 @@ class MapLayer(nn.Module):
         ):
             held = None if value is None else value.to(device)
             self.register_buffer(name, held, persistent=False)
-        self._bound = 0.0 if node.unit is None else current_bound(node)
+        self._bound, self._constant = (0.0, 0.0) if node.unit is None else current_bounds(node)
         self._start = 0 if node.unit is None else int(neurons.v_init.abs().max())
 
     def _fuse(self, net: Network, node: Node, precision: str, device: Any) -> str:
@@ -114,7 +115,7 @@ class MapLayer(nn.Module):
         unit = self.unit
         if unit is not None:
             check_range(self.name, run.T, self._bound, self._start, self.side)
-            statics = units_of(statics, unit)
+            statics = units_of(statics, unit, self._constant)
         if self.fused is not None:
             return self.fused(maps, statics)
         current = self._current(maps, statics)
@@ -168,6 +169,15 @@ class MapLayer(nn.Module):
             v = torch.where(s, v - theta, v)
             fired.append(s)
         return torch.stack(fired).to(torch.uint8)
+
+    @property
+    def bytes_per_step(self) -> int:
+        """Most that an image takes at a time, of one step."""
+        outputs = math.prod(self.size)
+        if self.fused is not None:
+            return 12 * outputs  # maps, and currents that are added
+        # Currents lie there before a pool, beside what they are the sum of and what is read.
+        return 4 * _wide(self.dtype).itemsize * self.side**2 * outputs
 
     @property
     def runs(self) -> str:

@@ -170,6 +170,7 @@ class _Built:
             Packed(self.run, precision == "int16") if self.packed
             else Maps(self.run, precision, device, "fuse_convolutions" not in off),
         )  # fmt: skip
+        self.maps = [m for m in self.body.modules() if isinstance(m, MapLayer)]
         self.reuse = "reuse_buffers" not in off and self.packed
         self.graphs: Graphs | None = None
         if backend is not None and "capture_graphs" not in off:
@@ -209,14 +210,12 @@ class _Built:
         """Most that one image takes at a time: packed spikes, and dense values left."""
         buffers = self.buffers(T)
         packed = 8 * (buffers.words if self.reuse else buffers.apart)
-        # Maps and the currents of what is not fused take as much as dense tensors.
-        small = ("layer", "static", "count") if self.packed else ("static", "count")
-        dense = [
-            4 * T * math.prod(node.size) for node in self.net if node.op not in small and node.size
-        ]
-        constant = [4 * math.prod(n.size) for n in self.net if n.op == "static"]
         # A value, what it is made of and what its neurons give live together.
-        return packed + 3 * max(dense, default=0) + 2 * sum(constant)
+        small = ("layer", "static", "count")
+        dense = [12 * T * math.prod(n.size) for n in self.net if n.op not in small and n.size]
+        dense += [T * layer.bytes_per_step for layer in self.maps]
+        constant = [4 * math.prod(n.size) for n in self.net if n.op == "static"]
+        return packed + max(dense, default=0) + 2 * sum(constant)
 
 
 class Plan(nn.Module):
@@ -388,8 +387,7 @@ class Plan(nn.Module):
             )
         maps = None
         if not built.packed:
-            layers = (m for m in built.body.modules() if isinstance(m, MapLayer))
-            maps = {layer.name: layer.runs for layer in layers}
+            maps = {layer.name: layer.runs for layer in built.maps}
         return explain(built.before, built.net, built.notes, built.buffers(self.T), self.T, maps)
 
     def peak_memory(self, batch: int, T: int | None = None) -> int:

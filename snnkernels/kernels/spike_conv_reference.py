@@ -31,7 +31,7 @@ def _linear(source: SpikeMap, branch: Branch, exact: bool) -> Tensor:
     # Whole numbers have exact sums in float64.
     dtype = torch.float32 if branch.scale is None and not exact else torch.float64
     x = SpikeMap(part, branch.used_words * PANEL).dense(dtype).flatten(0, 1)
-    if branch.pool != (1, 1):
+    if (branch.pool, branch.pool_stride) != ((1, 1), (1, 1)):
         if branch.either:
             x = F.max_pool2d(x, branch.pool, branch.pool_stride)
         else:
