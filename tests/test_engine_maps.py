@@ -205,6 +205,20 @@ def test_calls_are_captured_by_shape_and_steps(monkeypatch: pytest.MonkeyPatch) 
     assert fake.captured == 2
 
 
+def test_a_capture_that_fails_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Failing(Fake):
+        def capture(self, run: Any) -> Any:
+            raise RuntimeError("no memory")
+
+    monkeypatch.setattr(module, "_backend", lambda device: Failing())
+    snn, x = exact("small cnn")
+    plan = lower(snn)
+    want = snn(x)
+    for _ in range(3):
+        assert torch.equal(plan(x), want)
+    assert "none: RuntimeError: no memory" in str(plan.explain())
+
+
 def test_batches_in_pieces() -> None:
     snn, x = exact("vgg average")
     plan = lower(snn, max_memory="64KiB")

@@ -82,7 +82,8 @@ def lower(
             call, and reads them again when they have changed (writes through ``.data`` or NumPy
             leave no trace: make another plan after them). While forward hooks wait in its body, it
             runs itself, so that they are called.
-        precision: ``"float32"``: weights as they are.
+        precision: ``"float32"``: weights as they are. (On CUDA a convolution of cuDNN may use TF32,
+            as everywhere in torch: ``torch.backends.cudnn.allow_tf32``.)
 
             ``"int16"`` (CPUs): weights as multiples of a 16-bit unit per output channel, sums
             exact; each weight is off by at most half a unit, about 1 / 65,000 of the largest sum
@@ -385,6 +386,8 @@ class Plan(nn.Module):
             raise ValueError(
                 "explain() needs inputs: the plan depends on their shape, and there was no call yet"
             )
+        if built.graphs is not None and built.graphs.why_not:
+            built.notes["capture_graphs"] = [f"none: {built.graphs.why_not}"]
         maps = None
         if not built.packed:
             maps = {layer.name: layer.runs for layer in built.maps}
