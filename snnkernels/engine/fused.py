@@ -24,10 +24,10 @@ from ..kernels.fused_conv import (
     fused_conv_reference,
     why_not,
 )
-from .layers import Run
+from .layers import Run, as_counted, constant_current
 from .network import Network, Node, Term
 
-__all__ = ["FusedLayer"]
+__all__ = ["FusedLayer", "current_of"]
 
 # And how many spikes one value of a map may count, exact in each.
 _DTYPES = {torch.float16: 255, torch.bfloat16: 255, torch.int8: 127}
@@ -72,10 +72,7 @@ class FusedLayer(nn.Module):
         weight = main.weight.to(dtype)
         if not bool(weight.isfinite().all()):
             raise NotFusible(f"a weight is beyond {dtype}")
-        bias = node.bias
-        if neurons.bias is not None:
-            own = neurons.bias.double().expand(node.size[0])
-            bias = own if bias is None else bias + own
+        bias = node.whole_bias()
         self._in_kernel = (main.pool, main.pool_stride) == ((2, 2), (2, 2)) and not main.either
         self.layer = FusedConv.of(
             weight,
@@ -133,8 +130,7 @@ class FusedLayer(nn.Module):
             assert out.spikes is not None
             counts = torch.stack([out.spikes[:end].sum(0, dtype=torch.int32) for end in ends])
         if counts is not None:
-            counts = counts.permute(0, 1, 4, 2, 3).contiguous()
-            counts = counts.flatten(2) if len(self.size) == 1 else counts
+            counts = as_counted(counts, self.size)
         return out.spikes if self.spikes else None, counts
 
     def _added(
@@ -143,16 +139,14 @@ class FusedLayer(nn.Module):
         """The residual of the call, and what one of it weighs."""
         if len(maps) == 1 and self._others[0].in_place and not statics:
             scale = self._others[0].weight.flatten()
-            return maps[0], scale.to(maps[0].device, self.layer.state)
-        total: Tensor | None = None
-        for static in statics:
-            full = static[..., None, None] if static.dim() == 2 else static
-            full = full.permute(0, 2, 3, 1)
-            total = full if total is None else total + full
+            return maps[0], scale.to(self.layer.state)
+        total = constant_current(statics)
         for spikes, term in zip(maps, self._others, strict=True):
-            current = _current(spikes, term)
+            current = current_of(spikes, term)
             total = current if total is None else current + total
-        return (None if total is None else total.to(self.layer.state).contiguous()), None
+        if total is None:
+            return None, None
+        return total.movedim(-3, -1).to(self.layer.state).contiguous(), None
 
     def extra_repr(self) -> str:
         """Show what it is made of."""
@@ -174,13 +168,13 @@ def _pool(x: Tensor, term: Term) -> Tensor:
     return F.avg_pool2d(x, term.pool, term.pool_stride, divisor_override=1)
 
 
-def _current(spikes: Tensor, term: Term) -> Tensor:
-    """What a term adds, ``[T, B, OH, OW, N]``, in the dtype of its weights."""
-    weight = term.weight.to(spikes.device)
-    if term.in_place:
-        return spikes * weight.flatten()
-    x = spikes.flatten(0, 1).permute(0, 3, 1, 2).to(weight.dtype)
+def current_of(spikes: Tensor, term: Term) -> Tensor:
+    """What a term adds, ``[T, B, C, H, W]`` in channels_last, in the dtype of its weights."""
+    x = spikes.flatten(0, 1).permute(0, 3, 1, 2).to(term.weight.dtype)
     if (term.pool, term.pool_stride) != ((1, 1), (1, 1)):
         x = _pool(x, term)
-    x = F.conv2d(x, weight, None, term.stride, term.padding, term.dilation, term.groups)
-    return x.permute(0, 2, 3, 1).unflatten(0, spikes.shape[:2])
+    if term.in_place:
+        x = x * term.weight.view(1, -1, 1, 1)
+    else:
+        x = F.conv2d(x, term.weight, None, term.stride, term.padding, term.dilation, term.groups)
+    return x.unflatten(0, spikes.shape[:2])

@@ -82,10 +82,7 @@ def _to_integers(node: Node) -> str:
     for term in node.terms:
         whole = (term.weight / column).round()
         terms.append(replace(term, weight=whole if term.each else whole.clamp(-_LARGEST, _LARGEST)))
-    bias = node.bias
-    if neurons.bias is not None:
-        own = neurons.bias.double().expand(channels)
-        bias = own if bias is None else bias + own
+    bias = node.whole_bias()
     _check_finite(node.name, *(t.weight for t in node.terms), *([] if bias is None else [bias]))
 
     def whole_of(value: Tensor) -> Tensor:

@@ -66,6 +66,23 @@ def _spread(value: Tensor, size: tuple[int, ...], fill: float) -> Tensor:
 _NEVER = 2**31 - 1  # a threshold
 
 
+def constant_current(statics: Sequence[Tensor]) -> Tensor | None:
+    """The sum of values constant in time, ``[B, C]`` or ``[B, C, H, W]``, with positions."""
+    total: Tensor | None = None
+    for static in statics:
+        total = static if total is None else total + static
+    return total[..., None, None] if total is not None and total.dim() == 2 else total
+
+
+def as_counted(counts: Tensor, size: tuple[int, ...]) -> Tensor:
+    """Counts ``[times, B, H, W, C]`` as ``[times, B, *size]``.
+
+    In the order in which the converted network has them: the tail then rounds alike.
+    """
+    counts = counts.permute(0, 1, 4, 2, 3).contiguous()
+    return counts.flatten(2) if len(size) == 1 else counts
+
+
 class SpikingLayer(nn.Module):
     """Neurons and the linear maps of spikes before them, in one kernel.
 
@@ -104,10 +121,7 @@ class SpikingLayer(nn.Module):
         for i, mine in enumerate(self._branches):
             for j, branch in enumerate(mine):
                 self.register_buffer(f"weights_{i}_{j}", branch.weights, persistent=False)
-        bias = node.bias
-        if neurons.bias is not None:
-            own = neurons.bias.double().expand(self.channels)
-            bias = own if bias is None else bias + own
+        bias = node.whole_bias()
         self.register_buffer(
             "bias", None if bias is None else _spread(bias, node.size, 0.0), persistent=False
         )
@@ -128,14 +142,11 @@ class SpikingLayer(nn.Module):
             check_range(self.name, run.T, self._bound, self._start, self.side)
         maps = values[: len(self.sources)]
         statics: Sequence[Tensor] = values[len(self.sources) :]
-        current: Tensor | None = None
         if self.unit is not None:
             statics = units_of(statics, self.unit, self._constant)
-        for static in statics:
-            current = static if current is None else current + static
+        current = constant_current(statics)
         if current is not None:
-            full = current[..., None, None] if current.dim() == 2 else current
-            full = full.permute(0, 2, 3, 1)
+            full = current.permute(0, 2, 3, 1)
             current = F.pad(full, (0, self.panels * PANEL - self.channels)).contiguous()
         pairs = [
             (m, branch) for m, mine in zip(maps, self._branches, strict=True) for branch in mine
@@ -152,9 +163,7 @@ class SpikingLayer(nn.Module):
             count_at=run.ends if self.counted else (), T=run.T,
         )  # fmt: skip
         if counts is not None:
-            # In the order in which the converted network has them: the tail then rounds alike.
-            counts = counts[..., : self.channels].permute(0, 1, 4, 2, 3).contiguous()
-            counts = counts.flatten(2) if len(self.size) == 1 else counts
+            counts = as_counted(counts[..., : self.channels], self.size)
         return None if words is None else SpikeMap(words, self.channels), counts
 
     def extra_repr(self) -> str:

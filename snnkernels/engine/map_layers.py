@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,9 +20,9 @@ from ..conversion.spiking import per_channel_view
 from ..functional import if_run
 from ..kernels.fused_conv import NotFusible, why_not
 from ..maps import cumulative_max_pool
-from .fused import FusedLayer
+from .fused import FusedLayer, current_of
 from .integers import check_range, current_bounds, units_of
-from .layers import Run
+from .layers import Run, constant_current
 from .network import Network, Node, Term
 
 __all__ = ["DTYPES", "FromMap", "MapLayer", "ToMap"]
@@ -76,14 +77,11 @@ class MapLayer(nn.Module):
         self.sources = [net.origin_of(term.source).name for term in terms]
         if self.fused is not None:
             self.sources = self.fused.sources
-        self._terms: list[Term] = [] if self.fused is not None else terms
-        for i, term in enumerate(self._terms):
-            weight = term.weight.to(self.dtype).to(memory_format=torch.channels_last)
-            self.register_buffer(f"weight_{i}", weight.to(device), persistent=False)
-        bias = node.bias
-        if neurons.bias is not None:
-            own = neurons.bias.double().expand(node.size[0])
-            bias = own if bias is None else bias + own
+        self._terms: list[Term] = []
+        for term in terms if self.fused is None else ():
+            weight = term.weight.to(device, self.dtype, memory_format=torch.channels_last)
+            self._terms.append(replace(term, weight=weight))
+        bias = node.whole_bias()
         for name, value in (
             ("bias", None if bias is None else bias.to(_wide(self.dtype))),
             ("threshold", neurons.threshold),
@@ -142,13 +140,10 @@ class MapLayer(nn.Module):
 
     def _current(self, maps: Any, statics: Any) -> Tensor:
         """``[T, B, C, H, W]`` in channels_last, or constant in time ``[B, C, H, W]``."""
-        total: Tensor | None = None
-        for static in statics:
-            full = static[..., None, None] if static.dim() == 2 else static
-            full = full.to(_wide(self.dtype))
-            total = full if total is None else total + full
-        for i, (spikes, term) in enumerate(zip(maps, self._terms, strict=True)):
-            added = _linear(spikes, term, getattr(self, f"weight_{i}"))
+        total = constant_current(statics)
+        total = None if total is None else total.to(_wide(self.dtype))
+        for spikes, term in zip(maps, self._terms, strict=True):
+            added = current_of(spikes, term)
             total = added if total is None else added + total
         assert total is not None
         if self.side > 1:
@@ -194,21 +189,6 @@ class MapLayer(nn.Module):
 def _wide(dtype: torch.dtype) -> torch.dtype:
     """Of biases and constant currents: at least float32."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
-
-
-def _linear(spikes: Tensor, term: Term, weight: Tensor) -> Tensor:
-    """What a term adds, ``[T, B, C, H, W]``."""
-    x = spikes.flatten(0, 1).permute(0, 3, 1, 2).to(weight.dtype)
-    if (term.pool, term.pool_stride) != ((1, 1), (1, 1)):
-        if term.either:
-            x = F.max_pool2d(x, term.pool, term.pool_stride)
-        else:
-            x = F.avg_pool2d(x, term.pool, term.pool_stride, divisor_override=1)
-    if term.in_place:
-        y = x * weight.view(1, -1, 1, 1)
-    else:
-        y = F.conv2d(x, weight, None, term.stride, term.padding, term.dilation, term.groups)
-    return y.unflatten(0, spikes.shape[:2])
 
 
 def _pooled(current: Tensor, side: int) -> Tensor:

@@ -123,6 +123,13 @@ class Node:
     why: str = ""
     unit: Tensor | None = None
 
+    def whole_bias(self) -> Tensor | None:
+        """The sum's bias and that of the neurons, ``[C]``; None: neither."""
+        if self.neurons is None or self.neurons.bias is None:
+            return self.bias
+        own = self.neurons.bias.double().expand(self.size[0])
+        return own if self.bias is None else self.bias + own
+
     def reads(self) -> list[str]:
         """All values it needs."""
         return [*self.inputs, *(t.source for t in self.terms), *self.statics]
