@@ -43,6 +43,7 @@ from networks import Subject, subject
 from torch import Tensor
 
 from snnkernels import lower
+from snnkernels.engine import built as engine_built
 from snnkernels.engine import plan as engine_plan
 
 KEY = ("network", "batch", "T", "pipeline", "calls")
@@ -200,7 +201,7 @@ def main() -> None:
     if args.device == "cpu":
         if not args.quick:
             raise SystemExit("bench_gpu_network.py measures GPUs; --quick tries it on a CPU")
-        engine_plan._form = lambda device: "maps"
+        engine_built._form = lambda device: "maps"
         engine_plan.PRECISIONS["cpu"] = engine_plan.PRECISIONS["cuda"]
     torch.set_grad_enabled(False)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import importlib.util
@@ -13,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -510,3 +511,18 @@ def plain_cases(dtype: torch.dtype) -> list[Case]:
 
 def surrogate_of(name: str) -> surrogate.Surrogate:
     return surrogate.resolve(name)
+
+
+@contextlib.contextmanager
+def at_level(name: str) -> Iterator[None]:
+    """The CPU extension at a SIMD level; ``"reference"``: plain PyTorch."""
+    if name == "reference":
+        with backends.use_backend("reference"):
+            yield
+        return
+    before = extension("_cpu").isa()
+    extension("_cpu").set_isa(name)
+    try:
+        yield
+    finally:
+        extension("_cpu").set_isa(before)

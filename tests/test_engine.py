@@ -18,6 +18,7 @@ from snnkernels import models
 from snnkernels.conversion.spiking import SpikingActivation
 from snnkernels.engine import ALL_PASSES, lower
 from snnkernels.engine.layers import Dense, SpikingLayer
+from snnkernels.engine.map_layers import MapLayer
 from snnkernels.engine.network import Network, Node, Term
 from snnkernels.engine.passes import PASSES
 from snnkernels.kernels.spike_maps import SpikeMap
@@ -102,16 +103,15 @@ def counts_of_plan(plan: Any, x: Tensor, T: int) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     hooks = []
     for module in built.body.modules():
-        if isinstance(module, SpikingLayer):
+        if isinstance(module, (SpikingLayer, MapLayer)):
 
             def keep(layer: Any, args: Any, out: Any) -> None:
                 spikes, counts = out
-                if spikes is not None:
-                    rows = spikes.dense().sum(0).to(torch.int32)
-                    counts = rows.flatten(1) if len(layer.size) == 1 else rows
+                if isinstance(spikes, SpikeMap):
+                    counts = spikes.dense().sum(0)
                 else:
-                    counts = counts[-1]
-                found[labels[layer.name]] = counts
+                    counts = counts[-1] if spikes is None else spikes.sum(0).permute(0, 3, 1, 2)
+                found[labels[layer.name]] = counts.reshape(len(x), *layer.size).to(torch.int32)
 
             hooks.append(module.register_forward_hook(keep))
     plan(x, T=T)

@@ -10,14 +10,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conversion_helpers import randomize
-from support import PURE, extension
+from support import PURE, at_level, extension
 from test_engine import NETWORKS, converted, counts_of_plan
 from torch import Tensor, nn
 
 from snnkernels import IFNode
 from snnkernels.engine import lower
 from snnkernels.engine.integers import WholePrefix
-from snnkernels.kernels import backends
 
 LOWERED = ["vgg average", "vgg maximum", "residual", "mlp", "small cnn"]
 LEVELS = [] if PURE or extension("_cpu") is None else extension("_cpu").isas()
@@ -33,14 +32,8 @@ def network(name: str, **given: Any) -> tuple[Any, Tensor]:
 @pytest.fixture(params=[*LEVELS, "reference"])
 def way(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every SIMD level, and plain PyTorch."""
-    if request.param == "reference":
-        with backends.use_backend("reference"):
-            yield "reference"
-        return
-    before = extension("_cpu").isa()
-    extension("_cpu").set_isa(request.param)
-    yield request.param
-    extension("_cpu").set_isa(before)
+    with at_level(request.param):
+        yield request.param
 
 
 def oracle(plan: Any, x: Tensor, T: int) -> dict[str, Tensor]:

@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from snnkernels import models
 from snnkernels.conversion import ACTIVATIONS
+from snnkernels.engine import built as built_module
 from snnkernels.engine import lower, map_layers
 from snnkernels.engine import plan as module
 from snnkernels.engine.map_layers import MapLayer
@@ -33,7 +34,7 @@ PLANS_FUSE = importlib.util.find_spec("triton") is not None
 @pytest.fixture(autouse=True)
 def maps(monkeypatch: pytest.MonkeyPatch) -> None:
     """CPUs take maps here, and all precisions."""
-    monkeypatch.setattr(module, "_form", lambda device: "maps")
+    monkeypatch.setattr(built_module, "_form", lambda device: "maps")
     every = ("float32", "float16", "bfloat16", "int8")
     monkeypatch.setitem(module.PRECISIONS, "cpu", every)
 
@@ -44,33 +45,12 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(map_layers, "why_not", lambda device, dtype: "")
 
 
-def counts_by_label(plan: Any, x: Tensor, T: int) -> dict[str, Tensor]:
-    plan(x, T=T)
-    (built,) = plan._built.values()
-    labels = {n.name: n.neurons.module.label for n in built.net if n.neurons is not None}
-    found: dict[str, Tensor] = {}
-    hooks = []
-    for layer in built.body.modules():
-        if isinstance(layer, MapLayer):
-
-            def keep(layer: Any, args: Any, out: Any) -> None:
-                spikes, counts = out
-                rows = counts[-1] if spikes is None else spikes.sum(0).permute(0, 3, 1, 2)
-                found[labels[layer.name]] = rows.reshape(len(x), *layer.size).to(torch.int32)
-
-            hooks.append(layer.register_forward_hook(keep))
-    plan(x, T=T)
-    for hook in hooks:
-        hook.remove()
-    return found
-
-
 @pytest.mark.parametrize("name", NETWORKS)
 def test_all_counts_are_equal_where_sums_are_exact(name: str) -> None:
     snn, x = exact(name)
     plan = lower(snn)
     for T in (1, 7, 40):
-        want, got = counts_of(snn, x, T), counts_by_label(plan, x, T)
+        want, got = counts_of(snn, x, T), counts_of_plan(plan, x, T)
         assert got, plan.explain()
         for label, counts in got.items():
             assert torch.equal(counts, want[label]), f"{label} at T={T}"
@@ -85,7 +65,7 @@ def test_all_counts_are_equal_where_sums_are_exact(name: str) -> None:
 def test_fused_layers_give_the_same_counts(name: str, precision: str, fused: None) -> None:
     snn, x = exact(name)
     plan = lower(snn, precision=precision)
-    want, got = counts_of(snn, x, 9), counts_by_label(plan, x, 9)
+    want, got = counts_of(snn, x, 9), counts_of_plan(plan, x, 9)
     for label, counts in got.items():
         assert torch.equal(counts, want[label]), label
     (built,) = plan._built.values()
@@ -104,7 +84,7 @@ def test_whole_numbers_are_the_same_bits_here(
     snn, x = network(name)
     plan = lower(snn, precision="int8")
     for T in (1, 6, 35):
-        want, got = oracle(plan, x, T), counts_by_label(plan, x, T)
+        want, got = oracle(plan, x, T), counts_of_plan(plan, x, T)
         assert got.keys() == want.keys()
         for label, counts in got.items():
             assert torch.equal(counts, want[label]), f"{label} at T={T}"
@@ -122,11 +102,11 @@ def subject_of(name: str) -> tuple[Any, Tensor]:
 
 def interpreted(name: str, T: int) -> tuple[dict[str, Tensor], list[bool]]:
     """Counts of a plan whose fused layers Triton interprets, and which layers are fused."""
-    module._form = lambda device: "maps"
+    built_module._form = lambda device: "maps"
     module.PRECISIONS["cpu"] = ("int8",)
     snn, x = subject_of(name)
     plan = lower(snn, precision="int8")
-    counts = counts_by_label(plan, x, T)
+    counts = counts_of_plan(plan, x, T)
     (built,) = plan._built.values()
     layers = [m for m in built.body.modules() if isinstance(m, MapLayer)]
     return counts, [layer.fused is not None for layer in layers]
@@ -291,7 +271,7 @@ def test_whole_numbers_are_the_same_bits_on_a_gpu(
     snn, x = network(name)
     other, _ = network(name)
     plan = lower(other.cuda(), precision="int8")
-    got = counts_by_label(plan, x.cuda(), 9)
+    got = counts_of_plan(plan, x.cuda(), 9)
     monkeypatch.undo()
     want = counts_of_plan(lower(snn, precision="int8"), x, 9)
     for label, counts in want.items():

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support import PURE, extension
+from support import PURE, at_level, extension
 from torch import Tensor
 
 from snnkernels.kernels import backends
@@ -32,13 +32,8 @@ LEVELS = [] if PURE or extension("_cpu") is None else extension("_cpu").isas()
 @pytest.fixture(params=LEVELS or ["reference"])
 def level(request: pytest.FixtureRequest) -> Iterator[str]:
     """One SIMD level of the extension after the other."""
-    if request.param == "reference":
-        yield "reference"
-        return
-    before = extension("_cpu").isa()
-    extension("_cpu").set_isa(request.param)
-    yield request.param
-    extension("_cpu").set_isa(before)
+    with at_level(request.param):
+        yield request.param
 
 
 def dyadic(rng: random.Random, *shape: int, low: int = -8, high: int = 8) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -11,33 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from ..conversion.inputs import Inputs, as_given, each, leaves, parts_of
-from ..conversion.means import FromMeans, RunningMean
 from ..conversion.network import ConvertedNetwork, _steps
-from ..conversion.pools import CumulativeMaxPool
 from ..conversion.spiking import SpikingActivation
 from ..conversion.steps import CAUSAL
 from ..kernels.spike_maps import TIMES
-from .buffers import Buffers, plan_buffers
-from .cost import choose_convolution
-from .emit import Maps, Packed, emit
+from .built import ALL_PASSES, Built, device_of
 from .explain import Explanation, explain
-from .graphs import Backend, CudaBackend, Graphs
-from .integers import WholePrefix, to_integers
-from .layers import Run
-from .map_layers import MapLayer
-from .passes import PASSES, Pass
-from .read import mark, read, settings
+from .graphs import Backend, CudaBackend
+from .read import mark, settings
 
 __all__ = ["ALL_PASSES", "Plan", "lower"]
 
-ALL_PASSES: dict[str, Pass | None] = {
-    **{name: run for name, run in PASSES.items() if name != "count_at_end"},
-    "choose_convolution": choose_convolution,
-    "count_at_end": PASSES["count_at_end"],
-    "reuse_buffers": None,  # of the memory, not of the network
-    "fuse_convolutions": None,  # of the kernels on GPUs
-    "capture_graphs": None,  # of the calls there
-}
 # By the type of device.
 PRECISIONS = {
     "cpu": ("float32", "int16", "int8"),
@@ -46,7 +29,6 @@ PRECISIONS = {
 _MEMORY = {"cpu": 32 * 2**20, "cuda": 4 * 2**30}
 _UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 _SHAPES = 8  # shapes of inputs whose plans are kept
-_WITH_STATE = (SpikingActivation, CumulativeMaxPool, RunningMean, FromMeans)
 
 
 def lower(
@@ -130,93 +112,9 @@ def _bytes(value: int | str) -> int:
     )
 
 
-def _form(device: torch.device) -> str:
-    """What spikes are between layers: packed words, or maps of uint8."""
-    return "packed" if device.type == "cpu" else "maps"
-
-
 def _backend(device: torch.device) -> Backend | None:
     """What captures graphs on a device, if anything does."""
     return CudaBackend(device) if device.type == "cuda" else None
-
-
-class _Built:
-    """A plan for inputs of one shape."""
-
-    def __init__(
-        self, snn: ConvertedNetwork, x: Any, off: frozenset[str], precision: str, backend: Any
-    ) -> None:
-        self.run = Run()
-        device = _device_of(snn)
-        self.packed = _form(device) == "packed"
-        if not self.packed:
-            off = off | {"choose_convolution"}  # its costs are those of CPUs
-        self.prefix = WholePrefix(snn.prefix) if precision == "int8" else None
-        if precision == "int8":
-            off = off | {"choose_convolution"}  # sums of dense convolutions are rounded
-        self.before = read(snn, x)
-        self.net = self.before.copy()
-        self.notes: dict[str, list[str]] = {name: [] for name in ALL_PASSES}
-        changed = True
-        while changed:  # one pass may make room for an earlier one
-            changed = False
-            for name, apply in ALL_PASSES.items():
-                done = [] if apply is None or name in off else apply(self.net)
-                if done and name != "count_at_end":
-                    changed = True
-                self.notes[name] += done
-        self.notes["integers"] = to_integers(self.net) if precision == "int8" else []
-        self.body = emit(
-            snn, self.net, self.run,
-            Packed(self.run, precision == "int16") if self.packed
-            else Maps(self.run, precision, device, "fuse_convolutions" not in off),
-        )  # fmt: skip
-        self.maps = [m for m in self.body.modules() if isinstance(m, MapLayer)]
-        self.reuse = "reuse_buffers" not in off and self.packed
-        self.graphs: Graphs | None = None
-        if backend is not None and "capture_graphs" not in off:
-            self.graphs = Graphs(self.compute, backend)
-        self.memory: dict[int, Buffers] = {}
-        self.in_pieces: bool | None = None
-        if not self.reuse:
-            self.notes["reuse_buffers"] = []
-
-    def compute(self, *given: Any) -> tuple[Tensor, ...]:
-        """Counts after the numbers of steps that come last, from what is constant in time."""
-        *statics, ends = given
-        self.run.T, self.run.ends = ends[-1], ends
-        self.reset()
-        try:
-            return tuple(self.body(*statics, ends[-1]))
-        finally:
-            self.reset()
-
-    def reset(self) -> None:
-        """Layers that stayed as they were begin at their initial potential."""
-        for module in self.body.modules():
-            if isinstance(module, _WITH_STATE):
-                module.reset()
-
-    def close(self) -> None:
-        """Nothing of it runs any more."""
-        if self.graphs is not None:
-            self.graphs.clear()
-
-    def buffers(self, T: int) -> Buffers:
-        if T not in self.memory:
-            self.memory[T] = plan_buffers(self.body.graph, T)
-        return self.memory[T]
-
-    def bytes_per_image(self, T: int) -> int:
-        """Most that one image takes at a time: packed spikes, and dense values left."""
-        buffers = self.buffers(T)
-        packed = 8 * (buffers.words if self.reuse else buffers.apart)
-        # A value, what it is made of and what its neurons give live together.
-        small = ("layer", "static", "count")
-        dense = [12 * T * math.prod(n.size) for n in self.net if n.op not in small and n.size]
-        dense += [T * layer.bytes_per_step for layer in self.maps]
-        constant = [4 * math.prod(n.size) for n in self.net if n.op == "static"]
-        return packed + max(dense, default=0) + 2 * sum(constant)
 
 
 class Plan(nn.Module):
@@ -257,7 +155,7 @@ class Plan(nn.Module):
         self.precision = precision
         self.without = frozenset(names)
         self.max_memory = None if max_memory is None else _bytes(max_memory)
-        self._built: dict[Any, _Built] = {}
+        self._built: dict[Any, Built] = {}
         self._weights: Any = None
         self._alive: list[Tensor] = []
         self._arena: Tensor | None = None
@@ -330,7 +228,7 @@ class Plan(nn.Module):
 
     @property
     def _device(self) -> torch.device:
-        return _device_of(self.snn)
+        return device_of(self.snn)
 
     @property
     def _most(self) -> int:
@@ -418,7 +316,7 @@ class Plan(nn.Module):
             parts = [self._run(built, x[i : i + piece], ends) for i in range(0, batch, piece)]
             return [_joined([part[i] for part in parts]) for i in range(len(ends))]
 
-    def _in_pieces(self, built: _Built, x: Any) -> bool:
+    def _in_pieces(self, built: Built, x: Any) -> bool:
         """Whether the answers have one row per image; found out with two images and one step."""
         if built.in_pieces is None:
             (two,) = self._run(built, x[:2], (1,))
@@ -430,7 +328,7 @@ class Plan(nn.Module):
             built.in_pieces = all((a, b) == ((1,), (2,)) for a, b in zip(*sizes, strict=True))
         return built.in_pieces
 
-    def _plan(self, x: Any) -> _Built:
+    def _plan(self, x: Any) -> Built:
         tensors = [*self.snn.parameters(), *self.snn.buffers()]
         weights = (
             [(mark(t), t.shape) for t in tensors],
@@ -444,17 +342,17 @@ class Plan(nn.Module):
             # Kept, so that no other tensor comes to lie where one of these was.
             self._alive = [t.detach() for t in tensors]
         key = _shape(x)
-        built: _Built | None = self._built.pop(key, None)
+        built: Built | None = self._built.pop(key, None)
         if built is None:
             if self._graphs_of is None or self._graphs_of[0] != self._device:
                 self._graphs_of = (self._device, _backend(self._device))
-            built = _Built(self.snn, x[:1], self.without, self.precision, self._graphs_of[1])
+            built = Built(self.snn, x[:1], self.without, self.precision, self._graphs_of[1])
             while len(self._built) >= _SHAPES:
                 self._built.pop(next(iter(self._built))).close()
         self._built[key] = built  # the last is that of the last call
         return built
 
-    def _run(self, built: _Built, x: Any, ends: tuple[int, ...]) -> list[Any]:
+    def _run(self, built: Built, x: Any, ends: tuple[int, ...]) -> list[Any]:
         snn, run = self.snn, built.run
         statics = snn.prefix(x) if built.prefix is None else built.prefix(x)
         inputs = [statics[i] for i in snn._of_body]
@@ -484,10 +382,6 @@ class Plan(nn.Module):
         """Show precision and passes left out."""
         off = f", without={sorted(self.without)}" if self.without else ""
         return f"precision={self.precision!r}{off}"
-
-
-def _device_of(snn: ConvertedNetwork) -> torch.device:
-    return next(t.device for t in (*snn.parameters(), *snn.buffers()))
 
 
 def _shape(x: Any) -> Any:
