@@ -14,7 +14,7 @@ template <class W, int N>
 struct Lanes {
   static constexpr int bytes =
       N * int(sizeof(W)) < kVectorBytes ? N * int(sizeof(W)) : kVectorBytes;
-  static constexpr int size = bytes / int(sizeof(W)), vectors = N / size;
+  static constexpr int size = bytes / int(sizeof(W));
   typedef W Vector __attribute__((vector_size(bytes)));
 };
 
