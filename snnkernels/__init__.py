@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from . import functional, options, surrogate
+from . import bound, functional, options, surrogate
 from .kernels.backends import backend_info, get_backend, set_backend, use_backend
 from .memory import tune_malloc
 from .neurons import IFNode, LIFNode, reset_net
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     )
     from .conversion.pipeline import convert, methods
     from .engine import Plan, lower
+
+# Methods whose work is done on an upper floor: {class: {method: module that defines it}}.
+bound.METHODS.update({})
 
 __version__ = "0.1.0"
 __all__ = [
@@ -53,13 +57,21 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    # The converter is loaded when first used: users of the neurons alone do not wait for it.
-    if name in __all__:
-        from . import conversion, engine
+# Loaded when first used: users of the neurons alone do not wait for the converter.
+_LAZY = {
+    "conversion": (
+        "QCFS", "ClipReLU", "ConversionError", "ConvertedModules", "ConvertedNetwork", "RateNorm",
+        "ThresholdReLU", "convert", "convert_modules", "methods",
+    ),
+    "engine": ("Plan", "lower"),
+}  # fmt: skip
+_HOME = {name: module for module, names in _LAZY.items() for name in names}
 
-        floor = engine if name in engine.__all__ else conversion
-        globals()[name] = value = getattr(floor, name)
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        module = import_module(f"{__name__}.{_HOME[name]}")
+        globals()[name] = value = getattr(module, name)
         return value
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -33,6 +34,8 @@ PACKAGE = Path(snnkernels.__file__).resolve().parent
 # The kernel sources of the copy under test.
 CSRC = PACKAGE / "_csrc" if (PACKAGE / "_csrc" / "params.h").exists() else ROOT / "csrc"
 PURE = os.environ.get("SNNKERNELS_TEST_PURE") == "1"
+# Set where everything optional is installed, so that nothing is left out unseen.
+ALL = os.environ.get("SNNKERNELS_TEST_ALL") == "1"
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 SURROGATES = ("atan", "sigmoid", "triangle", "rectangle")
@@ -41,6 +44,14 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 def dtype_id(value: Any) -> str | None:
     return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else None
+
+
+def optional(module: str) -> Any:
+    """The module; without it the test is skipped, or fails with SNNKERNELS_TEST_ALL=1.
+
+    At the top of a file it is the file that is skipped.
+    """
+    return importlib.import_module(module) if ALL else pytest.importorskip(module)
 
 
 # ---- comparing ---------------------------------------------------------------------------------

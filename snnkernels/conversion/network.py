@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..bound import takes_methods
 from .inputs import Inputs, Ports, as_given
 from .means import FromMeans, RunningMean
 from .parts import Parts
@@ -35,6 +36,7 @@ def _steps(T: Any) -> int:
     return steps
 
 
+@takes_methods
 class ConvertedNetwork(nn.Module):
     """A spiking network made by :func:`snnkernels.convert`.
 

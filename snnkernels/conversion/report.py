@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..bound import takes_methods
 from .errors import ConversionError
 from .errors_by_source import Sources, sources, suggestion
 from .spiking import SpikingActivation
@@ -59,6 +60,7 @@ def _part(value: float | None) -> str:
     return "0" if value == 0 else f"{value:.1%}"
 
 
+@takes_methods
 @dataclass
 class Report:
     """The report of a conversion; ``str()`` is a table, :meth:`to_markdown` the same for papers.
