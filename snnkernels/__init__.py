@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     )
     from .conversion.pipeline import convert, methods
     from .engine import Plan, lower
+    from .interop import PatchReport, patch, patched, unpatch
 
 # Methods whose work is done on an upper floor: {class: {method: module that defines it}}.
 bound.METHODS.update({})
@@ -38,6 +39,7 @@ __all__ = [
     "IFNode",
     "LIFNode",
     "PackedSpikes",
+    "PatchReport",
     "Plan",
     "RateNorm",
     "ThresholdReLU",
@@ -49,10 +51,13 @@ __all__ = [
     "lower",
     "methods",
     "options",
+    "patch",
+    "patched",
     "reset_net",
     "set_backend",
     "surrogate",
     "tune_malloc",
+    "unpatch",
     "use_backend",
 ]
 
@@ -64,6 +69,7 @@ _LAZY = {
         "ThresholdReLU", "convert", "convert_modules", "methods",
     ),
     "engine": ("Plan", "lower"),
+    "interop": ("PatchReport", "patch", "patched", "unpatch"),
 }  # fmt: skip
 _HOME = {name: module for module, names in _LAZY.items() for name in names}
 
