@@ -59,11 +59,13 @@ class Change:
         note: a remark for the report.
         attributes: for a class: what the module gets beside it until it is unpatched, not as
             submodules, parameters or buffers.
+        helper: belongs to a neuron beside it: no line in the report, and not counted.
     """
 
     now: nn.Module | type[nn.Module]
     note: str = ""
     attributes: dict[str, Any] = field(default_factory=dict)
+    helper: bool = False
 
 
 class Adapter:
@@ -250,11 +252,13 @@ def _plan(model: nn.Module) -> tuple[list[_Plan], PatchReport]:
             continue
         if _MARK in module.__dict__:
             mark = module.__dict__[_MARK]
+            inside.update(module.modules())
+            if mark.helper:
+                continue
             was = _class_name(mark.was if isinstance(mark.was, type) else type(mark.was))
             now = _class_name(type(module))
             line = PatchedModule(at[0], mark.library, was, now, "already", "", tuple(at[1:]))
             report.modules.append(line)
-            inside.update(module.modules())
             continue
         if name is None:
             continue
@@ -272,7 +276,8 @@ def _plan(model: nn.Module) -> tuple[list[_Plan], PatchReport]:
             except Refused as refused:
                 change, reason = None, str(refused)
         plans.append(_Plan(module, at, name, change))
-        report.modules.append(_line(plans[-1], reason))
+        if change is None or not change.helper:
+            report.modules.append(_line(plans[-1], reason))
     return plans, report
 
 
@@ -283,13 +288,14 @@ class _Mark:
     library: str
     was: Any
     attributes: tuple[str, ...] = ()
+    helper: bool = False
 
 
 def _apply(model: nn.Module, plan: _Plan) -> None:
     module, change = plan.module, plan.change
     assert change is not None
     if isinstance(change.now, type):
-        mark = _Mark(plan.library, type(module), tuple(change.attributes))
+        mark = _Mark(plan.library, type(module), tuple(change.attributes), change.helper)
         module.__class__ = change.now
         # Past nn.Module.__setattr__: neither submodules nor buffers.
         module.__dict__.update({_MARK: mark, **change.attributes})
@@ -313,7 +319,7 @@ def unpatch(model: nn.Module) -> int:
         model: a model with patched modules, or a part or copy of one; others are left alone.
 
     Returns:
-        How many modules were put back.
+        How many neurons were put back.
 
     Raises:
         TypeError: ``model`` is no module.
@@ -335,7 +341,7 @@ def unpatch(model: nn.Module) -> int:
         else:
             adapter_of(mark.library).restore(mark.was, module)
             _put(model, at, mark.was)
-        done += 1
+        done += not mark.helper
     return done
 
 
