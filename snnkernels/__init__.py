@@ -44,6 +44,7 @@ __all__ = [
     "RateNorm",
     "ThresholdReLU",
     "backend_info",
+    "compat",
     "convert",
     "convert_modules",
     "functional",
@@ -75,6 +76,8 @@ _HOME = {name: module for module, names in _LAZY.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
+    if name == "compat":
+        return import_module(f"{__name__}.compat")
     if name in _HOME:
         module = import_module(f"{__name__}.{_HOME[name]}")
         globals()[name] = value = getattr(module, name)

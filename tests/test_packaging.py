@@ -183,7 +183,7 @@ FLOORS = {
     "neurons": 2, "monitors": 2, "models": 2, "data": 2,
     "conversion": 3, "metrics": 3,
     "engine": 4,
-    "interop": 5, "hub": 5,
+    "interop": 5, "compat": 5, "hub": 5,
     "cli": 6, "cli_sweep": 6, "plots": 6, "html_report": 6, "sweep": 6,
     "__main__": 6,
     "_cpu": 0, "_cuda": 0, "_csrc": 0,

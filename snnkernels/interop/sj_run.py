@@ -27,7 +27,7 @@ _WITH_V_SEQ = Asked(v_seq=True)
 _STATES = (torch.float32, torch.float64)
 _PLAIN = (Tensor, nn.Parameter)
 SURROGATES = "spikingjelly.activation_based.surrogate"
-_said: set[str] = set()
+_said: set[tuple[str, str]] = set()
 
 
 def surrogate_of(function: Any) -> _surrogate.Surrogate:
@@ -116,15 +116,11 @@ def why_not(x: Any, v: Any, v_threshold: Any, v_reset: Any, shape: Any) -> str |
     return None
 
 
-def say(reason: str) -> None:
+def say(reason: str, what: str = "a SpikingJelly neuron runs SpikingJelly's own code") -> None:
     """Warns of a fall-back, once per reason in a process."""
-    if reason not in _said:
-        _said.add(reason)
-        warnings.warn(
-            f"snnkernels leaves this call of a SpikingJelly neuron to SpikingJelly: {reason}",
-            RuntimeWarning,
-            stacklevel=4,
-        )
+    if (reason, what) not in _said:
+        _said.add((reason, what))
+        warnings.warn(f"{what}: {reason}", RuntimeWarning, stacklevel=4)
 
 
 def run(
