@@ -1,12 +1,11 @@
 """SpikingJelly's neuron with its defaults and its numbers, on our kernels.
 
-SpikingJelly need not be installed. Where it has been imported before a node is made, the node is
-an instance of its ``MemoryModule`` as well, so that its ``functional.*`` take it for one of theirs.
+SpikingJelly need not be installed. Where it has been imported before a node is made, its
+``functional.*`` take the node for one of theirs (``snnkernels/joined.py``).
 """
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import torch
@@ -15,11 +14,10 @@ from torch import Tensor
 from .. import surrogate as _surrogate
 from ..interop import sj_run
 from ..interop.patching import Refused
+from ..joined import join
 from .memory import MemoryModule
 
 __all__ = ["IFNode"]
-
-_BASE = "spikingjelly.activation_based.base"
 
 
 class IFNode(MemoryModule):
@@ -55,11 +53,6 @@ class IFNode(MemoryModule):
 
     v: Any
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> IFNode:
-        """An instance of SpikingJelly's class as well, where that is imported."""
-        joined = cls is IFNode and _BASE in sys.modules
-        return super().__new__(_joined() if joined else cls)
-
     def __init__(
         self,
         v_threshold: float = 1.0,
@@ -86,6 +79,7 @@ class IFNode(MemoryModule):
             surrogate_function = _surrogate.resolve(surrogate_function)
         elif not callable(surrogate_function):
             raise TypeError(f"surrogate_function={surrogate_function!r} cannot be called")
+        join(self)
         super().__init__(step_mode, backend)
         self.register_memory("v", 0.0 if v_reset is None else v_reset)
         self.v_threshold = float(v_threshold)
@@ -196,21 +190,3 @@ class IFNode(MemoryModule):
             f"detach_reset={self.detach_reset}, step_mode={self.step_mode!r}, "
             f"surrogate_function={self.surrogate_function!r}"
         )
-
-
-def _joined() -> type[IFNode]:
-    """:class:`IFNode` and SpikingJelly's ``MemoryModule`` in one, made once."""
-    known = globals().get("JoinedIFNode")
-    base = sys.modules[_BASE].MemoryModule
-    if known is None or base not in known.__mro__:
-        body = {"__module__": __name__, "__qualname__": "JoinedIFNode", "__doc__": IFNode.__doc__}
-        known = globals()["JoinedIFNode"] = type("JoinedIFNode", (IFNode, base), body)
-    return known
-
-
-def __getattr__(name: str) -> Any:
-    # Pickles name the class.
-    if name == "JoinedIFNode":
-        __import__(_BASE)
-        return _joined()
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
