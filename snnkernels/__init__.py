@@ -49,6 +49,7 @@ __all__ = [
     "convert_modules",
     "functional",
     "get_backend",
+    "interop",
     "lower",
     "methods",
     "options",
@@ -76,8 +77,8 @@ _HOME = {name: module for module, names in _LAZY.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    if name == "compat":
-        return import_module(f"{__name__}.compat")
+    if name in ("compat", "interop"):
+        return import_module(f"{__name__}.{name}")
     if name in _HOME:
         module = import_module(f"{__name__}.{_HOME[name]}")
         globals()[name] = value = getattr(module, name)
