@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     )
     from .conversion.pipeline import convert, methods
     from .engine import Plan, lower
-    from .interop import PatchReport, patch, patched, unpatch
+    from .interop import PatchReport, from_snntorch, patch, patched, unpatch
 
 # Methods whose work is done on an upper floor: {class: {method: module that defines it}}.
 bound.METHODS.update({})
@@ -47,6 +47,7 @@ __all__ = [
     "compat",
     "convert",
     "convert_modules",
+    "from_snntorch",
     "functional",
     "get_backend",
     "interop",
@@ -71,7 +72,7 @@ _LAZY = {
         "ThresholdReLU", "convert", "convert_modules", "methods",
     ),
     "engine": ("Plan", "lower"),
-    "interop": ("PatchReport", "patch", "patched", "unpatch"),
+    "interop": ("PatchReport", "from_snntorch", "patch", "patched", "unpatch"),
 }  # fmt: skip
 _HOME = {name: module for module, names in _LAZY.items() for name in names}
 
