@@ -146,7 +146,7 @@ def main() -> None:
             for net in (theirs, ours):
                 functional.set_step_mode(net, "s" if "step by" in kind else "m")
                 functional.reset_net(net)
-            rounds = args.rounds if "neurons" in kind else min(args.rounds, 5)
+            rounds = args.rounds if "neurons" in kind else min(args.rounds, 3)
             ratios = compare(make(theirs), make(ours), rounds)
             rows.append({
                 "network": name, "recipe": "half threshold, per channel", "kind": kind, "T": T,
