@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     )
     from .conversion.pipeline import convert, methods
     from .engine import Plan, lower
+    from .interop import PatchReport, from_snntorch, patch, patched, unpatch
 
 # Methods whose work is done on an upper floor: {class: {method: module that defines it}}.
 bound.METHODS.update({})
@@ -38,21 +39,28 @@ __all__ = [
     "IFNode",
     "LIFNode",
     "PackedSpikes",
+    "PatchReport",
     "Plan",
     "RateNorm",
     "ThresholdReLU",
     "backend_info",
+    "compat",
     "convert",
     "convert_modules",
+    "from_snntorch",
     "functional",
     "get_backend",
+    "interop",
     "lower",
     "methods",
     "options",
+    "patch",
+    "patched",
     "reset_net",
     "set_backend",
     "surrogate",
     "tune_malloc",
+    "unpatch",
     "use_backend",
 ]
 
@@ -64,11 +72,14 @@ _LAZY = {
         "ThresholdReLU", "convert", "convert_modules", "methods",
     ),
     "engine": ("Plan", "lower"),
+    "interop": ("PatchReport", "from_snntorch", "patch", "patched", "unpatch"),
 }  # fmt: skip
 _HOME = {name: module for module, names in _LAZY.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
+    if name in ("compat", "interop"):
+        return import_module(f"{__name__}.{name}")
     if name in _HOME:
         module = import_module(f"{__name__}.{_HOME[name]}")
         globals()[name] = value = getattr(module, name)
