@@ -80,15 +80,13 @@ class Histogram:
     def _add_low(self, values: Tensor) -> None:
         """Count the values below the first edge by their exponents."""
         first = (self.range / self.bins)[:, None].to(values.dtype)
-        low = (values > 0) & (values < first)
-        channel = low.nonzero(as_tuple=True)[0]
-        mantissa, exponent = torch.frexp(values[low].double())
+        place = ((values < first) & (values > 0)).reshape(-1).nonzero()[:, 0]
+        mantissa, exponent = torch.frexp(values.reshape(-1)[place].double())
         width = self.low_counts.shape[1]
+        channel = place.div(values.shape[1], rounding_mode="floor")
         index = channel * width + (exponent - self._lowest)
-        size, shape = self.low_counts.numel(), self.low_counts.shape
-        self.low_counts += torch.bincount(index, minlength=size).view(shape)
-        sums = torch.bincount(index, mantissa * 2.0**_BITS, minlength=size)
-        self.low_mantissas += sums.long().view(shape)
+        self.low_counts.view(-1).index_add_(0, index, torch.ones_like(index))
+        self.low_mantissas.view(-1).index_add_(0, index, (mantissa * 2.0**_BITS).long())
 
     def _deepen(self) -> None:
         """Make room for the exponents of float64."""
