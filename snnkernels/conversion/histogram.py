@@ -157,6 +157,12 @@ class Histogram:
         self._sums.zero_()
         self._pending, self.total = 0, int(tables["total"])
 
+    def copy(self) -> Histogram:
+        """Another one with the same tables."""
+        other = Histogram(len(self.counts), self.bins, self.counts.device)
+        other.load(self.tables())
+        return other
+
     def merge(self, team: Any) -> None:
         """Add up the histograms of all members of ``team``, each for the same channels.
 
