@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from . import bound, functional, options, surrogate
+from . import bound, distributed, functional, options, surrogate
 from .kernels.backends import backend_info, get_backend, set_backend, use_backend
 from .memory import tune_malloc
 from .neurons import IFNode, LIFNode, reset_net
@@ -47,6 +47,7 @@ __all__ = [
     "compat",
     "convert",
     "convert_modules",
+    "distributed",
     "from_snntorch",
     "functional",
     "get_backend",

@@ -47,9 +47,17 @@ def add_parser(commands: Any) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
+    from .distributed.team import launched
+
+    with launched() as group:
+        _sweep(args, group)
+
+
+def _sweep(args: argparse.Namespace, group: Any) -> None:
     from . import data, models
     from .cli import print_table, progress_bar
     from .conversion import ACTIVATIONS
+    from .distributed.team import Team
     from .sweep import curves, parse_trial, sweep, table
 
     if min([*args.T, args.for_T, args.calibration, args.batch_size, args.images or 1]) < 1:
@@ -76,8 +84,10 @@ def _run(args: argparse.Namespace) -> None:
             network=f"{path.stem} {checkpoint.hash}", data=test.name, for_T=args.for_T,
             batch_size=args.batch_size, engine=args.engine, store=args.out / "sweep.csv",
             progress=progress_bar,
-            refused=refused,
+            refused=refused, process_group=group,
         )  # fmt: skip
+        if not Team(group).leads:
+            continue
         everything += rows
         for name, why in (refused or {}).items():
             print(f"{path.stem} is not converted by {name}: {why}", file=sys.stderr)
@@ -92,6 +102,8 @@ def _run(args: argparse.Namespace) -> None:
             )
             print_table(title, header, lines)
         figures[path.stem] = (curves(rows), ann)
+    if not Team(group).leads:
+        return
     if args.json:
         print(json.dumps(everything, indent=2))
     if figures and not args.no_plot:

@@ -280,9 +280,7 @@ def convert(
             )
 
     again = None if source is None else source.again
-    context = Context(
-        model, sites, seen, T, sample, again, report, progress and team.leads, source
-    )
+    context = Context(model, sites, seen, T, sample, again, report, progress and team.leads, source)
     chosen.settle(context)
     clock = Clock(chosen.steps())
     spiking_graph, spiking_kinds = graph, kinds

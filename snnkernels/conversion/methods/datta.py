@@ -98,7 +98,9 @@ def _short(value: Tensor) -> str:
 def _currents(context: Context) -> dict[str, Statistics]:
     """Histograms of the positive currents at every activation, over the loader."""
     assert context.source is not None
-    how = {s.path: (s.theta.dim() == 1, s.channel_dim) for s in context.sites}
+    how: dict[str, tuple[bool | None, int]] = {
+        s.path: (s.theta.dim() == 1, s.channel_dim) for s in context.sites
+    }
     return collect(context.model, how, context.source, progress=False, currents=True)
 
 
