@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
 
 import snnkernels
-from snnkernels import IFNode, sweep
+from snnkernels import IFNode, functional, sweep
 from snnkernels.conversion import QCFS, convert, convert_modules
 from snnkernels.conversion.methods import LTB, Advanced
 from snnkernels.distributed import Split, evaluate, passes, shardable
@@ -71,11 +71,17 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-def methods(group: Any, folder: Path) -> dict[str, Any]:
+def methods(group: Any, folder: Path, names: Iterable[str] = METHODS) -> dict[str, Any]:
     return {
-        name: bits(convert(net(), batches(), T=4, process_group=group, progress=False, **options))
-        for name, options in METHODS.items()
+        name: bits(
+            convert(net(), batches(), T=4, process_group=group, progress=False, **METHODS[name])
+        )
+        for name in names
     }
+
+
+def some_methods(group: Any, folder: Path) -> dict[str, Any]:
+    return methods(group, folder, ("mmse", "kl", "light", "datta"))
 
 
 class Stream(IterableDataset):
@@ -98,33 +104,28 @@ def loaders(group: Any, folder: Path) -> dict[str, Any]:
         "workers": lambda: DataLoader(both, SIZE, num_workers=1),
         "shuffled": lambda: DataLoader(both, SIZE, shuffle=True),
         "stream": lambda: DataLoader(Stream(), batch_size=None),
-        "few": lambda: [x[:SIZE]],
     }
-    found = {}
+    found: dict[str, Any] = {"few": few(group, folder)}
     for name, kind in kinds.items():
         torch.manual_seed(3)
         snn = convert(net(), kind(), method="light", T=4, process_group=group, progress=False)
         found[name] = bits(snn)
-        if name != "one tensor" and name != "after an empty batch" and name != "few":
+        if name not in ("one tensor", "after an empty batch"):
             torch.manual_seed(3)
             result = evaluate(snn, kind(), STEPS, process_group=group)
             found[f"{name}, counts"] = (result.correct, result.total)
-    if group is None:
-        found["split"] = found["list"]
-        found["split, counts"] = found["list, counts"]
-    else:
-        rank, size = dist.get_rank(), dist.get_world_size()
-        own = Split(batches()[rank::size])
-        snn = convert(net(), own, T=4, process_group=group, progress=False)
-        found["split"] = bits(snn)
-        result = evaluate(snn, own, STEPS, process_group=group)
-        found["split, counts"] = (result.correct, result.total)
-    if group is None:
-        snn = convert(net(), batches(), T=4, progress=False)
-        found["split"] = bits(snn)
-        result = evaluate(snn, batches(), STEPS)
-        found["split, counts"] = (result.correct, result.total)
+    own: Any = batches()
+    if group is not None:
+        own = Split(own[dist.get_rank() :: dist.get_world_size()])
+    snn = convert(net(), own, T=4, process_group=group, progress=False)
+    result = evaluate(snn, own, STEPS, process_group=group)
+    found["split"] = (bits(snn), result.correct, result.total)
     return found
+
+
+def few(group: Any, folder: Path) -> dict[str, Any]:
+    """Fewer batches than ranks."""
+    return bits(convert(net(), [data()[0][:SIZE]], T=4, process_group=group, progress=False))
 
 
 class Loop(nn.Module):
@@ -358,10 +359,13 @@ def _sharded(net: Any, found: dict[str, Any], name: str) -> nn.Module:
     except ValueError as error:
         found["scalars"] = str(error)
     fully_shard(shardable(net), mesh=mesh)
-    x = data()[0]
+    x = data()[0].flatten(1)
+    ann = nn.Sequential(nn.Linear(36, 8), QCFS(4, 1.0), nn.Linear(8, 5))
+    fully_shard(shardable(ann), mesh=mesh)
     for what, call in {
         "inside": lambda: net.layers[1](torch.rand(2, 3, 16)),
-        "convert": lambda: convert(net, x),
+        "operand": lambda: functional.if_multi_step(x[None], ann[0].weight),
+        "convert": lambda: convert(ann, x),
     }.items():
         try:
             call()

@@ -43,18 +43,21 @@ class Checkpoint:
         if self.path is None:
             return
         found, problem = None, None
-        if team.leads and self.path.exists():
+        if team.leads and not self.path.parent.is_dir():
+            problem = "is in a folder that does not exist"
+        elif team.leads and self.path.exists():
             try:
                 found = torch.load(self.path, map_location="cpu", weights_only=True)
                 theirs = found["about"]
-            except Exception as error:  # whatever a file that is none of ours makes torch say
-                problem = f"is no checkpoint of a calibration or evaluation ({error})"
+            except Exception as error:  # whatever a file that is none of ours makes torch raise
+                kind = type(error).__name__
+                problem = f"is no checkpoint of a calibration or evaluation ({kind})"
             else:
                 differ = [k for k in {**about, **theirs} if theirs.get(k) != about.get(k)]
                 problem = f"was left by another run: {', '.join(differ)} differ" if differ else None
         problem = team.broadcast(problem)
         if problem:
-            raise ValueError(f"checkpoint={str(self.path)!r} {problem}. Give another, or delete it")
+            raise ValueError(f"checkpoint={str(self.path)!r} {problem}: give another")
         self.state = None if found is None else found["state"]
         self.done = team.broadcast(0 if found is None else int(found["done"]))
 
