@@ -5,13 +5,14 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from . import bound, distributed, functional, options, surrogate
+from . import bound, functional, options, surrogate
 from .kernels.backends import backend_info, get_backend, set_backend, use_backend
 from .memory import tune_malloc
 from .neurons import IFNode, LIFNode, reset_net
 from .packed import PackedSpikes
 
 if TYPE_CHECKING:
+    from . import distributed
     from .conversion import (
         QCFS,
         ClipReLU,
@@ -79,7 +80,7 @@ _HOME = {name: module for module, names in _LAZY.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("compat", "interop"):
+    if name in ("compat", "distributed", "interop"):
         return import_module(f"{__name__}.{name}")
     if name in _HOME:
         module = import_module(f"{__name__}.{_HOME[name]}")

@@ -18,7 +18,7 @@ from support import PACKAGE, optional
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
 
-from snnkernels import IFNode, models
+from snnkernels import IFNode, cli, models
 from snnkernels.conversion import QCFS, ConversionError, convert
 from snnkernels.distributed import Split, evaluate, passes, shardable
 from snnkernels.distributed.dealing import Dealt
@@ -125,14 +125,15 @@ def differences(got: Any, want: Any, path: str = "") -> list[str]:
 # ---- the same as one process ---------------------------------------------------------------------
 
 
+@pytest.mark.slow
+@pytest.mark.slow
+@pytest.mark.slow
 @pytest.mark.parametrize("job", ["methods", "loaders", "other_calls"])
 def test_two_ranks_give_the_bits_of_one(
     one: dict[str, Any], two: list[dict[str, Any]], job: str
 ) -> None:
     for rank in range(2):
         assert differences(two[rank][job], one[job]) == []
-
-
 def test_four_ranks_give_the_bits_of_one(one: dict[str, Any], four: list[dict[str, Any]]) -> None:
     for rank in range(4):
         found = four[rank]["some_methods"]
@@ -140,8 +141,6 @@ def test_four_ranks_give_the_bits_of_one(one: dict[str, Any], four: list[dict[st
         assert differences(found, {name: one["methods"][name] for name in found}) == []
         # One batch for four ranks: three have nothing of their own.
         assert differences(four[rank]["few"], one["loaders"]["few"]) == []
-
-
 def test_what_is_compared_differs_between_methods(one: dict[str, Any]) -> None:
     """Or equality would mean little."""
     found = one["methods"]
@@ -149,7 +148,10 @@ def test_what_is_compared_differs_between_methods(one: dict[str, Any]) -> None:
     assert differences(found["light"], {**found["light"], **found["mmse"]})
 
 
-def test_the_command_under_torchrun(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_the_command_under_torchrun(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     optional("sklearn")
     optional("safetensors")
     torch.manual_seed(0)
@@ -157,36 +159,38 @@ def test_the_command_under_torchrun(tmp_path: Path) -> None:
     models.save_checkpoint(models.small_cnn().eval(), path, "small_cnn")
     words = ["-m", "snnkernels", "sweep", str(path), "--methods", "opi", "--T", "2", "4"]
     words += ["--images", "70", "--calibration", "130", "--batch-size", "16", "--no-plot"]
-    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    rows, printed = [], []
-    for start in ([sys.executable], two):
-        out = tmp_path / str(len(start))
-        done = subprocess.run(
-            [*start, *words, "--out", str(out)], env=environment(), cwd=tmp_path,
-            capture_output=True, text=True, timeout=SECONDS, check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        rows.append((out / "sweep.csv").read_text())
-        printed.append(done.stdout.replace(str(out), ""))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as torchrun has it
+    try:
+        assert cli.main([*words[2:], "--out", str(tmp_path / "one")]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    printed = capsys.readouterr().out
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*start, *words, "--out", str(tmp_path / "two")], env=environment(), cwd=tmp_path,
+        capture_output=True, text=True, timeout=SECONDS, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = [(tmp_path / name / "sweep.csv").read_text() for name in ("one", "two")]
     assert rows[0] == rows[1]
-    assert printed[0] == printed[1]  # rank 0 alone speaks
+    # Rank 0 alone speaks.
+    assert done.stdout.replace(str(tmp_path / "two"), str(tmp_path / "one")) == printed
     assert len(rows[0].splitlines()) == 3
 
 
+@pytest.mark.slow
 # ---- after a kill --------------------------------------------------------------------------------
-
-
 def test_a_sweep_goes_on_after_a_killed_worker(
     one: dict[str, Any], four: list[dict[str, Any]]
 ) -> None:
     def words(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
         return [{k: str(v) for k, v in row.items()} for row in rows]
 
+@pytest.mark.slow
     assert len(one["swept"]) == 6
     for rank in range(4):
         assert differences(words(four[rank]["swept"]), words(one["swept"])) == []
-
-
 def test_a_calibration_goes_on_after_a_killed_worker(
     one: dict[str, Any], four: list[dict[str, Any]]
 ) -> None:
@@ -288,6 +292,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(
 # ---- refusals, and errors on one rank ------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("call", "said"),
     [
@@ -314,6 +319,8 @@ def test_errors_are_the_same_on_every_rank(two: list[dict[str, Any]], call: str,
 # ---- training ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
+@pytest.mark.slow
 @pytest.mark.parametrize("threshold", ["scalar", "per channel"])
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
 def test_gradients_are_those_of_one_process(
@@ -330,8 +337,6 @@ def test_gradients_are_those_of_one_process(
             torch.testing.assert_close(
                 got[name].reshape(value.shape), value, rtol=2e-5, atol=1e-6, msg=name
             )
-
-
 def test_sharded_networks_are_refused_with_the_way_out(two: list[dict[str, Any]]) -> None:
     found = two[0]["training"]
     assert "scalar parameters" in found["scalars"]  # what shardable() is for
@@ -362,9 +367,8 @@ def test_shardable_keeps_the_network_and_ties() -> None:
         shardable(3)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 # ---- memory --------------------------------------------------------------------------------------
-
-
 def test_streams_larger_than_memory(two: list[dict[str, Any]]) -> None:
     """240 MB go through; what is held grows by a fraction of that."""
     for rank in range(2):

@@ -207,7 +207,7 @@ def _again(loader: DataLoader, plan: _Plan) -> DataLoader:
     workers = loader.num_workers > 0
     return DataLoader(
         loader.dataset,
-        batch_sampler=plan,  # type: ignore[arg-type]
+        batch_sampler=plan,
         num_workers=loader.num_workers,
         collate_fn=loader.collate_fn,
         pin_memory=loader.pin_memory,
