@@ -247,7 +247,12 @@ def errors(group: Any, folder: Path) -> dict[str, str]:
         TensorDataset(x, y), SIZE, shuffle=True, generator=torch.Generator().manual_seed(rank)
     )
     ltb_of_parts = {"loader": Split([x[rank::2]]), "method": "ltb"}
+    torch.manual_seed(rank)
+    another = nn.Sequential(nn.Flatten(), nn.Linear(36, 4), nn.ReLU(), nn.Linear(4, 5)).eval()
     calls: dict[str, Callable[[], Any]] = {
+        "another network": lambda: convert(another, x, process_group=group),
+        "another network's test": lambda: evaluate(another, batches(), process_group=group),
+        "another T": lambda: convert(net(), x, T=4 + rank, process_group=group),
         "nan": lambda: convert(net(), poisoned, process_group=group, progress=False),
         "raising": lambda: convert(net(), raising(), process_group=group, progress=False),
         "at once": lambda: convert(net(), fails_at_once(), process_group=group, progress=False),

@@ -125,15 +125,16 @@ def differences(got: Any, want: Any, path: str = "") -> list[str]:
 # ---- the same as one process ---------------------------------------------------------------------
 
 
-@pytest.mark.slow
-@pytest.mark.slow
-@pytest.mark.slow
 @pytest.mark.parametrize("job", ["methods", "loaders", "other_calls"])
+@pytest.mark.slow
 def test_two_ranks_give_the_bits_of_one(
     one: dict[str, Any], two: list[dict[str, Any]], job: str
 ) -> None:
     for rank in range(2):
         assert differences(two[rank][job], one[job]) == []
+
+
+@pytest.mark.slow
 def test_four_ranks_give_the_bits_of_one(one: dict[str, Any], four: list[dict[str, Any]]) -> None:
     for rank in range(4):
         found = four[rank]["some_methods"]
@@ -141,6 +142,9 @@ def test_four_ranks_give_the_bits_of_one(one: dict[str, Any], four: list[dict[st
         assert differences(found, {name: one["methods"][name] for name in found}) == []
         # One batch for four ranks: three have nothing of their own.
         assert differences(four[rank]["few"], one["loaders"]["few"]) == []
+
+
+@pytest.mark.slow
 def test_what_is_compared_differs_between_methods(one: dict[str, Any]) -> None:
     """Or equality would mean little."""
     found = one["methods"]
@@ -149,9 +153,7 @@ def test_what_is_compared_differs_between_methods(one: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-def test_the_command_under_torchrun(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_under_torchrun(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     optional("sklearn")
     optional("safetensors")
     torch.manual_seed(0)
@@ -179,18 +181,22 @@ def test_the_command_under_torchrun(
     assert len(rows[0].splitlines()) == 3
 
 
-@pytest.mark.slow
 # ---- after a kill --------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
 def test_a_sweep_goes_on_after_a_killed_worker(
     one: dict[str, Any], four: list[dict[str, Any]]
 ) -> None:
     def words(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
         return [{k: str(v) for k, v in row.items()} for row in rows]
 
-@pytest.mark.slow
     assert len(one["swept"]) == 6
     for rank in range(4):
         assert differences(words(four[rank]["swept"]), words(one["swept"])) == []
+
+
+@pytest.mark.slow
 def test_a_calibration_goes_on_after_a_killed_worker(
     one: dict[str, Any], four: list[dict[str, Any]]
 ) -> None:
@@ -259,10 +265,19 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:
         convert(other, x.split(5), T=4, checkpoint=path)
     with pytest.raises(ValueError, match="first batch differ"):
         convert(small(), (x + 1).split(5), T=4, checkpoint=path)
+    for other_options in ({"maxpool": "avg"}, {"fold": False}):  # no pools and no batch norms here
+        convert(small(), x.split(5), T=8, checkpoint=path, **other_options)
     with pytest.raises(ValueError, match="layers differ"):
         convert(small(), x.split(5), T=4, checkpoint=path, per_channel=False)
     with pytest.raises(ValueError, match="was left by another run"):
         evaluate(small(), [(x, torch.zeros(20).long())], checkpoint=path)
+    pooled = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten())
+    convert(pooled, torch.ones(2, 1, 6, 6), checkpoint=tmp_path / "max")
+    with pytest.raises(ValueError, match="max' was left by another run: network differ"):
+        convert(pooled, torch.ones(2, 1, 6, 6), checkpoint=tmp_path / "max", maxpool="avg")
+    evaluate(small(), [(x, torch.zeros(20).long())], checkpoint=tmp_path / "counts")
+    with pytest.raises(ValueError, match="counts' was left by another run: network differ"):
+        evaluate(other, [(x, torch.zeros(20).long())], checkpoint=tmp_path / "counts")
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(ValueError, match="is no checkpoint of a calibration or evaluation"):
         convert(small(), x.split(5), T=4, checkpoint=path)
@@ -292,10 +307,12 @@ def test_a_full_disk_leaves_the_checkpoint_before(
 # ---- refusals, and errors on one rank ------------------------------------------------------------
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("call", "said"),
     [
+        ("another network", "ValueError: ranks 0 and 1 have different networks"),
+        ("another network's test", "ValueError: ranks 0 and 1 have different networks"),
+        ("another T", "ValueError: ranks 0 and 1 do not make the same call"),
         ("nan", "ConversionError: 2: the ANN's activations contain NaN"),
         ("raising", "OSError: the disk is gone"),
         ("at once", "OSError: no such file"),
@@ -311,6 +328,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(
         ("checkpoint nowhere", "is in a folder that does not exist"),
     ],
 )
+@pytest.mark.slow
 def test_errors_are_the_same_on_every_rank(two: list[dict[str, Any]], call: str, said: str) -> None:
     assert said in two[0]["errors"][call]
     assert two[1]["errors"][call] == two[0]["errors"][call]
@@ -319,10 +337,9 @@ def test_errors_are_the_same_on_every_rank(two: list[dict[str, Any]], call: str,
 # ---- training ------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-@pytest.mark.slow
 @pytest.mark.parametrize("threshold", ["scalar", "per channel"])
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
+@pytest.mark.slow
 def test_gradients_are_those_of_one_process(
     one: dict[str, Any], two: list[dict[str, Any]], how: str, threshold: str
 ) -> None:
@@ -337,6 +354,9 @@ def test_gradients_are_those_of_one_process(
             torch.testing.assert_close(
                 got[name].reshape(value.shape), value, rtol=2e-5, atol=1e-6, msg=name
             )
+
+
+@pytest.mark.slow
 def test_sharded_networks_are_refused_with_the_way_out(two: list[dict[str, Any]]) -> None:
     found = two[0]["training"]
     assert "scalar parameters" in found["scalars"]  # what shardable() is for
@@ -367,8 +387,10 @@ def test_shardable_keeps_the_network_and_ties() -> None:
         shardable(3)  # type: ignore[arg-type]
 
 
-@pytest.mark.slow
 # ---- memory --------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
 def test_streams_larger_than_memory(two: list[dict[str, Any]]) -> None:
     """240 MB go through; what is held grows by a fraction of that."""
     for rank in range(2):

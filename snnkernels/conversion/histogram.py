@@ -26,10 +26,10 @@ class Histogram:
     below the first edge have a bin for each power of two. A bin is represented by the mean of its
     values, and a bin with one value by that value exactly. Zeros are counted by the total alone.
 
-    The tables are a function of the values alone: of their order, of how they came in batches, and
-    of how many histograms :meth:`merge` them, not a bit is left. Every bin lies within one power of
-    two, where values of 24 bits (float64 is rounded up to so many) are multiples of one unit, so
-    that sums are whole numbers of it. The maximum is exact in float64 too.
+    The tables depend on the values alone: not on their order, not on how they come in batches, not
+    on how many histograms :meth:`merge` them. Every bin lies within one power of two, where values
+    of 24 bits (float64 is rounded up to so many) are multiples of one unit, so that sums are whole
+    numbers of it. The maximum is exact in float64 too.
 
     Args:
         channels: number of channels.
@@ -54,11 +54,7 @@ class Histogram:
         self._points: tuple[Tensor, Tensor] | None = None  # of a pooled one
 
     def update(self, values: Tensor) -> None:
-        """Add ``values`` ``[C, n]``, floating point, each at least 0 and finite.
-
-        Raises:
-            OverflowError: more than 2^39 values in one bin.
-        """
+        """Add ``values`` ``[C, n]``, floating point, each at least 0 and finite."""
         for part in values.split(_PENDING, dim=1):
             if part.shape[1]:
                 self._add(part)
@@ -110,6 +106,8 @@ class Histogram:
         self.mantissas[:, 1:] += (self._sums[:, 1:] / torch.where(units > 0, units, 1.0)).long()
         self._sums.zero_()
         self._pending = 0
+
+    def _check(self) -> None:
         if max(int(self.counts.amax()), int(self.low_counts.amax())) > _MOST:
             raise OverflowError(
                 "more than 2^39 values in one bin of a histogram: calibrate on fewer inputs, or "
@@ -167,6 +165,9 @@ class Histogram:
         """Add up the histograms of all members of ``team``, each for the same channels.
 
         ``team`` has ``sum(tensor)`` and ``maximum(tensor)``, which give the same to all.
+
+        Raises:
+            OverflowError: more than 2^39 values in one bin; on every member.
         """
         self.maximum = team.maximum(self.maximum)
         if bool(team.maximum(torch.tensor(self._lowest == -1073, dtype=torch.int64)) > 0):
@@ -176,14 +177,18 @@ class Histogram:
         for name in _TABLES:
             setattr(self, name, team.sum(getattr(self, name)))
         self.total = int(team.sum(torch.tensor(self.total)))
-        self._pending = 1  # so that the size of bins is looked at
-        self._settle()
+        self._check()
 
     def points(self) -> tuple[Tensor, Tensor]:
-        """Every bin as ``(value, weight)``, float64 ``[C, bins]`` and more; empty bins weigh 0."""
+        """Every bin as ``(value, weight)``, float64 ``[C, bins]`` and more; empty bins weigh 0.
+
+        Raises:
+            OverflowError: more than 2^39 values in one bin.
+        """
         if self._points is not None:
             return self._points
         self._settle()
+        self._check()
         weight = torch.cat([self.low_counts, self.counts[:, 1:]], 1).double()
         width = self.low_counts.shape[1]
         exponents = torch.arange(width, device=weight.device) + (self._lowest - _BITS)

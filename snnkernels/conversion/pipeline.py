@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from ..distributed.dealing import check_call
 from ..distributed.team import Team
 from .balancing import Balancing, balance
 from .calibration import SAMPLE, Statistics, collect
@@ -31,7 +32,7 @@ from .place import place
 from .pools import MAXPOOL_MODES, average_instead, check_pools, pools_first
 from .report import Report, measure
 from .scale import Scale, fold_thresholds
-from .source import Source, identity
+from .source import Source
 from .steps import Clock
 from .thresholds import Site, plan, settle
 from .trace import own_copy, trace
@@ -150,7 +151,7 @@ def convert(
 
     Raises:
         ConversionError: the network cannot be converted; names the layer, why, and the way out.
-        ValueError, TypeError: an argument is not allowed, or the ranks' loaders differ; names it.
+        ValueError, TypeError: an argument is not allowed, or not the same on every rank; names it.
     """
     if not isinstance(ann, nn.Module):
         raise TypeError(f"ann must be a torch.nn.Module, got {type(ann).__name__}")
@@ -177,15 +178,14 @@ def convert(
             f"{type(inputs).__name__}"
         )
     team = Team(process_group)
+    check_call(team, ann, str(chosen), T, per_channel, maxpool, on_unsupported, normalize, fold)
     first: Any = None
     source: Source | None = None
     if loader is not None:
-        about = 0 if checkpoint is None else identity(ann)
         in_order = _in_order(threshold, chosen)
         source = Source(
-            loader, _device(ann), inputs, team,
-            checkpoint=checkpoint, about=about, in_order=in_order,
-        )  # fmt: skip
+            loader, _device(ann), inputs, team, checkpoint=checkpoint, in_order=in_order
+        )
         first = source.first
     traced = trace(ann, first)
     net, graph, ports = traced.net, traced.graph, traced.ports
@@ -254,6 +254,7 @@ def convert(
     if source is not None and sample is not None:
         how = {s.path: (s.per_channel if s.needs_histogram else None, s.channel_dim) for s in sites}
         once = not any(site.needs_histogram for site in sites)
+        source.belongs_to(model)
         seen = collect(model, how, source, progress=progress, once=once)
         unread = chain([batch], source.rest()) if once else None
         _balance(model, sites, unread, source.again, report, progress and team.leads)

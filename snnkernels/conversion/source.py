@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..distributed.dealing import Dealt, Split, fingerprint
+from ..distributed.dealing import Dealt, Split, fingerprint, identity
 from ..distributed.passes import Checkpoint, run
 from ..distributed.team import Team
 from .calibration import SAMPLE, Statistics, batch_of, batches, check_loader
 from .errors import ConversionError
 
-__all__ = ["Source", "identity"]
+__all__ = ["Source"]
 
 
 class Source:
@@ -26,7 +25,6 @@ class Source:
         device: where batches go.
         team: the ranks.
         checkpoint: path for the statistics of passes, or None.
-        about: the network's :func:`identity`, for the checkpoint.
         in_order: every rank needs every batch, in the loader's order: nothing is dealt.
 
     Attributes:
@@ -44,12 +42,12 @@ class Source:
         team: Team,
         *,
         checkpoint: Any = None,
-        about: int = 0,
         in_order: bool = False,
     ) -> None:
         self.loader, self.device, self.inputs, self.team = loader, device, inputs, team
         self.in_order = in_order
-        self._path, self._about = checkpoint, about
+        self._path = checkpoint
+        self._network = 0
         split = isinstance(loader, Split)
         if split and in_order:
             raise ConversionError(
@@ -66,6 +64,11 @@ class Source:
         """What batches go through from now on; ``first`` goes through it at once."""
         self._bind = bind
         self.first = bind(self.first)
+
+    def belongs_to(self, model: nn.Module) -> None:
+        """Statistics are of this network: another one's checkpoint is refused."""
+        if self._path is not None:
+            self._network = identity(model)
 
     @property
     def apart(self) -> bool:
@@ -121,6 +124,7 @@ class Source:
         """
         team = Team() if self.in_order else self.team
         path = None if self._path is None else f"{self._path}{name}"
+        path = path if team is self.team or self.team.leads else None  # of ranks for themselves
         kept = Checkpoint(path, team, self._kept_for(found) if path else {})
         if kept.state is not None:
             for key, tables in kept.state.items():
@@ -139,9 +143,12 @@ class Source:
                     team, dealt, lambda i, x: work(i, self._bind(self._to(x))),
                     lambda: _tables(found, team), kept,
                 )  # fmt: skip
-        for statistics in found.values():
+        for layer, statistics in found.items():
             if statistics.histogram is not None:
-                statistics.histogram.merge(team)
+                try:
+                    statistics.histogram.merge(team)
+                except OverflowError as error:
+                    raise ConversionError(f"{layer}: {error}") from error
         if kept.done >= 0:
             kept.write(-1, _tables(found, Team()))
 
@@ -153,7 +160,7 @@ class Source:
         }
         ranks = self.team.size if isinstance(self.loader, Split) else 0
         return {
-            "network": self._about,
+            "network": self._network,
             "first batch": fingerprint(self.first),
             "layers": repr(tables),
             "ranks of a Split": ranks,
@@ -170,15 +177,6 @@ class Source:
                 f"the ranks have read different {what}: the loader must give the same every time "
                 "it is read (no shuffling, or the same torch.manual_seed on every rank)"
             )
-
-
-def identity(net: nn.Module) -> int:
-    """A number that tells networks apart: of their parameters and buffers."""
-    found = 0
-    for name, tensor in net.state_dict().items():
-        if isinstance(tensor, Tensor):
-            found = fingerprint(tensor, zlib.crc32(name.encode(), found))
-    return found
 
 
 def _histogram(statistics: Statistics) -> Any:

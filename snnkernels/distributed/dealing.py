@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from .team import Team, portable
 
-__all__ = ["Dealt", "Split"]
+__all__ = ["Dealt", "Split", "check_call", "fingerprint", "identity"]
 
 _PROBE = 4096  # elements of a batch that its fingerprint looks at
 _KEPT = 1024  # fingerprints: workers read ahead of what is asked for
@@ -27,9 +27,10 @@ class Split:
     """
 
     def __init__(self, loader: Any) -> None:
-        if isinstance(loader, Tensor):
-            raise TypeError("Split takes a loader, an iterable of batches; got a tensor")
-        iter(loader) if not isinstance(loader, Iterator) else None
+        if isinstance(loader, Tensor) or not hasattr(loader, "__iter__"):
+            raise TypeError(
+                f"Split takes a loader, an iterable of batches; got {type(loader).__name__}"
+            )
         self.loader = loader
 
     def __iter__(self) -> Iterator[Any]:
@@ -57,7 +58,7 @@ class Dealt:
         start: this many batches, from the beginning, are left out: they are done. To be set before
             iterating.
         stamps: by number of rounds of ``team.size`` batches a fingerprint of what was read until
-            then, which must be the same everywhere; those of a Split are 0.
+            then, which must be the same everywhere; a Split has none.
         rounds: how many batches this rank was given.
         read: number of batches there are, known at the end.
 
@@ -234,6 +235,36 @@ def _has_indices(loader: Any) -> bool:
     if type(loader) is not DataLoader or isinstance(loader.dataset, IterableDataset):
         return False
     return loader.batch_sampler is not None
+
+
+def identity(network: nn.Module) -> int:
+    """A number that tells networks apart: of what they are made of, parameters and buffers."""
+    found = zlib.crc32(f"{network}{getattr(network, 'code', '')}".encode())
+    for name, tensor in network.state_dict().items():
+        if isinstance(tensor, Tensor):
+            found = fingerprint(tensor, zlib.crc32(name.encode(), found))
+    return found
+
+
+def check_call(team: Team, network: nn.Module, *arguments: Any) -> None:
+    """Check that all ranks have the same network and say the same.
+
+    Raises:
+        ValueError: they do not.
+    """
+    if team.size == 1:
+        return
+    told = team.gather((identity(network), repr(arguments)))
+    for rank, (other, theirs) in enumerate(told):
+        if theirs != told[0][1]:
+            raise ValueError(
+                f"ranks 0 and {rank} do not make the same call: {told[0][1]} and {theirs}"
+            )
+        if other != told[0][0]:
+            raise ValueError(
+                f"ranks 0 and {rank} have different networks: build and load the same weights on "
+                "every rank (torch.manual_seed before an untrained one)"
+            )
 
 
 _EMPTY = "loader is empty: calibration needs at least one batch of inputs"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .dealing import Dealt, Split
+from .dealing import Dealt, Split, check_call, fingerprint, identity
 from .passes import Checkpoint, run
 from .team import Team
 
@@ -122,19 +122,21 @@ def evaluate(
         if bar is not None:
             bar.update()
 
-    bar = _bar(loader, team, progress)
+    check_call(team, network, ends)
     dealt = Dealt(loader, team, _pair, seek=checkpoint is not None)
+    first = dealt.first()
     about: dict[str, Any] = {}
     if checkpoint is not None:
-        about = {"steps": repr(ends), "network": repr(network)}
+        about = {"steps": repr(ends), "network": identity(network)}
+        about["first batch"] = fingerprint(first)
         about["ranks of a Split"] = team.size if isinstance(loader, Split) else 0
     kept = Checkpoint(checkpoint, team, about)
     if kept.state is not None:
         counts += kept.state
+    bar = _bar(loader, team, progress)
     try:
         if kept.done >= 0:
             dealt.start = kept.done
-            dealt.first()
             run(team, dealt, work, lambda: team.sum(counts), kept)
     finally:
         if bar is not None:

@@ -48,7 +48,7 @@ class Checkpoint:
         elif team.leads and self.path.exists():
             try:
                 found = torch.load(self.path, map_location="cpu", weights_only=True)
-                theirs = found["about"]
+                theirs, _, _ = dict(found["about"]), int(found["done"]), found["state"]
             except Exception as error:  # whatever a file that is none of ours makes torch raise
                 kind = type(error).__name__
                 problem = f"is no checkpoint of a calibration or evaluation ({kind})"
