@@ -30,7 +30,14 @@ from snnkernels.distributed.team import launched
 BASE = {"images": 256, "T": 8, "depth": 4, "ranks": 1}
 SIZES = {"images": (512, 1024), "T": (16, 32), "depth": (8, 16), "ranks": (2, 4)}
 BATCH, REPEATS = 32, 2
+WORK = ("calibration", "evaluation", "evaluation, lowered")
 COLUMNS = ("what", *BASE, "cost", "ANN passes")
+
+
+def sized(base: dict[str, int], name: str, value: int) -> dict[str, int]:
+    """Another value of one size; ranks share four times the images, which are something to share."""
+    more = {"images": 4 * base["images"]} if name == "ranks" else {}
+    return {**base, **more, name: value}
 
 
 def network(depth: int) -> nn.Module:
@@ -102,17 +109,38 @@ def run(sizes: dict[str, int]) -> dict[str, float]:
     return {what: max(f[what] for f in found) for what in found[0]}
 
 
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """The table of docs/scaling.md."""
+    found = {(r["what"], *(str(r[k]) for k in BASE)): r for r in rows}
+    lines = ["| | calibration | evaluation | evaluation, lowered |", "| --- | ---: | ---: | ---: |"]
+    for name, values in {"": (0,), **SIZES}.items():
+        for value in values:
+            size = sized(BASE, name, value) if name else BASE
+            label = f"{value} {name}" if name != "T" else f"T = {value}"
+            label += f" of {size['images']} images" if name == "ranks" else ""
+            cells = [label if name else "the base"]
+            for what in WORK:
+                row = found[(what, *(str(n) for n in size.values()))]
+                passes = f", {row['ANN passes']} passes" if row["ANN passes"] else ""
+                cells.append(f"{row['cost']}{passes}")
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
-    args = start(arguments(__doc__).parse_args())
+    parser = arguments(__doc__)
+    parser.add_argument("--only", choices=tuple(SIZES), help="vary this alone")
+    args = start(parser.parse_args())
     base = dict(BASE, images=64) if args.quick else BASE
     sizes = [base]
     for name, values in SIZES.items():
-        sizes += [{**base, name: value} for value in values[: 1 if args.quick else None]]
+        if args.only in (None, name):
+            sizes += [sized(base, name, v) for v in values[: 1 if args.quick else None]]
     first = run(base)
     rows = []
     for size in sizes:
         found = first if size == base else run(size)
-        for what in ("calibration", "evaluation", "evaluation, lowered"):
+        for what in WORK:
             row = {"what": what, **size, "cost": short(found[what] / first[what])}
             row["ANN passes"] = short(found[what] / found["ann"]) if "ann" in found else ""
             rows.append(row)

@@ -231,8 +231,8 @@ def _measure(
             answers = snn.predict_curve(x, steps)
             for i, T in enumerate(steps):
                 guess = answers[T].argmax(1)
-                counts[0, i] += (guess == y).sum()
-                counts[1, i] += (guess == predicted[at : at + len(y)]).sum()
+                counts[0, i] += int((guess == y).sum())
+                counts[1, i] += int((guess == predicted[at : at + len(y)]).sum())
             at += len(y)
             bar.update(len(y) * team.size)
     right, same = team.sum(counts).tolist()

@@ -346,6 +346,8 @@ def training(group: Any, folder: Path) -> dict[str, Any]:
         if group is not None:
             ddp = nn.parallel.DistributedDataParallel(ddp)  # type: ignore[assignment]
         found[f"ddp {name}"] = trained(ddp, group)
+        right = evaluate(ddp, [(b, t) for b, t in batches()], process_group=group)
+        found[f"ddp {name} right"] = right.total
         net = OverTime(threshold)
         if group is not None:
             net = _sharded(net, found, name)
@@ -371,6 +373,7 @@ def _sharded(net: Any, found: dict[str, Any], name: str) -> nn.Module:
         "inside": lambda: net.layers[1](torch.rand(2, 3, 16)),
         "operand": lambda: functional.if_multi_step(x[None], ann[0].weight),
         "convert": lambda: convert(ann, x),
+        "evaluate": lambda: evaluate(ann, [(x, x[:, 0].long())], process_group=dist.group.WORLD),
     }.items():
         try:
             call()

@@ -363,6 +363,8 @@ def test_sharded_networks_are_refused_with_the_way_out(two: list[dict[str, Any]]
     assert "TypeError: v_threshold is a DTensor" in found["inside"]
     assert "TypeError: v is a DTensor, of which this rank may hold only a part" in found["operand"]
     assert "get_model_state_dict" in found["convert"]
+    assert "get_model_state_dict" in found["evaluate"]
+    assert found["ddp scalar right"] == 86
 
 
 def test_shardable_keeps_the_network_and_ties() -> None:

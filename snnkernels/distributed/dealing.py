@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from .team import Team, portable
 
-__all__ = ["Dealt", "Split", "check_call", "fingerprint", "identity"]
+__all__ = ["SHARDED", "Dealt", "Split", "check_call", "fingerprint", "identity", "sharded"]
 
 _PROBE = 4096  # elements of a batch that its fingerprint looks at
 _KEPT = 1024  # fingerprints: workers read ahead of what is asked for
@@ -246,14 +246,30 @@ def identity(network: nn.Module) -> int:
     return found
 
 
+SHARDED = (
+    "the network's parameters are DTensors, spread over processes. On every rank get them whole, "
+    "torch.distributed.checkpoint.state_dict.get_model_state_dict(network, options="
+    "StateDictOptions(full_state_dict=True)), load them into a network that fully_shard was not "
+    "applied to, and go on with that"
+)
+
+
+def sharded(network: nn.Module) -> bool:
+    """Whether a parameter or buffer is a DTensor."""
+    found = (*network.parameters(), *network.buffers())
+    return any(type(t).__name__ == "DTensor" for t in found)
+
+
 def check_call(team: Team, network: nn.Module, *arguments: Any) -> None:
-    """Check that all ranks have the same network and say the same.
+    """Check that all ranks have the same network, whole, and say the same.
 
     Raises:
         ValueError: they do not.
     """
     if team.size == 1:
         return
+    if sharded(network):  # its forward is a meeting, and ranks run different numbers of batches
+        raise ValueError(SHARDED)
     told = team.gather((identity(network), repr(arguments)))
     for rank, (other, theirs) in enumerate(told):
         if theirs != told[0][1]:

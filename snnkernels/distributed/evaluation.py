@@ -85,11 +85,14 @@ def evaluate(
     Raises:
         TypeError: an item of the loader is no such pair, or ``steps`` for a network without them.
         ValueError: an empty loader, one with a ``DistributedSampler``, ranks that read different
-            data, labels that do not fit.
+            data or have different networks, a network that ``fully_shard`` took apart (with a
+            ``process_group``), labels that do not fit.
         Exception: what fails on one rank is raised on all.
     """
     if not isinstance(network, nn.Module):
         raise TypeError(f"network must be a torch.nn.Module, got {type(network).__name__}")
+    if isinstance(network, nn.parallel.DistributedDataParallel):
+        network = network.module  # whose own forward is a meeting where there are buffers
     team = Team(process_group)
     curve = getattr(network, "predict_curve", None)
     if steps is not None and curve is None:
