@@ -35,7 +35,7 @@ COLUMNS = ("what", *BASE, "cost", "ANN passes")
 
 
 def sized(base: dict[str, int], name: str, value: int) -> dict[str, int]:
-    """Another value of one size; ranks share four times the images, which are something to share."""
+    """Another value of one size; ranks share four times the images, to have something to share."""
     more = {"images": 4 * base["images"]} if name == "ranks" else {}
     return {**base, **more, name: value}
 

@@ -178,7 +178,8 @@ def convert(
             f"{type(inputs).__name__}"
         )
     team = Team(process_group)
-    check_call(team, ann, str(chosen), T, per_channel, maxpool, on_unsupported, normalize, fold)
+    same = (threshold, v_init, per_channel, maxpool, on_unsupported, normalize, fold)
+    check_call(team, ann, str(chosen), T, *same)
     first: Any = None
     source: Source | None = None
     if loader is not None:
