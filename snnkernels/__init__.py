@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 from . import bound, functional, options, surrogate
 from .kernels.backends import backend_info, get_backend, set_backend, use_backend
 from .memory import tune_malloc
-from .neurons import IFNode, LIFNode, reset_net
+from .neurons import IFNode, LIFNode
 from .packed import PackedSpikes
+from .state import detach_net, reset_net, set_step_mode
 
 if TYPE_CHECKING:
     from .conversion import (
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     )
     from .conversion.pipeline import convert, methods
     from .engine import Plan, lower
+    from .monitors import SpikeMonitor, VoltageMonitor
 
 # Methods whose work is done on an upper floor: {class: {method: module that defines it}}.
 bound.METHODS.update({})
@@ -40,10 +42,13 @@ __all__ = [
     "PackedSpikes",
     "Plan",
     "RateNorm",
+    "SpikeMonitor",
     "ThresholdReLU",
+    "VoltageMonitor",
     "backend_info",
     "convert",
     "convert_modules",
+    "detach_net",
     "functional",
     "get_backend",
     "lower",
@@ -51,6 +56,7 @@ __all__ = [
     "options",
     "reset_net",
     "set_backend",
+    "set_step_mode",
     "surrogate",
     "tune_malloc",
     "use_backend",
@@ -64,6 +70,7 @@ _LAZY = {
         "ThresholdReLU", "convert", "convert_modules", "methods",
     ),
     "engine": ("Plan", "lower"),
+    "monitors": ("SpikeMonitor", "VoltageMonitor"),
 }  # fmt: skip
 _HOME = {name: module for module, names in _LAZY.items() for name in names}
 

@@ -74,6 +74,20 @@ class SpikingActivation(nn.Module):
         """Back to the initial potential."""
         self.node.reset()
 
+    @property
+    def step_mode(self) -> str:
+        """``"m"``: a converted network runs all steps of a layer at once."""
+        return "m"
+
+    @step_mode.setter
+    def step_mode(self, value: str) -> None:
+        if value != "m":
+            raise ValueError(f"a converted network has no step_mode={value!r}; it runs in 'm'")
+
+    def supported_step_mode(self) -> tuple[str, ...]:
+        """The step modes there are, as in SpikingJelly."""
+        return ("m",)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SpikingActivation:
         before = self.scale
         super()._apply(fn, recurse)
