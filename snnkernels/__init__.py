@@ -75,12 +75,14 @@ _LAZY = {
 _HOME = {name: module for module, names in _LAZY.items() for name in names}
 
 
-def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        module = import_module(f"{__name__}.{_HOME[name]}")
-        globals()[name] = value = getattr(module, name)
-        return value
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+if not TYPE_CHECKING:  # where every name would be taken for one of ours
+
+    def __getattr__(name: str) -> Any:
+        if name in _HOME:
+            module = import_module(f"{__name__}.{_HOME[name]}")
+            globals()[name] = value = getattr(module, name)
+            return value
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

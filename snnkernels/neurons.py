@@ -79,6 +79,10 @@ class IFNode(nn.Module):
         bias, fire_level, max_spikes, signed, probe, parallel: what methods ask of a neuron, see
             :func:`snnkernels.functional.if_run`.
 
+    Raises:
+        TypeError: an argument of the wrong type.
+        ValueError: a value out of range, or an unknown word; the message names it.
+
     The attribute ``mask`` (None) may be set to a bool or uint8 tensor that broadcasts to
     ``[*shape]``: where it is 0 a neuron emits nothing.
 
@@ -275,6 +279,10 @@ class IFNode(nn.Module):
 
         Returns:
             What ``output`` says.
+
+        Raises:
+            TypeError: ``x`` is no tensor, or a merged layout was not told ``T``.
+            ValueError: a shape that does not fit; ``T`` in step mode ``"s"``.
         """
         single = self._step_mode == "s"
         layout = "T,N" if single else self.layout

@@ -205,6 +205,10 @@ class ConvertedNetwork(nn.Module):
     def certify(self, x: Any, T: int | None = None) -> Certificate:
         """What spike counts and answers can be, and which predictions are proven.
 
+        Args:
+            x: the inputs, ``[B, *]``; of several a tuple by position or a dict by name.
+            T: number of steps (default: those of the conversion).
+
         See :func:`snnkernels.conversion.certify.certify`.
         """
         from .certify import certify
