@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .engine import Plan, lower
 
 # Methods whose work is done on an upper floor: {class: {method: module that defines it}}.
-bound.METHODS.update({})
+bound.METHODS.update({"Report": {"to_html": "html_report"}})
 
 __version__ = "0.1.0"
 __all__ = [
