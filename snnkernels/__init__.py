@@ -24,9 +24,16 @@ if TYPE_CHECKING:
     )
     from .conversion.pipeline import convert, methods
     from .engine import Plan, lower
+    from .hub import load_pretrained
 
 # Methods whose work is done on an upper floor: {class: {method: module that defines it}}.
-bound.METHODS.update({"Report": {"to_html": "html_report"}})
+bound.METHODS.update(
+    {
+        "ConvertedNetwork": {"save_pretrained": "hub", "push_to_hub": "hub"},
+        "ConvertedModules": {"save_pretrained": "hub", "push_to_hub": "hub"},
+        "Report": {"to_html": "html_report"},
+    }
+)
 
 __version__ = "0.1.0"
 __all__ = [
@@ -46,6 +53,7 @@ __all__ = [
     "convert_modules",
     "functional",
     "get_backend",
+    "load_pretrained",
     "lower",
     "methods",
     "options",
@@ -64,6 +72,7 @@ _LAZY = {
         "ThresholdReLU", "convert", "convert_modules", "methods",
     ),
     "engine": ("Plan", "lower"),
+    "hub": ("load_pretrained",),
 }  # fmt: skip
 _HOME = {name: module for module, names in _LAZY.items() for name in names}
 
