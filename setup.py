@@ -279,7 +279,7 @@ setup(
     ],
     package_dir={"snnkernels._csrc": "csrc"},
     package_data={
-        "snnkernels": ["py.typed"],
+        "snnkernels": ["py.typed", "assets/*.css", "assets/*.js"],
         "snnkernels._csrc": ["*.h", "*.cuh", "*.cu", "*.cpp"],
     },
     ext_modules=extensions,

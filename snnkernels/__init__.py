@@ -25,10 +25,17 @@ if TYPE_CHECKING:
     )
     from .conversion.pipeline import convert, methods
     from .engine import Plan, lower
+    from .hub import load_pretrained
     from .monitors import SpikeMonitor, VoltageMonitor
 
 # Methods whose work is done on an upper floor: {class: {method: module that defines it}}.
-bound.METHODS.update({})
+bound.METHODS.update(
+    {
+        "ConvertedNetwork": {"save_pretrained": "hub", "push_to_hub": "hub"},
+        "ConvertedModules": {"save_pretrained": "hub", "push_to_hub": "hub"},
+        "Report": {"to_html": "html_report"},
+    }
+)
 
 __version__ = "0.1.0"
 __all__ = [
@@ -51,6 +58,7 @@ __all__ = [
     "detach_net",
     "functional",
     "get_backend",
+    "load_pretrained",
     "lower",
     "methods",
     "options",
@@ -71,6 +79,7 @@ _LAZY = {
     ),
     "engine": ("Plan", "lower"),
     "monitors": ("SpikeMonitor", "VoltageMonitor"),
+    "hub": ("load_pretrained",),
 }  # fmt: skip
 _HOME = {name: module for module, names in _LAZY.items() for name in names}
 

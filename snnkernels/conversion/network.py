@@ -53,6 +53,8 @@ class ConvertedNetwork(nn.Module):
         T: the number of steps the thresholds were made for, and the default of a call.
         extra_steps: what the method adds to the T steps of a call, in latency and in work.
         report: what was done with every node.
+        metadata: what else is to travel with the network (names of classes, how inputs are
+            prepared): a dict of plain JSON values, saved by :meth:`save_pretrained`.
 
     Shape: the inputs and the output of the ANN; any batch size.
     """
@@ -70,6 +72,7 @@ class ConvertedNetwork(nn.Module):
         self.T = _steps(T)
         self._clock = Clock() if clock is None else clock
         self.report = report
+        self.metadata: dict[str, Any] = {}
         self.prefix, self.body, self.suffix = parts.prefix, parts.body, parts.suffix
         self._counted = list(parts.counted)
         self._of_body = list(parts.statics_of_body)
