@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .conversion.pipeline import convert, methods
     from .engine import Plan, lower
     from .hub import load_pretrained
+    from .interop import PatchReport, patch, patched, unpatch
     from .monitors import SpikeMonitor, VoltageMonitor
 
 # Methods whose work is done on an upper floor: {class: {method: module that defines it}}.
@@ -47,12 +48,14 @@ __all__ = [
     "IFNode",
     "LIFNode",
     "PackedSpikes",
+    "PatchReport",
     "Plan",
     "RateNorm",
     "SpikeMonitor",
     "ThresholdReLU",
     "VoltageMonitor",
     "backend_info",
+    "compat",
     "convert",
     "convert_modules",
     "detach_net",
@@ -62,11 +65,14 @@ __all__ = [
     "lower",
     "methods",
     "options",
+    "patch",
+    "patched",
     "reset_net",
     "set_backend",
     "set_step_mode",
     "surrogate",
     "tune_malloc",
+    "unpatch",
     "use_backend",
 ]
 
@@ -80,6 +86,7 @@ _LAZY = {
     "engine": ("Plan", "lower"),
     "monitors": ("SpikeMonitor", "VoltageMonitor"),
     "hub": ("load_pretrained",),
+    "interop": ("PatchReport", "patch", "patched", "unpatch"),
 }  # fmt: skip
 _HOME = {name: module for module, names in _LAZY.items() for name in names}
 
@@ -87,6 +94,8 @@ _HOME = {name: module for module, names in _LAZY.items() for name in names}
 if not TYPE_CHECKING:  # where every name would be taken for one of ours
 
     def __getattr__(name: str) -> Any:
+        if name == "compat":
+            return import_module(f"{__name__}.compat")
         if name in _HOME:
             module = import_module(f"{__name__}.{_HOME[name]}")
             globals()[name] = value = getattr(module, name)

@@ -1,0 +1,29 @@
+"""Other libraries: their neurons made fast where they stand, exchange formats."""
+
+from __future__ import annotations
+
+from .patching import (
+    Adapter,
+    Change,
+    PatchedModule,
+    PatchError,
+    PatchReport,
+    Refused,
+    patch,
+    patched,
+    register,
+    unpatch,
+)
+
+__all__ = [
+    "Adapter",
+    "Change",
+    "PatchError",
+    "PatchReport",
+    "PatchedModule",
+    "Refused",
+    "patch",
+    "patched",
+    "register",
+    "unpatch",
+]
