@@ -270,3 +270,30 @@ def test_every_public_name_is_in_the_reference() -> None:
     modules = {"functional", "options", "surrogate"}
     for name in set(snnkernels.__all__) - modules:
         assert f"snnkernels.{name}" in documented, name
+
+
+# ---- the gallery ---------------------------------------------------------------------------------
+
+
+def test_pictures_are_the_scripts(tmp_path: Path) -> None:
+    """The committed pictures are those that the script draws, and it still draws."""
+    support.optional("sklearn")
+    support.optional("matplotlib")
+    image = support.optional("PIL.Image")
+    spec = importlib.util.spec_from_file_location("gallery", ROOT / "examples" / "gallery.py")
+    assert spec is not None
+    assert spec.loader is not None
+    gallery = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(gallery)
+    there = {path.stem: path for path in (ROOT / "docs" / "gallery").glob("*.png")}
+    assert set(there) == set(gallery.PICTURES)
+    for name in there:
+        assert f"gallery/{name}.png" in PAGES["docs/gallery.md"]
+    if support.PURE:
+        pytest.skip("SNNKERNELS_TEST_PURE=1: networks are slow in the reference")
+    with torch.random.fork_rng():
+        gallery.main(["--only", "error_sources", "--out", str(tmp_path)])
+    drawn = image.open(tmp_path / "error_sources.png")
+    kept = image.open(there["error_sources"])
+    # Training is not the same on every machine, fonts neither.
+    assert all(abs(a - b) <= 0.1 * b for a, b in zip(drawn.size, kept.size, strict=True))
