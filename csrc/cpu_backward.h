@@ -367,7 +367,7 @@ class BackwardGeneral {
         charges_(static_cast<S*>(scratch)),
         saved_(charges_ + least(p.base.T, kSteps) * kLanes) {
     b_.v_reset = S(p.v_reset), b_.alpha = S(p.base.alpha);
-    b_.margin = b_.max_spikes = S(0);
+    b_.scale = S(p.surrogate_scale), b_.max_spikes = S(p.max_spikes), b_.margin = S(0);
     b_.count_low = b_.count_high = 0;
     b_.options = p.base.options, b_.surrogate = p.base.surrogate;
   }
@@ -434,22 +434,16 @@ class BackwardGeneral {
   void before(const S* charges) {
     if (!(b_.options & kBeta)) return;
     __builtin_memcpy(b_.charge, charges, sizeof b_.charge);
-    if (b_.options & kStrict)
-      b_.template spike_lanes<kStrict>();
-    else
-      b_.template spike_lanes<0>();
-    if (b_.options & kHardReset)
-      b_.template reset_lanes<kHardReset>();
-    else
-      b_.template reset_lanes<0>();
+    b_.fire();
+    b_.reset();
   }
 
   template <int KIND>
   void slope_lanes(const S* charge) {
-    const S alpha = b_.alpha;
+    const S alpha = b_.alpha, scale = b_.scale;
 #pragma omp simd
     for (i64 i = 0; i < kLanes; ++i)
-      slope_[i] = surrogate_derivative<KIND>(charge[i] - b_.level[i], alpha);
+      slope_[i] = surrogate_slope<KIND>(charge[i], b_.level[i], alpha, scale);
   }
 
   void slopes(const S* charge) {
@@ -460,6 +454,14 @@ class BackwardGeneral {
         return slope_lanes<kSigmoid>(charge);
       case kTriangle:
         return slope_lanes<kTriangle>(charge);
+      case kSuperSpike:
+        return slope_lanes<kSuperSpike>(charge);
+      case kExponential:
+        return slope_lanes<kExponential>(charge);
+      case kErf:
+        return slope_lanes<kErf>(charge);
+      case kPeriodicExponential:
+        return slope_lanes<kPeriodicExponential>(charge);
       default:
         return slope_lanes<kRectangle>(charge);
     }
@@ -472,7 +474,8 @@ class BackwardGeneral {
     for (i64 i = 0; i < kLanes; ++i) {
       const Neuron<S, SMOOTH> neuron = b_.template neuron<OPTIONS>(i);
       Adjoint<S> a = {g_.carry[i], S(0), g_.threshold[i], g_.level[i], g_.amplitude[i], g_.beta[i]};
-      a.step(neuron, b_.v[i], charge[i], grad_out[i], amplitude_[i], grad_charge[i], slope_[i]);
+      a.step(neuron, b_.v[i], charge[i], b_.k[i], grad_out[i], amplitude_[i], grad_charge[i],
+             slope_[i]);
       g_.carry[i] = a.carry;
       g_.current[i] = a.grad_current;
       g_.threshold[i] = a.grad_threshold;
@@ -516,7 +519,9 @@ class BackwardGeneral {
       if (g != grad_charge) __builtin_memcpy(grad_charge, g, sizeof grad_charge);
     }
     slopes(charge);
-    adjoint<0, kStrict, kHardReset, kDetachReset, kBeta, kFireLevel>(charge, grad_out, grad_charge);
+    __builtin_memcpy(b_.charge, charge, sizeof b_.charge);
+    b_.fire();
+    adjoint<0, kHardReset, kDetachReset, kBeta, kFireLevel>(charge, grad_out, grad_charge);
     const S* grad_x = g_.current;
     if (b_.options & kBias)
       for (i64 i = 0; i < kLanes; ++i) g_.bias[i] += g_.current[i];

@@ -7,7 +7,17 @@ namespace snn {
 
 enum DType : i32 { kFloat32 = 0, kFloat64 = 1, kFloat16 = 2, kBFloat16 = 3 };
 
-enum Surrogate : i32 { kATan = 0, kSigmoid = 1, kTriangle = 2, kRectangle = 3 };
+// The first four have kernels of their own in the plain neuron; the general one knows all.
+enum Surrogate : i32 {
+  kATan = 0,
+  kSigmoid = 1,
+  kTriangle = 2,
+  kRectangle = 3,
+  kSuperSpike = 4,
+  kExponential = 5,
+  kErf = 6,
+  kPeriodicExponential = 7,
+};
 
 enum Option : i32 {
   kStrict = 1,         // fire at m > level instead of m >= level
@@ -88,7 +98,8 @@ struct IFGeneral {
   Operand bias;
   Operand fire_level;
   double v_reset;
-  double margin;  // kSigned, kProbeMask, kProbeShift: see neuron.h
+  double margin;           // kSigned, kProbeMask, kProbeShift: see neuron.h
+  double surrogate_scale;  // read with kSmooth
   i32 options;
   i32 surrogate;  // read with kSmooth
   i32 max_spikes;
@@ -147,6 +158,9 @@ struct IFBackwardGeneral {
   Operand bias;
   Operand fire_level;
   double v_reset;
+  double surrogate_scale;  // multiplies the surrogate's derivative
+  i32 max_spikes;          // read with kBurst
+  i32 pad;
 };
 
 }  // namespace snn

@@ -20,6 +20,8 @@ SAVES = ("recompute", "trace", "bits")
 
 # How long to look for an element that two tensors share before they are taken to.
 _WORK = 10_000
+# Of a step: float32 counts no further.
+MOST_SPIKES = 2**24
 # Between these every number is positive and finite in float32 as well.
 _SMALLEST, _LARGEST = 1.2e-38, 3.4e38
 
@@ -149,12 +151,10 @@ def neuron(
         v_tensor, th, amp, scale, beta, bias, level, v_value, th_value, amp_value, scale_value,
         beta_value, bias_value, level_value, options, spike_dtype, reset,
     )  # fmt: skip
-    return _with_inference_options(given, x, steps, shape, more)
+    return _with_more_options(given, x, steps, shape, more)
 
 
-def _with_inference_options(
-    given: Neuron, x: Tensor, steps: int, shape: Size, more: Options
-) -> Neuron:
+def _with_more_options(given: Neuron, x: Tensor, steps: int, shape: Size, more: Options) -> Neuron:
     options = given.options
     fields: dict[str, Any] = {}
     kinds = {
@@ -167,7 +167,7 @@ def _with_inference_options(
         raise ValueError(f"{' and '.join(chosen)} exclude each other")
     for name in chosen:
         clash = {
-            "v_reset": params.HARD_RESET,
+            **({} if name == "max_spikes" else {"v_reset": params.HARD_RESET}),
             "tie='>'": params.STRICT,
             "fire_level": params.FIRE_LEVEL,
             **({"beta": params.BETA} if name == "parallel" else {}),
@@ -180,8 +180,11 @@ def _with_inference_options(
     if more.max_spikes is not None:
         if type(more.max_spikes) is not int:
             raise TypeError(f"max_spikes={more.max_spikes!r} must be an int or None")
-        if not 1 <= more.max_spikes <= 255:
-            raise ValueError(f"max_spikes={more.max_spikes} is not in 1..255")
+        most = 255 if given.spike_dtype == torch.uint8 else MOST_SPIKES
+        if not 1 <= more.max_spikes <= most:
+            raise ValueError(
+                f"max_spikes={more.max_spikes} is not in 1..{most} (spikes of {given.spike_dtype})"
+            )
         options |= params.BURST
         fields["max_spikes"] = more.max_spikes
     if more.signed is not None:

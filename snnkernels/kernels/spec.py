@@ -57,6 +57,11 @@ class Neuron(NamedTuple):
         return Neuron._make((*tensors, *self[7:]))
 
     @property
+    def bursts(self) -> int | None:
+        """``max_spikes`` as the user said it."""
+        return self.max_spikes if self.options & params.BURST else None
+
+    @property
     def signed(self) -> Signed | None:
         """As the user said it."""
         if not self.options & params.SIGNED:
