@@ -13,6 +13,7 @@ from .packed import PackedSpikes
 from .state import detach_net, reset_net, set_step_mode
 
 if TYPE_CHECKING:
+    from . import compat, interop
     from .conversion import (
         QCFS,
         ClipReLU,
@@ -61,6 +62,7 @@ __all__ = [
     "detach_net",
     "functional",
     "get_backend",
+    "interop",
     "load_pretrained",
     "lower",
     "methods",
@@ -94,8 +96,8 @@ _HOME = {name: module for module, names in _LAZY.items() for name in names}
 if not TYPE_CHECKING:  # where every name would be taken for one of ours
 
     def __getattr__(name: str) -> Any:
-        if name == "compat":
-            return import_module(f"{__name__}.compat")
+        if name in ("compat", "interop"):
+            return import_module(f"{__name__}.{name}")
         if name in _HOME:
             module = import_module(f"{__name__}.{_HOME[name]}")
             globals()[name] = value = getattr(module, name)

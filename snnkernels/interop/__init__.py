@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from . import spikingjelly
 from .patching import (
     Adapter,
     Change,
@@ -25,5 +26,6 @@ __all__ = [
     "patch",
     "patched",
     "register",
+    "spikingjelly",
     "unpatch",
 ]

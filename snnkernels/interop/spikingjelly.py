@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from . import sj_run, sj_scaled
 from .patching import Adapter, Change, Refused, Swap
 
-__all__ = ["ADAPTER", "release"]
+__all__ = ["ADAPTER", "recipe", "release"]
 
 _NEURONS = "spikingjelly.activation_based.neuron"
 _WHY = {
@@ -55,6 +55,52 @@ def release() -> str:
 def _nodes() -> Any:
     """The module of fused classes for the installed release."""
     return import_module(f"{__package__}.sj{release()}_nodes")
+
+
+def recipe(
+    dataloader: Iterable[Any],
+    *,
+    T: int = 16,
+    threshold: str = "mmse",
+    per_channel: bool = True,
+    v_init: float | str = "half",
+) -> Any:
+    """Our conversion as a recipe for SpikingJelly's converter (2.0.0).
+
+    Example::
+
+        recipe = snnkernels.interop.spikingjelly.recipe(loader, T=16)
+        snn = ann2snn.Converter(recipe=recipe).convert(ann)
+
+    The network is SpikingJelly's (an ``fx.GraphModule`` that is called step by step, or with
+    ``set_step_mode(snn, "m")`` on ``[T, B, *]``), each ReLU one :class:`snnkernels.IFNode` in the
+    units of its current: OPI's start at half the threshold, thresholds of least squared error,
+    spikes that weigh the threshold. ``F.relu`` and ``x.relu()`` are converted too, and max-pools
+    become pools of running sums, whose mean is right at every T. :func:`snnkernels.convert` has
+    more methods, and a network that is faster.
+
+    Args:
+        dataloader: calibration inputs: tensors, or (input, anything).
+        T: the number of steps that thresholds are made for.
+        threshold: ``"mmse"``, ``"max"``, ``"kl"`` or a percentile such as ``"99.9%"``.
+        per_channel: a threshold per channel, or one per layer.
+        v_init: ``"half"``, or which part of the threshold membranes begin at.
+
+    Raises:
+        ImportError: SpikingJelly 2.0.0 is not installed.
+        ValueError: an option that is not allowed.
+    """
+    try:
+        known = release()
+    except Refused as refused:
+        raise ImportError(str(refused)) from None
+    if known != "2":
+        raise ImportError(
+            "recipes are of SpikingJelly 2.0.0; with 0.0.0.0.14 use snnkernels.convert, or its own "
+            "converter and snnkernels.patch"
+        )
+    made: Any = import_module(f"{__package__}.sj2_recipe").OPIRecipe
+    return made(dataloader, T=T, threshold=threshold, per_channel=per_channel, v_init=v_init)
 
 
 class SpikingJelly(Adapter):
