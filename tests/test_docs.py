@@ -293,7 +293,9 @@ def test_pictures_are_the_scripts(tmp_path: Path) -> None:
         pytest.skip("SNNKERNELS_TEST_PURE=1: networks are slow in the reference")
     with torch.random.fork_rng():
         gallery.main(["--only", "error_sources", "--out", str(tmp_path)])
-    drawn = image.open(tmp_path / "error_sources.png")
-    kept = image.open(there["error_sources"])
-    # Training is not the same on every machine, fonts neither.
-    assert all(abs(a - b) <= 0.1 * b for a, b in zip(drawn.size, kept.size, strict=True))
+    with (
+        image.open(tmp_path / "error_sources.png") as drawn,
+        image.open(there["error_sources"]) as kept,
+    ):
+        # Training is not the same on every machine, fonts neither.
+        assert all(abs(a - b) <= 0.1 * b for a, b in zip(drawn.size, kept.size, strict=True))
