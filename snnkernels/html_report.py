@@ -7,6 +7,7 @@ import io
 import math
 import platform
 from collections.abc import Callable, Mapping
+from functools import partial
 from html import escape
 from importlib.resources import files
 from os import PathLike
@@ -332,14 +333,16 @@ def _pictures(
             lambda ax: plots.energy_layers(operations, ax=ax),
         )  # fmt: skip
     for row in _telling(known):
-        assert row.points is not None
-        activation, answer = row.points
-        name = row.name
         draw(
-            f"Answers against activations, {name}", (2.9, 2.9),
-            lambda ax, a=activation, b=answer, n=name: plots.rate_activation(a, b, title=n, ax=ax),
+            f"Answers against activations, {row.name}", (2.9, 2.9),
+            partial(_scatter, plots.rate_activation, row),
         )  # fmt: skip
     return _section("Pictures", f'<div class="pictures">\n{"".join(done)}</div>\n' if done else "")
+
+
+def _scatter(draw: Callable[..., Any], row: NodeReport, ax: Any) -> None:
+    assert row.points is not None
+    draw(row.points[0], row.points[1], title=row.name, ax=ax)
 
 
 def _telling(rows: list[NodeReport], most: int = 4) -> list[NodeReport]:

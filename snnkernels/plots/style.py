@@ -8,8 +8,17 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 __all__ = [
-    "COLOURS", "GREY", "INK", "INSIDE", "LINES", "MARKERS", "PARTS", "axes_of", "clean", "shortened",
-]  # fmt: skip
+    "COLOURS",
+    "GREY",
+    "INK",
+    "INSIDE",
+    "LINES",
+    "MARKERS",
+    "PARTS",
+    "axes_of",
+    "clean",
+    "shortened",
+]
 
 # Distinguishable to the colour-blind and, with the markers, in grey.
 COLOURS = (
@@ -35,6 +44,7 @@ def shortened(name: str, most: int = 28) -> str:
 
 
 def axes_of(ax: Axes | None, size: tuple[float, float]) -> Any:
+    """``ax``, or that of a new figure of ``size`` inches."""
     if ax is not None:
         return ax
     try:
@@ -47,6 +57,7 @@ def axes_of(ax: Axes | None, size: tuple[float, float]) -> Any:
 
 
 def clean(ax: Any) -> None:
+    """The common look: two spines, quiet ticks."""
     for side in ("top", "right"):
         ax.spines[side].set_visible(False)
     for side in ("left", "bottom"):
