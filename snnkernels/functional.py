@@ -116,8 +116,9 @@ def if_multi_step(
             channel (with ``channel_dim``) or broadcasts to ``shape``.
         v_reset: ``None`` resets by subtraction; a number is what v becomes after a spike.
         surrogate_function: derivative used for spikes in the backward pass: ``None`` (ATan, alpha
-            2), ``"atan"``, ``"sigmoid"``, ``"triangle"``, ``"rectangle"``, or an object of
-            :mod:`snnkernels.surrogate` or SpikingJelly.
+            2), a name (``"atan"``, ``"superspike"``, ...), or an object of
+            :mod:`snnkernels.surrogate` or of another library, see
+            :func:`snnkernels.surrogate.resolve`.
         detach_reset: no gradient through the spike in the reset.
         store_v_seq: also return the membranes after each step.
         T: number of steps of a constant current.
@@ -355,7 +356,10 @@ def if_run(
             2022: ``alpha * v_threshold``).
         max_spikes: bursts of ``min(floor(m / v_threshold), max_spikes)`` spikes (AdaFire, Wang et
             al., AAAI 2025; a group neuron of m members, Lv et al., ICASSP 2024, has a threshold of
-            ``theta / m``). Spikes and uint8 spikes hold how many; packed ones cannot.
+            ``theta / m``). Spikes and uint8 spikes hold how many; packed ones cannot. At most 255
+            with uint8 spikes, else ``2**24``. The derivative of their number is the surrogate's at
+            ``m - v_threshold``, however many they are; with ``v_reset`` gradients need
+            ``detach_reset=True``.
         signed: spikes of -1 as well; ``spike_dtype`` may be ``torch.int8``; not packed.
         mask: bool or uint8 ``[*shape]``; where 0 a neuron emits nothing.
         probe: the probe steps of SRP or COS. Spikes, packed ones too, have the rows of a mask's
@@ -364,7 +368,7 @@ def if_run(
             (Parallel conversion, Hao et al., ICML 2025): the QCFS network with L = T, without
             unevenness. No traces.
 
-    ``max_spikes``, ``signed``, ``mask``, ``probe`` and ``parallel`` are for inference.
+    ``signed``, ``mask``, ``probe`` and ``parallel`` are for inference.
 
     Returns:
         A :class:`Run`.

@@ -112,7 +112,7 @@ def test_if(
     for node in (a, b):
         functional.reset_net(node)
         assert node.v == (v_reset or 0.0)
-        assert node.v_seq is None
+        assert getattr(node, "v_seq", None) is None
 
 
 def test_if_evaluation_mode() -> None:
@@ -410,7 +410,9 @@ def test_the_membrane_after_a_batch_of_another_size() -> None:
         errors = []
         for node in (a, b):
             try:
-                node(x)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore" if n == 2 else "error", RuntimeWarning)
+                    node(x)
             except RuntimeError as error:  # 0.0.0.0.14 adds what does not broadcast
                 errors.append(type(error))
         assert len(errors) in (0, 2)
@@ -426,7 +428,7 @@ def test_monitors() -> None:
             layer.Linear(6, 8),
             neuron.IFNode(step_mode="m", store_v_seq=True),
             layer.Linear(8, 4),
-            neuron.IFNode(step_mode="m"),
+            neuron.IFNode(step_mode="m", store_v_seq=True),
         )
 
     a = net()
@@ -444,7 +446,7 @@ def test_monitors() -> None:
         x = torch.rand(5, 3, 6) * 2
         model(x).sum().backward()
         assert out.monitored_layers == ["1", "3"]
-        records.append((out.records, inputs.records, v_seq.records[:1], grads.records))
+        records.append((out.records, inputs.records, v_seq.records, grads.records))
         for each in (out, inputs, v_seq, grads):
             each.remove_hooks()
     for theirs, ours in zip(*records, strict=True):
@@ -786,7 +788,7 @@ def test_nodes_made_here_are_their_memory_modules() -> None:
         functional.detach_net(net)
         functional.reset_net(net)
         net.to(torch.float64)
-        assert not list(base.memories(net)) or node.v is not None
+        assert node(torch.rand(4, 2, 3)).shape == (4, 2, 3)
         for twin in (copy.deepcopy(node), pickle.loads(pickle.dumps(node))):
             assert type(twin) is type(node)
             assert twin.step_mode == "m"
