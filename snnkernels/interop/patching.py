@@ -116,6 +116,10 @@ class Adapter:
         """A context in which functions of the library are ours, for :func:`patched`."""
         raise NotImplementedError
 
+    def in_tests(self) -> AbstractContextManager[Any]:
+        """As :meth:`hook`, with classes swapped too, for the library's own tests."""
+        return self.hook()
+
 
 # Library -> the module here that has an ADAPTER; imported when a model or the user names it.
 _BUILT_IN: dict[str, str] = {"spikingjelly": "spikingjelly"}

@@ -130,6 +130,12 @@ class _Fused(ScaledNode):
 
     def multi_step_forward(self, x_seq: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """All steps ``[T, *shape]``, the membrane carried on."""
+        cls = type(self)
+        if (
+            cls.single_step_functional_forward is not _Fused.single_step_functional_forward
+            or cls.multi_step_functional_forward is not _Fused.multi_step_functional_forward
+        ):  # a class that derives from ours has steps of its own, as SpikingJelly looks for too
+            return neuron.BaseNode.multi_step_forward(self, x_seq, *args, **kwargs)
         return self._many(x_seq, {}, *args)
 
 
@@ -206,12 +212,11 @@ class FusedActivationAwareIFNode(_Fused, neuron.ActivationAwareIFNode):
 
     def _loop(self, x_seq: Tensor, v: Any, store: bool) -> tuple[Any, Any, Any]:
         """SpikingJelly's numbers where ours do not serve."""
-        theirs = neuron.ActivationAwareIFNode
         if self._can_use_registered_multi_step(x_seq, v):
             return self._registered_multi_step_functional_forward(x_seq, v, store)
         spikes, voltages = [], []
         for x in x_seq:
-            out, (v,) = theirs.single_step_functional_forward(self, (x,), (v,))
+            out, (v,) = _step_of_theirs(self, (x,), (v,))
             spikes.append(out[0])
             voltages.append(v)
         return torch.stack(spikes), v, torch.stack(voltages) if store else None
@@ -232,6 +237,9 @@ class FusedChannelVoltageScalerIn(ScalerIn, modules.ChannelVoltageScaler):
 class FusedChannelVoltageScalerOut(ScalerOut, modules.ChannelVoltageScaler):
     """A ``ChannelVoltageScaler`` after a fused neuron."""
 
+
+# Kept: the name of the class may be swapped for ours.
+_step_of_theirs = neuron.ActivationAwareIFNode.single_step_functional_forward
 
 # Their exact classes; a class that derives from one may compute anything.
 FUSED = {
