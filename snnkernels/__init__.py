@@ -25,11 +25,12 @@ if TYPE_CHECKING:
     from .conversion.pipeline import convert, methods
     from .engine import Plan, lower
     from .hub import load_pretrained
+    from .interop.onnx import to_onnx
 
 # Methods whose work is done on an upper floor: {class: {method: module that defines it}}.
 bound.METHODS.update(
     {
-        "ConvertedNetwork": {"save_pretrained": "hub", "push_to_hub": "hub"},
+        "ConvertedNetwork": {"save_pretrained": "hub", "push_to_hub": "hub", "export": "hub"},
         "ConvertedModules": {"save_pretrained": "hub", "push_to_hub": "hub"},
     }
 )
@@ -59,6 +60,7 @@ __all__ = [
     "reset_net",
     "set_backend",
     "surrogate",
+    "to_onnx",
     "tune_malloc",
     "use_backend",
 ]
@@ -72,6 +74,7 @@ _LAZY = {
     ),
     "engine": ("Plan", "lower"),
     "hub": ("load_pretrained",),
+    "interop.onnx": ("to_onnx",),
 }  # fmt: skip
 _HOME = {name: module for module, names in _LAZY.items() for name in names}
 

@@ -1,0 +1,1 @@
+"""Other libraries and formats: their networks into ours, and ours into theirs."""
