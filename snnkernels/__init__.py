@@ -28,12 +28,13 @@ if TYPE_CHECKING:
     from .engine import Plan, lower
     from .hub import load_pretrained
     from .interop import PatchReport, patch, patched, unpatch
+    from .interop.onnx import to_onnx
     from .monitors import SpikeMonitor, VoltageMonitor
 
 # Methods whose work is done on an upper floor: {class: {method: module that defines it}}.
 bound.METHODS.update(
     {
-        "ConvertedNetwork": {"save_pretrained": "hub", "push_to_hub": "hub"},
+        "ConvertedNetwork": {"save_pretrained": "hub", "push_to_hub": "hub", "export": "hub"},
         "ConvertedModules": {"save_pretrained": "hub", "push_to_hub": "hub"},
         "Report": {"to_html": "html_report"},
     }
@@ -73,6 +74,7 @@ __all__ = [
     "set_backend",
     "set_step_mode",
     "surrogate",
+    "to_onnx",
     "tune_malloc",
     "unpatch",
     "use_backend",
@@ -89,6 +91,7 @@ _LAZY = {
     "monitors": ("SpikeMonitor", "VoltageMonitor"),
     "hub": ("load_pretrained",),
     "interop": ("PatchReport", "patch", "patched", "unpatch"),
+    "interop.onnx": ("to_onnx",),
 }  # fmt: skip
 _HOME = {name: module for module, names in _LAZY.items() for name in names}
 
