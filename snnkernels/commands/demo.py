@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
     from snnkernels.data import ImageSet
 
+# A neuron and what it was called with.
+_Call = tuple[Any, tuple[Any, ...], dict[str, Any]]
+
 __all__ = ["add_parser"]
 
 STEPS = (1, 2, 4, 8, 16, 32)
@@ -167,7 +170,7 @@ def _figure(size: tuple[float, float]) -> Any:
     return Figure(figsize=size, layout="constrained")
 
 
-def _neurons(snn: nn.Module, x: torch.Tensor, steps: int) -> list[tuple[nn.Module, tuple, dict]]:
+def _neurons(snn: nn.Module, x: torch.Tensor, steps: int) -> list[_Call]:
     """Return (neuron, its arguments) for each spiking layer of one run, in order of execution.
 
     The neurons are copies that return their spikes, whatever the network asks of the original.
@@ -176,9 +179,9 @@ def _neurons(snn: nn.Module, x: torch.Tensor, steps: int) -> list[tuple[nn.Modul
 
     from snnkernels.neurons import IFNode
 
-    calls: list[tuple[nn.Module, tuple, dict]] = []
+    calls: list[_Call] = []
 
-    def record(node: nn.Module, args: tuple, kwargs: dict) -> None:
+    def record(node: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         calls.append((node, args, kwargs))
 
     handles = [
@@ -200,7 +203,7 @@ def _neurons(snn: nn.Module, x: torch.Tensor, steps: int) -> list[tuple[nn.Modul
     return twins
 
 
-def _fire(call: tuple[Any, tuple, dict]) -> torch.Tensor:
+def _fire(call: _Call) -> torch.Tensor:
     import torch
 
     node, args, kwargs = call

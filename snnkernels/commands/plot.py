@@ -255,7 +255,7 @@ def _record(snn: Any, layer: Any, x: Any, T: int) -> tuple[Any, Any]:
 
     from ..conversion.spiking import per_channel_view, split_time
 
-    calls: list[tuple[tuple, dict]] = []
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     outputs: list[Any] = []
     handles = [
         layer.node.register_forward_pre_hook(

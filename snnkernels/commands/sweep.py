@@ -107,7 +107,7 @@ def _default_methods() -> list[str]:
     return list(METHODS)
 
 
-def _picture(figures: dict[str, tuple[dict, float]], path: Path) -> None:
+def _picture(figures: dict[str, tuple[dict[Any, Any], float]], path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as e:

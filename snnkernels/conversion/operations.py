@@ -278,7 +278,9 @@ class CountingRun(fx.Interpreter):
         return None
 
 
-def _window_sums(x: Tensor, module: nn.Module | None, args: tuple, kwargs: dict) -> Tensor:
+def _window_sums(
+    x: Tensor, module: nn.Module | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Tensor:
     """The sum of each window of a mean-pool of ``x``, where the pool has the mean."""
     adaptive = module is None and "output_size" in kwargs
     if module is not None:

@@ -121,7 +121,7 @@ def _check_savable(snn: Any) -> None:
             f"snn must be a ConvertedNetwork (of snnkernels.convert), got {type(snn).__name__}"
             + ("; save the network and lower it again" if type(snn).__name__ == "Plan" else "")
         )
-    if type(snn.prefix) not in (_Spread,) and not isinstance(snn.prefix, fx.GraphModule):
+    if not isinstance(snn.prefix, (_Spread, fx.GraphModule)):
         raise ConversionError(
             "a network whose first layer draws its weights cannot be saved: save the network that "
             "stochastic_prefix was given, and call stochastic_prefix again"
@@ -397,6 +397,7 @@ def _read_steps(given: Checked) -> Steps:
     if set(given.given) != set(known):
         raise FormatError(f"{given.where}: got {sorted(given.given)}; allowed: {sorted(known)}")
     read: dict[str, Any] = {}
+    kind: Any
     for name, kind in known.items():
         read[name] = (
             given.flag(name) if kind is bool else

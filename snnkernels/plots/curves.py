@@ -23,10 +23,18 @@ def accuracy_curve(
 ) -> Axes:
     """Draw accuracies (fractions, 0 to 1) over time steps, on a logarithmic axis of steps.
 
-    ``acc`` holds one value for each of ``ts``, or maps a label to such a sequence for several
-    lines. ``ann`` draws the accuracy to be reached as a dashed line. Returns the axes. Raises
-    :class:`ValueError` when lengths differ or ``ts`` is empty, :class:`ImportError` without
-    matplotlib.
+    Args:
+        ts: numbers of time steps.
+        acc: one accuracy for each of ``ts``, or a mapping from a label to such a sequence.
+        ann: the accuracy to be reached, drawn as a dashed line.
+        ax: axes to draw into; None makes a figure.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ValueError: lengths differ, or ``ts`` is empty or holds less than 1.
+        ImportError: matplotlib is not installed.
     """
     curves = dict(acc) if isinstance(acc, Mapping) else {"": acc}
     steps = [int(t) for t in ts]

@@ -22,9 +22,18 @@ def raster(
 ) -> Axes:
     """Draw one row of ticks a neuron, one column a time step.
 
-    ``spikes`` is ``[T, *shape]`` of any dtype, an element other than zero being a spike; all
-    dimensions after the first are laid out as neurons. Returns the axes. Raises
-    :class:`ValueError` for fewer than two dimensions, :class:`ImportError` without matplotlib.
+    Args:
+        spikes: ``[T, *shape]`` of any dtype, an element other than zero being a spike; all
+            dimensions after the first are laid out as neurons.
+        ax: axes to draw into; None makes a figure.
+        title: above the axes.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ValueError: ``spikes`` has fewer than two dimensions.
+        ImportError: matplotlib is not installed.
     """
     if isinstance(spikes, torch.Tensor):
         spikes = (spikes.detach() != 0).cpu().numpy()
