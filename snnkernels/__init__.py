@@ -12,6 +12,7 @@ from .neurons import IFNode, LIFNode, reset_net
 from .packed import PackedSpikes
 
 if TYPE_CHECKING:
+    from . import metrics, plots
     from .conversion import (
         QCFS,
         ClipReLU,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from .conversion.pipeline import convert, methods
     from .engine import Plan, lower
     from .hub import load_pretrained
+    from .tensorboard import log_to_tensorboard
 
 # Methods whose work is done on an upper floor: {class: {method: module that defines it}}.
 bound.METHODS.update(
@@ -54,9 +56,12 @@ __all__ = [
     "functional",
     "get_backend",
     "load_pretrained",
+    "log_to_tensorboard",
     "lower",
     "methods",
+    "metrics",
     "options",
+    "plots",
     "reset_net",
     "set_backend",
     "surrogate",
@@ -72,12 +77,16 @@ _LAZY = {
         "ThresholdReLU", "convert", "convert_modules", "methods",
     ),
     "engine": ("Plan", "lower"),
+    "tensorboard": ("log_to_tensorboard",),
     "hub": ("load_pretrained",),
 }  # fmt: skip
+_LAZY_MODULES = ("metrics", "plots")
 _HOME = {name: module for module, names in _LAZY.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
+    if name in _LAZY_MODULES:
+        return import_module(f"{__name__}.{name}")
     if name in _HOME:
         module = import_module(f"{__name__}.{_HOME[name]}")
         globals()[name] = value = getattr(module, name)

@@ -174,7 +174,7 @@ def test_pictures_of_a_conversion(converted: Any, ax: Any, tmp_path: Path) -> No
 
 
 def test_the_report_keeps_a_sample_of_both(converted: Any) -> None:
-    snn, x = converted
+    snn, _ = converted
     for name, layer in snn.neurons():
         points = snn.report[name].points
         assert points.shape == (2, 512)
