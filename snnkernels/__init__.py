@@ -13,7 +13,7 @@ from .packed import PackedSpikes
 from .state import detach_net, reset_net, set_step_mode
 
 if TYPE_CHECKING:
-    from . import compat, interop
+    from . import compat, interop, metrics, plots
     from .conversion import (
         QCFS,
         ClipReLU,
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .interop import PatchReport, patch, patched, unpatch
     from .interop.onnx import to_onnx
     from .monitors import SpikeMonitor, VoltageMonitor
+    from .tensorboard import log_to_tensorboard
 
 # Methods whose work is done on an upper floor: {class: {method: module that defines it}}.
 bound.METHODS.update(
@@ -65,11 +66,14 @@ __all__ = [
     "get_backend",
     "interop",
     "load_pretrained",
+    "log_to_tensorboard",
     "lower",
     "methods",
+    "metrics",
     "options",
     "patch",
     "patched",
+    "plots",
     "reset_net",
     "set_backend",
     "set_step_mode",
@@ -89,17 +93,19 @@ _LAZY = {
     ),
     "engine": ("Plan", "lower"),
     "monitors": ("SpikeMonitor", "VoltageMonitor"),
+    "tensorboard": ("log_to_tensorboard",),
     "hub": ("load_pretrained",),
     "interop": ("PatchReport", "patch", "patched", "unpatch"),
     "interop.onnx": ("to_onnx",),
 }  # fmt: skip
+_LAZY_MODULES = ("compat", "interop", "metrics", "plots")
 _HOME = {name: module for module, names in _LAZY.items() for name in names}
 
 
 if not TYPE_CHECKING:  # where every name would be taken for one of ours
 
     def __getattr__(name: str) -> Any:
-        if name in ("compat", "interop"):
+        if name in _LAZY_MODULES:
             return import_module(f"{__name__}.{name}")
         if name in _HOME:
             module = import_module(f"{__name__}.{_HOME[name]}")

@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext, redirect_stdout
+from contextlib import ExitStack, redirect_stdout
 from typing import Any
 
 from .commands import bench, convert, demo, evaluate, explain, info, plot, sweep
@@ -39,7 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="replace")  # a "θ" must not end a run in an ASCII terminal
     try:
         # What is for people must not come between the braces, whoever prints it.
-        with redirect_stdout(sys.stderr) if args.json else nullcontext():
+        with ExitStack() as stack:
+            if args.json:
+                nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+                stack.enter_context(redirect_stdout(nowhere))
             document = args.run(args)
         if args.json:
             _print_json(document)

@@ -157,7 +157,7 @@ def test_error_sources_are_parted(ax: Any, tmp_path: Path) -> None:
 
 
 def test_pictures_of_a_conversion(converted: Any, ax: Any, tmp_path: Path) -> None:
-    snn, _x = converted
+    snn, x = converted
     plots.error_sources(snn.report, ax=ax)
     assert len(ax.get_yticklabels()) == 5
     plots.correlations(snn.report, ax=(second := Figure(layout="constrained").subplots()))
@@ -174,7 +174,7 @@ def test_pictures_of_a_conversion(converted: Any, ax: Any, tmp_path: Path) -> No
 
 
 def test_the_report_keeps_a_sample_of_both(converted: Any) -> None:
-    snn, _x = converted
+    snn, _ = converted
     for name, layer in snn.neurons():
         points = snn.report[name].points
         assert points.shape == (2, 512)

@@ -46,14 +46,22 @@ def add_parser(commands: Any) -> None:
 
 
 def source_of(args: argparse.Namespace, about: dict[str, Any]) -> str:
-    """``--data``, or what the network was converted with.
+    """``--data``, or the files that the network was converted with.
 
     Raises:
-        ValueError: neither is known.
+        ValueError: neither is known, or it is an entry, whose code is only run by ``--data``.
     """
-    found: str | None = args.data or (about.get("data") or {}).get("source")
-    if found is None:
+    if args.data is not None:
+        return str(args.data)
+    found = (about.get("data") or {}).get("source")
+    if not isinstance(found, str):
         raise ValueError(f"--data is needed: {args.folder} does not say what it was converted with")
+    if found != "digits" and not Path(found).exists():
+        # A folder from elsewhere must not choose which code runs here.
+        raise ValueError(
+            f"--data is needed: {args.folder} was converted with {found!r}, which is no file or "
+            f"folder here; code is run only where it is asked for: --data {found}"
+        )
     return found
 
 

@@ -43,7 +43,7 @@ def add_command(
     parser.add_argument(
         "--json",
         action="store_true",
-        help="print one JSON document on stdout; what is for people goes to stderr",
+        help="one JSON document on stdout instead of text",
     )
     return parser
 

@@ -177,21 +177,23 @@ class CountingRun(fx.Interpreter):
             self._neurons(n, module, out)
         elif _is_weighted(self.module, n):
             self._weights(n, module)
-        elif n.op in ("call_module", "call_function", "call_method") and isinstance(out, Tensor):
-            inside = None if is_meta(n, {}) else self._inside(n, module, out)
+        elif n.op in ("call_module", "call_function", "call_method"):
+            inside = None
+            if not isinstance(out, Tensor):
+                inside = self._moved(n, None) if n.target in _MOVES else None  # a list of parts
+            elif not is_meta(n, {}):
+                inside = self._inside(n, module, out)
             if inside is not None:
                 self.inside[n] = inside
-        elif n.op in ("call_function", "call_method") and n.target in _MOVES:
-            inside = self._moved(n, None)  # a list of parts
-            if inside is not None:
-                self.inside[n] = inside
+        for done in self.user_to_last_uses.get(n, ()):
+            self.inside.pop(done, None)
         return out
 
     def _neurons(self, n: fx.Node, layer: SpikingActivation, out: Tensor) -> None:
         steps = layer.clock.steps
-        events = layer.events(out, layer.clock.levels if steps.parallel else self.T).double()
+        events = layer.events(out, layer.clock.levels if steps.parallel else self.T).float()
         flat = steps.parallel or (layer.counts and not steps.whole)
-        total = events if flat else split_time(events, self.T).sum(0)
+        total = (events if flat else split_time(events, self.T).sum(0)).double()
         before = self.spikes.get(layer.label)
         self.spikes[layer.label] = total if before is None else before + total
         self.inside[n] = events
@@ -202,9 +204,9 @@ class CountingRun(fx.Interpreter):
         source = n.args[0] if n.args else n.kwargs["input"]
         inside = self.inside.get(source) if isinstance(source, fx.Node) else None
         kind = "values" if inside is None else "spikes"
-        many = (x != 0).double() if inside is None else inside
+        many = (x != 0).float() if inside is None else inside
         reached = _reached(_linear_map(self.module, n, args, kwargs), x.shape[1:], x).double()
-        many = split_time(many, self._rows(len(x))).sum(0)
+        many = split_time(many, self._rows(len(x))).sum(0).double()
         operations = (many * reached).flatten(1).sum(1).cpu()
         arrived = many.flatten(1).sum(1).cpu()
         total = float(reached.sum())

@@ -99,7 +99,7 @@ class Adapter:
         raise NotImplementedError
 
     def groups(self, model: nn.Module) -> Iterable[dict[nn.Module, Change]]:
-        """Modules of ``model`` that are patched together, as classes; before ``replace`` sees any of them.
+        """Modules of ``model`` patched together, as classes, before ``replace`` sees any of them.
 
         Such a module need not be one that ``recognises`` accepts.
         """
