@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import builtins
+import importlib
 import inspect
 import os
 import re
@@ -146,6 +147,12 @@ except ConversionError as error:
 curve = snn.predict_curve(torch.rand(4, 8), [1, 2])
 first: object = curve[1]
 text: str = str(snn.report)
+page: str = snn.report.to_html("report.html", accuracy={1: 0.5}, ann=0.9)
+folder = snn.save_pretrained("folder")
+loaded: ConvertedNetwork = snnkernels.load_pretrained(folder, device="cpu")
+program = snn.export(torch.rand(4, 8), T=4)
+report: snnkernels.PatchReport = snnkernels.patch(net)
+operations = snnkernels.metrics.synaptic_operations(snn, torch.rand(4, 8))
 plan: Plan = lower(snn)
 reset_net(net)
 detach_net(net)
@@ -159,11 +166,37 @@ level: Tensor = maps.qcfs(torch.rand(3), 1.0, 8)
 snnkernels.set_backend("auto")
 """
 WRONG = {
+    'snn.save_pretrained(3)': "arg-type",
+    'snn.report.to_html(titel="x")': "call-arg",
     'snnkernels.set_backend(3)': "arg-type",
     'set_step_mode(net, 1)': "arg-type",
     'IFNode(v_thresh=1.0)': "call-arg",
     'snnkernels.no_such_name': "attr-defined",
 }  # fmt: skip
+
+
+def test_bound_methods_are_declared_as_they_are() -> None:
+    """What type checkers are told of a method from an upper floor is the function's signature."""
+    declared: dict[tuple[str, str], ast.FunctionDef] = {}
+    for path in (support.PACKAGE / "conversion").rglob("*.py"):
+        for cls in ast.walk(ast.parse(path.read_text())):
+            for block in cls.body if isinstance(cls, ast.ClassDef) else ():
+                if isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING":
+                    for stub in block.body:
+                        if isinstance(stub, ast.FunctionDef):
+                            declared[cls.name, stub.name] = stub
+    # Refused at run time: a type checker shall say so as well.
+    never = {("ConvertedModules", "save_pretrained"), ("ConvertedModules", "push_to_hub")}
+    there = {(c, name) for c, methods in bound.METHODS.items() for name in methods}
+    assert set(declared) == there - never
+    for (cls, name), stub in declared.items():
+        module = importlib.import_module(f"snnkernels.{bound.METHODS[cls][name]}")
+        function = getattr(module, name)
+        (real,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
+        assert isinstance(real, ast.FunctionDef)
+        real.args.args[0] = stub.args.args[0]  # self
+        assert ast.unparse(real.args) == ast.unparse(stub.args), name
+        assert ast.unparse(real.returns or stub) == ast.unparse(stub.returns or real), name
 
 
 @pytest.mark.slow

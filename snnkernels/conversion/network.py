@@ -19,6 +19,10 @@ from .spiking import SpikingActivation
 from .steps import Clock
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch.export import ExportedProgram
+
     from .certify import Certificate
 
 __all__ = ["ConvertedNetwork"]
@@ -217,6 +221,37 @@ class ConvertedNetwork(nn.Module):
         from .certify import certify
 
         return certify(self, x, T)
+
+    if TYPE_CHECKING:  # from upper floors, bound in snnkernels/__init__.py
+
+        def save_pretrained(self, folder: str | Path) -> Path:
+            """Save into a folder, see :func:`snnkernels.hub.save_pretrained`."""
+            ...
+
+        def push_to_hub(
+            self,
+            repo_id: str,
+            *,
+            private: bool | None = None,
+            token: str | bool | None = None,
+            revision: str | None = None,
+            create_pr: bool = False,
+            commit_message: str = "Upload a network converted by snnkernels",
+        ) -> Any:
+            """Save to the Hugging Face Hub, see :func:`snnkernels.hub.push_to_hub`."""
+            ...
+
+        def export(
+            self,
+            example: Any,
+            *,
+            T: int | None = None,
+            dynamic_batch: bool = True,
+            operators: str = "snnkernels",
+            strict: bool = False,
+        ) -> ExportedProgram:
+            """The network as ``torch.export`` has it, see :func:`snnkernels.hub.export`."""
+            ...
 
     def extra_repr(self) -> str:
         """Show T and the number of spiking layers."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,12 @@ from .errors import ConversionError
 from .errors_by_source import Sources, sources, suggestion
 from .spiking import SpikingActivation
 from .verify import leaves, relative_error
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from os import PathLike
+
+    from ..metrics import Operations
 
 __all__ = ["NodeReport", "Report", "measure"]
 
@@ -84,6 +90,21 @@ class Report:
 
     HEADER = ("node", "what was done", "threshold", "rate", "error vs ANN")
     SOURCES = ("clipping", "quantisation", "unevenness", "inherited")
+
+    if TYPE_CHECKING:  # from an upper floor, bound in snnkernels/__init__.py
+
+        def to_html(
+            self,
+            path: str | PathLike[str] | None = None,
+            *,
+            title: str = "Conversion report",
+            settings: Mapping[str, Any] | None = None,
+            accuracy: Mapping[int, float] | None = None,
+            ann: float | None = None,
+            operations: Operations | None = None,
+        ) -> str:
+            """The report as one HTML page, see :func:`snnkernels.html_report.to_html`."""
+            ...
 
     def _table(self) -> list[list[str]]:
         """Header and rows; sources of errors have columns where one was measured."""
