@@ -267,7 +267,7 @@ def test_every_public_name_is_in_the_reference() -> None:
 
     pages = "\n".join(text for name, text in PAGES.items() if name.startswith("docs/reference"))
     documented = set(re.findall(r"^::: ([\w.]+)", pages, re.M))
-    modules = {"compat", "functional", "interop", "options", "surrogate"}
+    modules = {"compat", "functional", "interop", "metrics", "options", "plots", "surrogate"}
     for name in set(snnkernels.__all__) - modules:
         assert f"snnkernels.{name}" in documented, name
 
