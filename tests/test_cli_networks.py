@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support import in_a_process, optional
+from support import ROOT, in_a_process, optional
 from torch import nn
 
 import snnkernels
@@ -522,3 +524,18 @@ def test_plot_refuses(saved: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch)
     assert "no folder" in refused(capsys, "plot", "nowhere")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert "pip install matplotlib" in refused(capsys, "plot", str(saved))
+
+
+# --- the manual -----------------------------------------------------------------------------
+
+
+def test_the_manual_shows_what_the_parser_takes() -> None:
+    text = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+    lines = re.findall(r"^snnkernels (.*)$", text, re.M)
+    commands = [cli._parser().parse_args(shlex.split(line)).command for line in lines]
+    assert set(commands) == {"info", "methods", "demo", "convert", "eval", "explain", "sweep",
+                             "bench", "plot"}  # fmt: skip
+    for kind in KINDS:
+        assert f"| `{kind}` |" in text
+    for code in (0, 1, 2, 130):
+        assert f"| {code} |" in text

@@ -205,6 +205,8 @@ def _show(args: argparse.Namespace, rows: list[dict[str, Any]], why_not: str) ->
         )  # fmt: skip
     print_table(str(args.target), header, lines)
     print(f"medians of {args.rounds} calls, interleaved; {_machine()['hardware']}")
+    if args.data is None:
+        print("inputs are noise, whose rates are not those of images: give --data for those")
     if why_not:
         print(f"not lowered: {why_not}")
 

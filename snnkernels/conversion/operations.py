@@ -162,6 +162,7 @@ class CountingRun(fx.Interpreter):
         self.uncounted: list[str] = []
         self.inside: dict[fx.Node, Any] = {}  # spikes in a value; absent: it is no such sum
         self.T = 1
+        self._meta: dict[fx.Node, bool] = {}
 
     def start(self, *args: Any) -> Any:
         """The body's forward: rows of one run; call again for more."""
@@ -181,7 +182,7 @@ class CountingRun(fx.Interpreter):
             inside = None
             if not isinstance(out, Tensor):
                 inside = self._moved(n, None) if n.target in _MOVES else None  # a list of parts
-            elif not is_meta(n, {}):
+            elif not is_meta(n, self._meta):
                 inside = self._inside(n, module, out)
             if inside is not None:
                 self.inside[n] = inside
