@@ -432,7 +432,7 @@ class BackwardGeneral {
 
   // Membranes before a step, from the charges of the one before it.
   void before(const S* charges) {
-    if (!(b_.options & kBeta)) return;
+    if (!(b_.options & (kBeta | kResetDelay))) return;
     __builtin_memcpy(b_.charge, charges, sizeof b_.charge);
     b_.fire();
     b_.reset();
@@ -521,7 +521,11 @@ class BackwardGeneral {
     slopes(charge);
     __builtin_memcpy(b_.charge, charge, sizeof b_.charge);
     b_.fire();
-    adjoint<0, kHardReset, kDetachReset, kBeta, kFireLevel>(charge, grad_out, grad_charge);
+    if (b_.options & kResetDelay)
+      adjoint<kResetDelay | kDetachReset, kStrict, kBeta, kFireLevel>(charge, grad_out,
+                                                                      grad_charge);
+    else
+      adjoint<0, kHardReset, kDetachReset, kBeta, kFireLevel>(charge, grad_out, grad_charge);
     const S* grad_x = g_.current;
     if (b_.options & kBias)
       for (i64 i = 0; i < kLanes; ++i) g_.bias[i] += g_.current[i];

@@ -249,7 +249,9 @@ struct Lanes {
   }
 
   void step(const S* current) {
-    if (options & kBeta)
+    if (options & kResetDelay)
+      charge_delayed(current);
+    else if (options & kBeta)
       charge_lanes<kBeta>(current);
     else
       charge_lanes<0>(current);
@@ -261,8 +263,23 @@ struct Lanes {
     }
   }
 
+  void charge_delayed(const S* current) {
+    switch (options & (kBeta | kStrict)) {
+      case kBeta | kStrict:
+        return charge_lanes<kResetDelay | kBeta | kStrict>(current);
+      case kBeta:
+        return charge_lanes<kResetDelay | kBeta>(current);
+      case kStrict:
+        return charge_lanes<kResetDelay | kStrict>(current);
+      default:
+        return charge_lanes<kResetDelay>(current);
+    }
+  }
+
   void reset() {
-    if (options & kHardReset)
+    if (options & kResetDelay)
+      reset_lanes<kResetDelay>();
+    else if (options & kHardReset)
       reset_lanes<kHardReset>();
     else
       reset_lanes<0>();

@@ -260,7 +260,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(X) == 2 ? 2 : 0)
       const S grad_charge = p.grad_charge_seq ? static_cast<const S*>(p.grad_charge_seq)[at] : S(0);
       if (p.grad_v_seq) adjoint.carry += static_cast<const S*>(p.grad_v_seq)[at];
       S before = start;
-      if (k && (b.options & kBeta))
+      if (k && (b.options & (kBeta | kResetDelay)))
         before = neuron.reset(charges[k ? k - 1 : 0], neuron.spikes(charges[k ? k - 1 : 0], 0));
       const S slope =
           surrogate_slope(neuron.surrogate, m, neuron.fire_level, neuron.alpha, neuron.scale);

@@ -129,6 +129,7 @@ SNN_HD double surrogate_primitive(i32 kind, double u, double level, double alpha
 //
 //   current = x, * input_scale, + bias       each rounded
 //   m = v + current                          beta: round(beta * v) + current
+//   m = m - theta                            reset delay: where v, not reset yet, has fired
 //   fire at m >= fire_level (the threshold unless given)
 //
 // Burst:  k = min(floor(m / theta), max_spikes) spikes where m >= theta, v = m - round(k * theta).
@@ -142,7 +143,16 @@ struct Neuron {
   S threshold, fire_level, beta, v_reset, alpha, margin, max_spikes, scale;
   i32 options, surrogate, count_low, count_high;
 
-  SNN_HD S charge(S v, S current) const { return (options & kBeta ? beta * v : v) + current; }
+  SNN_HD S charge(S v, S current) const {
+    const S m = (options & kBeta ? beta * v : v) + current;
+    if constexpr (SMOOTH)
+      return options & kResetDelay ? m - threshold * spike(v) : m;
+    else
+      return options & kResetDelay ? m - select(delayed(v), threshold) : m;
+  }
+
+  // Whether a membrane that is not reset yet has fired.
+  SNN_HD bool delayed(S v) const { return fires(v, fire_level, (options & kStrict) != 0); }
 
   // The spike (0 or 1; the primitive for the smooth twin) of a neuron that neither bursts nor is
   // signed.
@@ -169,6 +179,7 @@ struct Neuron {
   }
 
   SNN_HD S reset(S m, S k) const {
+    if (options & kResetDelay) return m;
     if constexpr (SMOOTH)
       return options & kHardReset ? m * (S(1) - k) + v_reset * k : m - threshold * k;
     if (options & kHardReset) return k != S(0) ? v_reset : m;
@@ -234,11 +245,12 @@ struct Adjoint {
   SNN_HD void step(const Neuron<S, SMOOTH>& n, S v, S m, S s, S grad_out, S amplitude,
                    S grad_charge, S slope) {
     const bool hard = (n.options & kHardReset) != 0;
+    const bool delay = (n.options & kResetDelay) != 0;
     const S through_reset = n.options & kDetachReset ? S(0)
                             : hard                   ? carry * (n.v_reset - m)
                                                      : -(carry * n.threshold);
     const S grad_u = (amplitude * grad_out + through_reset) * slope;
-    const S subtracted = hard ? S(0) : carry * s;
+    const S subtracted = hard || delay ? S(0) : carry * s;
     grad_amplitude += s * grad_out;
     if (n.options & kFireLevel) {
       grad_threshold -= subtracted;
@@ -250,6 +262,12 @@ struct Adjoint {
     const S resets = !SMOOTH && s > S(1) ? S(1) : s;
     grad_current = grad_u + (hard ? carry * (S(1) - resets) : carry) + grad_charge;
     carry = grad_current;
+    if (delay) {
+      if constexpr (SMOOTH)
+        grad_threshold -= grad_current * n.spike(v);
+      else
+        grad_threshold -= select(n.delayed(v), grad_current);
+    }
     if (n.options & kBeta) {
       grad_beta += grad_current * v;
       carry = grad_current * n.beta;

@@ -20,20 +20,21 @@ enum Surrogate : i32 {
 };
 
 enum Option : i32 {
-  kStrict = 1,         // fire at m > level instead of m >= level
-  kHardReset = 2,      // v = v_reset after a spike
-  kInputScale = 4,     // current = round(x * input_scale)
-  kDetachReset = 8,    // no gradient through the spike in the reset
-  kSmooth = 16,        // spikes are the surrogate's primitive: the differentiable twin, for tests
-  kBeta = 32,          // leak: m = round(beta * v) + current
-  kBias = 64,          // current = round(current + bias)
-  kFireLevel = 128,    // fire at fire_level; the threshold is what a spike subtracts
-  kBurst = 256,        // up to max_spikes spikes a step
-  kSigned = 512,       // spikes of -1 as well, guarded by the running count
-  kMask = 1024,        // a neuron whose mask is 0 emits nothing
-  kProbeMask = 2048,   // SRP: `probe` steps first, whose last membrane masks the rest
-  kProbeShift = 4096,  // COS: the first `probe` steps are run beforehand and move v_init
-  kParallel = 8192,    // count = clip(floor((v_init + sum x) / threshold), 0, T), spikes first
+  kStrict = 1,          // fire at m > level instead of m >= level
+  kHardReset = 2,       // v = v_reset after a spike
+  kInputScale = 4,      // current = round(x * input_scale)
+  kDetachReset = 8,     // no gradient through the spike in the reset
+  kSmooth = 16,         // spikes are the surrogate's primitive: the differentiable twin, for tests
+  kBeta = 32,           // leak: m = round(beta * v) + current
+  kBias = 64,           // current = round(current + bias)
+  kFireLevel = 128,     // fire at fire_level; the threshold is what a spike subtracts
+  kBurst = 256,         // up to max_spikes spikes a step
+  kSigned = 512,        // spikes of -1 as well, guarded by the running count
+  kMask = 1024,         // a neuron whose mask is 0 emits nothing
+  kProbeMask = 2048,    // SRP: `probe` steps first, whose last membrane masks the rest
+  kProbeShift = 4096,   // COS: the first `probe` steps are run beforehand and move v_init
+  kParallel = 8192,     // count = clip(floor((v_init + sum x) / threshold), 0, T), spikes first
+  kResetDelay = 16384,  // what a spike subtracts is subtracted after the next charge
 };
 
 // Times at which one run can report counts.

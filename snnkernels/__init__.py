@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .interop.onnx import to_onnx
     from .monitors import SpikeMonitor, VoltageMonitor
     from .tensorboard import log_to_tensorboard
+    from .interop import PatchReport, from_snntorch, patch, patched, unpatch
 
 # Methods whose work is done on an upper floor: {class: {method: module that defines it}}.
 bound.METHODS.update(
@@ -62,6 +63,7 @@ __all__ = [
     "convert",
     "convert_modules",
     "detach_net",
+    "from_snntorch",
     "functional",
     "get_backend",
     "interop",
@@ -97,6 +99,7 @@ _LAZY = {
     "hub": ("load_pretrained",),
     "interop": ("PatchReport", "patch", "patched", "unpatch"),
     "interop.onnx": ("to_onnx",),
+    "interop": ("PatchReport", "from_snntorch", "patch", "patched", "unpatch"),
 }  # fmt: skip
 _LAZY_MODULES = ("compat", "interop", "metrics", "plots")
 _HOME = {name: module for module, names in _LAZY.items() for name in names}

@@ -337,6 +337,7 @@ def if_run(
     mask: Tensor | None = None,
     probe: Probe | None = None,
     parallel: bool = False,
+    reset_delay: bool = False,
 ) -> Run:
     """Every output and every option of the neuron, in one launch.
 
@@ -367,6 +368,9 @@ def if_run(
         parallel: ``clip(floor((v + sum x) / v_threshold), 0, T)`` spikes, in the first steps
             (Parallel conversion, Hao et al., ICML 2025): the QCFS network with L = T, without
             unevenness. No traces.
+        reset_delay: what a spike subtracts is subtracted after the next charge, as snnTorch does:
+            ``m = beta * v + current``, then ``m - v_threshold`` where ``v`` has fired. ``v`` and
+            ``v_seq`` are membranes that are not reset yet. Gradients need ``detach_reset=True``.
 
     ``signed``, ``mask``, ``probe`` and ``parallel`` are for inference.
 
@@ -391,7 +395,7 @@ def if_run(
         "v_seq" in names, "charge_seq" in names, False,
         _tuple("count_at", count_at, "ints"),
     )  # fmt: skip
-    more = Options(beta, bias, fire_level, max_spikes, signed, mask, probe, parallel)
+    more = Options(beta, bias, fire_level, max_spikes, signed, mask, probe, parallel, reset_delay)
     if all(value is None or value is False for value in more):
         more = NO_OPTIONS
     run = call.run(

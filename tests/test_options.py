@@ -214,6 +214,13 @@ EXTRAS: dict[str, Any] = {
     "strict": {"tie": ">", "fire_level": 0.75, "bias": "full"},
     "burst": {"max_spikes": 3},
     "burst leaky": {"max_spikes": 255, "beta": 0.75, "bias": 0.125},
+    "reset delay": {"reset_delay": True, "tie": ">"},
+    "leaky reset delay": {
+        "reset_delay": True,
+        "beta": 0.75,
+        "input_scale": 0.5,
+        "fire_level": 1.25,
+    },
     "burst hard": {"max_spikes": 2, "v_reset": -0.25},
     "signed": {"signed": Signed(margin=1e-3)},
     "st-bif": {"signed": Signed(-2, 3), "input_scale": 1.5},
@@ -518,6 +525,8 @@ BURSTS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("atan", {"max_spikes": 2, "v_reset": -0.25, "detach_reset": True}),
     ("erf", {"beta": 0.5}),
     ("superspike", {"v_reset": 0.125}),
+    ("sigmoid", {"reset_delay": True, "detach_reset": True, "tie": ">"}),
+    ("erf", {"reset_delay": True, "detach_reset": True, "beta": 0.75}),
 )
 
 
@@ -601,6 +610,31 @@ def test_gradients_of_a_burst_by_hand(
     want = (of_x, [carry], [of_threshold], [of_amplitude])
     for a, b in zip(got, want, strict=True):
         assert_close(a.flatten(), torch.tensor(b, dtype=torch.float64), 1e-12)
+
+
+def test_reset_delay_by_hand(backend: Backend) -> None:
+    """snnTorch: m = beta m + x, minus the threshold where the membrane before has fired."""
+    x = moved(torch.tensor([[1.5], [0.25], [0.75], [3.0], [0.0]]), backend.device)
+    run = if_run(
+        x, v_threshold=1.0, tie=">", beta=0.5, reset_delay=True, outputs=("spikes", "v_seq")
+    )
+    # 1.5; 0.75 + 0.25 - 1 = 0; 0.75; 0.375 + 3; 1.6875 - 1
+    assert run.v_seq is not None
+    assert run.v_seq.flatten().tolist() == [1.5, 0.0, 0.75, 3.375, 0.6875]
+    assert spikes_of(run) == [1, 0, 0, 1, 0]
+    assert run.v.item() == 0.6875
+    # A membrane that has fired is reset in the next call.
+    again = if_run(x[:1], run.v_seq[3], tie=">", beta=0.5, reset_delay=True)
+    assert again.v.item() == 3.375 / 2 + 1.5 - 1
+
+
+def test_reset_delay_has_no_gradient_through_the_reset() -> None:
+    x = X.clone().requires_grad_()
+    with pytest.raises(ValueError, match="reset_delay has no gradient.*detach_reset=True"):
+        if_run(x, reset_delay=True)
+    for more, name in (({"v_reset": 0.0}, "v_reset"), ({"max_spikes": 2}, "max_spikes")):
+        with pytest.raises(ValueError, match=f"reset_delay cannot be combined with {name}"):
+            if_run(X, reset_delay=True, **more)
 
 
 def test_a_burst_that_resets_to_a_value_has_no_gradient_through_it() -> None:

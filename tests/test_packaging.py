@@ -105,7 +105,7 @@ def test_codes_are_those_of_params_h() -> None:
         assert params.DTYPE_CODES[dtype] == code[name]
     options = (
         "Strict HardReset InputScale DetachReset Smooth Beta Bias FireLevel Burst Signed Mask "
-        "ProbeMask ProbeShift Parallel"
+        "ProbeMask ProbeShift Parallel ResetDelay"
     )
     for option in options.split():
         name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", option).upper()

@@ -15,6 +15,7 @@ from .patching import (
     register,
     unpatch,
 )
+from .snntorch import SnnTorchNetwork, from_snntorch
 
 __all__ = [
     "Adapter",
@@ -23,6 +24,8 @@ __all__ = [
     "PatchReport",
     "PatchedModule",
     "Refused",
+    "SnnTorchNetwork",
+    "from_snntorch",
     "patch",
     "patched",
     "register",

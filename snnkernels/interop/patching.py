@@ -122,7 +122,9 @@ class Adapter:
 
 
 # Library -> the module here that has an ADAPTER; imported when a model or the user names it.
-_BUILT_IN: dict[str, str] = {"spikingjelly": "spikingjelly"}
+_BUILT_IN: dict[str, str] = {
+    "spikingjelly": "spikingjelly", "sinabs": "sinabs", "norse": "norse",
+}  # fmt: skip
 _ADAPTERS: dict[str, Adapter] = {}
 
 
@@ -201,7 +203,8 @@ def patch(model: nn.Module, *, on_refused: str = "warn") -> PatchReport:
 
     Args:
         model: any module; itself or modules in it are neurons of SpikingJelly (0.0.0.0.14 or
-            2.0.0).
+            2.0.0), Sinabs (IAF, LIF, their Squeeze forms) or Norse (IAF, IAFCell). snnTorch's have
+            :func:`snnkernels.from_snntorch`.
         on_refused: ``"warn"`` (one warning that names the reasons), ``"report"`` (only the
             report tells) or ``"error"`` (raise, and leave the model untouched).
 
@@ -401,7 +404,7 @@ def patched(*libraries: str) -> Iterator[None]:
     run on our kernels too, with the same numbers.
 
     Args:
-        libraries: names: ``"spikingjelly"``.
+        libraries: names: ``"spikingjelly"``, ``"sinabs"``, ``"norse"``.
 
     Raises:
         ValueError: no name, or an unknown one.

@@ -37,6 +37,7 @@ class Options(NamedTuple):
     mask: Tensor | None = None
     probe: Probe | None = None
     parallel: bool = False
+    reset_delay: bool = False
 
 
 NO_OPTIONS = Options()
@@ -208,6 +209,12 @@ def _with_more_options(given: Neuron, x: Tensor, steps: int, shape: Size, more: 
             raise ValueError(f"probe.steps={probe} must be {room} the {steps} steps of x_seq")
         options |= params.PROBE_MASK if kind == "mask" else params.PROBE_SHIFT
         fields |= {"probe": probe, "iterations": iterations, "margin": float(margin)}
+    if more.reset_delay:
+        clash = {"v_reset": params.HARD_RESET, "probe": params.PROBE_MASK | params.PROBE_SHIFT}
+        others = [*chosen, *(other for other, bit in clash.items() if options & bit)]
+        if others:
+            raise ValueError(f"reset_delay cannot be combined with {others[0]}")
+        options |= params.RESET_DELAY
     if more.mask is not None:
         if not isinstance(more.mask, Tensor) or more.mask.dtype not in (torch.bool, torch.uint8):
             raise TypeError("mask must be a tensor of torch.bool or torch.uint8")

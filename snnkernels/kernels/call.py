@@ -143,6 +143,8 @@ def _check_save(
             "max_spikes with v_reset: how the reset depends on a number of spikes is undefined; "
             "use detach_reset=True"
         )
+    if needs_grad and neuron.options & params.RESET_DELAY and not detach_reset:
+        raise ValueError("reset_delay has no gradient through the reset: use detach_reset=True")
     if save == "recompute" or not needs_grad:
         return
     if neuron.options:

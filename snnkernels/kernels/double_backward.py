@@ -50,6 +50,7 @@ def if_backward(
             detach_reset=detach_reset,
             smooth=smooth,
             max_spikes=neuron.bursts,
+            reset_delay=neuron.delayed,
         )
         spikes = result.spikes.to(x.dtype)
         out = spikes.to(result.v.dtype).mean(0).to(x.dtype) if grads.rate else spikes

@@ -39,6 +39,7 @@ def if_forward(
             mask=neuron.mask,
             probe=neuron.probed,
             parallel=bool(options & params.PARALLEL),
+            reset_delay=neuron.delayed,
             count_at=asked.count_at,
         )
         window = None
@@ -124,6 +125,7 @@ def if_backward(
                 T=steps if saved.constant else None,
                 smooth=smooth,
                 max_spikes=neuron.bursts,
+                reset_delay=neuron.delayed,
             )
     grad_x, *per_neuron = found
     return grad_x.to(saved.dtype), per_neuron

@@ -103,15 +103,21 @@ class _Stepper:
         smooth: bool,
         max_spikes: int | None,
         signed: Signed | None,
+        reset_delay: bool,
     ) -> None:
         self.threshold, self.beta, self.v_reset = threshold, beta, v_reset
         self.fire_level = threshold if fire_level is None else fire_level
         self.strict, self.surrogate, self.smooth = strict, surrogate, smooth
         self.detach_reset, self.max_spikes, self.signed = detach_reset, max_spikes, signed
+        self.reset_delay = reset_delay
         self.zero = torch.zeros_like(threshold)
 
     def charge(self, v: Tensor, current: Tensor) -> Tensor:
-        return (v if self.beta is None else self.beta * v) + current
+        m = (v if self.beta is None else self.beta * v) + current
+        if not self.reset_delay:
+            return m
+        fired = self.spike(v, self.zero).detach()
+        return m - (self.threshold * fired if self.smooth else _Weigh.apply(fired, self.threshold))
 
     def spike(self, m: Tensor, count: Tensor) -> Tensor:
         """How many spikes the charged membrane ``m`` emits, after ``count`` so far."""
@@ -133,6 +139,8 @@ class _Stepper:
         return _surrogate.spike(u, fired, self.surrogate, self.fire_level)
 
     def reset(self, m: Tensor, k: Tensor) -> Tensor:
+        if self.reset_delay:
+            return m
         kept = k.detach() if self.detach_reset else k
         if self.smooth:
             if self.v_reset is None:
@@ -169,6 +177,7 @@ def if_forward(
     mask: Tensor | None = None,
     probe: Probe | None = None,
     parallel: bool = False,
+    reset_delay: bool = False,
     count_at: Sequence[int] = (),
 ) -> Result:
     """Runs integrate-and-fire neurons over all time steps.
@@ -188,6 +197,8 @@ def if_forward(
         probe: probe steps of SRP or COS.
         parallel: all currents first, then ``clip(floor(v / threshold), 0, T)`` spikes in the first
             steps (Hao et al., ICML 2025). No traces.
+        reset_delay: the threshold is subtracted after the next charge (snnTorch); the reset is
+            detached, and membranes are those that are not reset yet.
         count_at: times whose counts are returned; after the probe with ``Probe(kind="mask")``.
 
     Returns:
@@ -213,6 +224,7 @@ def if_forward(
         None if fire_level is None else fire_level.to(state),
         None if v_reset is None else x.new_full((), v_reset, dtype=state),
         strict, surrogate, detach_reset, smooth, max_spikes, signed,
+        reset_delay,
     )  # fmt: skip
     none = torch.zeros(shape, dtype=torch.int32, device=x.device)
 
@@ -318,6 +330,7 @@ def if_backward(
     detach_reset: bool = False,
     smooth: bool = False,
     max_spikes: int | None = None,
+    reset_delay: bool = False,
 ) -> tuple[Tensor, ...]:
     """The adjoint of :func:`if_forward`, step by step from the last.
 
@@ -331,7 +344,7 @@ def if_backward(
     run = if_forward(
         x, v, threshold, amplitude, T=T, input_scale=input_scale, beta=beta, bias=bias,
         fire_level=fire_level, v_reset=v_reset, strict=strict, spike_dtype=spike_dtype,
-        surrogate=surrogate, smooth=smooth, max_spikes=max_spikes,
+        surrogate=surrogate, smooth=smooth, max_spikes=max_spikes, reset_delay=reset_delay,
     )  # fmt: skip
     state = state_dtype(x.dtype)
     start = v.to(state).expand(run.v.shape)
@@ -356,11 +369,11 @@ def if_backward(
         if grad_v_seq is not None:
             carry = carry + grad_v_seq[t]
         through_reset = -carry * threshold if v_reset is None else carry * (v_reset - m)
-        if detach_reset:
+        if detach_reset or reset_delay:
             through_reset = torch.zeros_like(carry)
         grad_u = (weight * grad_out + through_reset) * surrogate.derivative(u, level)
         grad_amplitude = grad_amplitude + s * grad_out
-        subtracted = carry * s if v_reset is None else zero
+        subtracted = carry * s if v_reset is None and not reset_delay else zero
         if fire_level is None:
             grad_threshold = grad_threshold - (grad_u + subtracted)
         else:
@@ -369,6 +382,12 @@ def if_backward(
         carry = grad_u + (carry if v_reset is None else carry * (1 - resets))
         if grad_charge_seq is not None:
             carry = carry + grad_charge_seq[t]
+        if reset_delay:
+            before = run.v_seq[t - 1] if t else start
+            fired = before > level if strict else before >= level
+            if smooth:
+                fired = surrogate.primitive(before - level, level)
+            grad_threshold = grad_threshold - carry * fired
         grad_bias = grad_bias + carry
         if scale is not None:
             grad_scale = grad_scale + carry * (x if T is not None else x[t]).to(state)

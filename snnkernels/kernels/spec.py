@@ -62,6 +62,11 @@ class Neuron(NamedTuple):
         return self.max_spikes if self.options & params.BURST else None
 
     @property
+    def delayed(self) -> bool:
+        """``reset_delay`` as the user said it."""
+        return bool(self.options & params.RESET_DELAY)
+
+    @property
     def signed(self) -> Signed | None:
         """As the user said it."""
         if not self.options & params.SIGNED:
