@@ -58,7 +58,7 @@ class _Fused(ScaledNode):
             return "PrecisionConfig chose how the membrane is stored"
         return sj_run.why_not(x, v, self.v_threshold, self.v_reset, shape)
 
-    def _run(self, x_seq: Tensor, v: Any, store: bool, **scaling: Any) -> tuple[Any, Any, Any]:
+    def _run(self, x_seq: Tensor, v: Any, store: bool) -> tuple[Any, Any, Any]:
         if not x_seq.shape[0]:
             return self._theirs(x_seq, v, store)
         reason = self._why_not(x_seq, v, x_seq.shape[1:])
@@ -71,7 +71,7 @@ class _Fused(ScaledNode):
             else:
                 return sj_run.run(
                     x_seq, v, self.v_threshold, self.v_reset, surrogate, self.detach_reset, store,
-                    beta=beta, **scaling,
+                    beta=beta,
                 )  # fmt: skip
         sj_run.say(reason)
         return self._theirs(x_seq, v, store)
@@ -92,23 +92,20 @@ class _Fused(ScaledNode):
 
     def steps(self, x: Tensor, scaling: dict[str, Any]) -> Tensor:
         """See :class:`.sj_scaled.ScaledNode`."""
-        if self.step_mode == "m":
-            return self._many(x, scaling)
-        states = self.materialize_states((x,), tuple(self._memories.values()), "s")  # type: ignore[attr-defined]
-        spikes, v, _ = self._run(x.unsqueeze(0), states[0], False, **scaling)
+        many, store = self.step_mode == "m", self.store_v_seq
+        states = tuple(self._memories.values())
+        v = self.materialize_states((x,), states, self.step_mode)[0]  # type: ignore[attr-defined]
+        spikes, v, v_seq = sj_run.run(
+            x if many else x.unsqueeze(0), v, self.v_threshold, self.v_reset,
+            sj_run.surrogate_of(self.surrogate_function), self.detach_reset, store and many,
+            **scaling,
+        )  # fmt: skip
         self._memories["v"] = v
-        if self.store_v_seq:
-            self._append_v_seq(v)  # type: ignore[attr-defined]
-        return spikes[0]
-
-    def _many(self, x_seq: Tensor, scaling: dict[str, Any], *args: Any) -> Tensor:
-        inputs = (x_seq, *args)
-        states = self.materialize_states(inputs, tuple(self._memories.values()), "m")  # type: ignore[attr-defined]
-        store = self.store_v_seq
-        spikes, self._memories["v"], v_seq = self._run(x_seq, states[0], store, **scaling)
-        if store or self.v_seq is not None:
+        if many and (store or self.v_seq is not None):
             self.v_seq = v_seq
-        return spikes
+        elif store:
+            self._append_v_seq(v)  # type: ignore[attr-defined]
+        return spikes if many else spikes[0]
 
     def single_step_functional_forward(
         self, inputs: tuple[Tensor, ...], states: tuple[Any, ...], **kwargs: Any
@@ -136,7 +133,12 @@ class _Fused(ScaledNode):
             or cls.multi_step_functional_forward is not _Fused.multi_step_functional_forward
         ):  # a class that derives from ours has steps of its own, as SpikingJelly looks for too
             return neuron.BaseNode.multi_step_forward(self, x_seq, *args, **kwargs)
-        return self._many(x_seq, {}, *args)
+        inputs, store = (x_seq, *args), self.store_v_seq
+        states = self.materialize_states(inputs, tuple(self._memories.values()), "m")  # type: ignore[attr-defined]
+        spikes, self._memories["v"], v_seq = self._run(x_seq, states[0], store)
+        if store or self.v_seq is not None:
+            self.v_seq = v_seq
+        return spikes
 
 
 class FusedIFNode(_Fused, neuron.IFNode):
@@ -166,11 +168,11 @@ class FusedLIFNode(_Fused, neuron.LIFNode):
             neuron_fwd=precision[1], neuron_bwd=precision[2],
         )  # fmt: skip
 
-    def _run(self, x_seq: Tensor, v: Any, store: bool, **scaling: Any) -> tuple[Any, Any, Any]:
+    def _run(self, x_seq: Tensor, v: Any, store: bool) -> tuple[Any, Any, Any]:
         # On GPUs the compiler may contract its sums, and it has a kernel of its own.
         if x_seq.device.type != "cpu":
             return self._theirs(x_seq, v, store)
-        return super()._run(x_seq, v, store, **scaling)
+        return super()._run(x_seq, v, store)
 
 
 class FusedActivationAwareIFNode(_Fused, neuron.ActivationAwareIFNode):
@@ -179,7 +181,7 @@ class FusedActivationAwareIFNode(_Fused, neuron.ActivationAwareIFNode):
     v_offset: Tensor
     channel_dim: int
 
-    def _run(self, x_seq: Tensor, v: Any, store: bool, **scaling: Any) -> tuple[Any, Any, Any]:
+    def _run(self, x_seq: Tensor, v: Any, store: bool) -> tuple[Any, Any, Any]:
         x = x_seq[:1].squeeze(0) if x_seq.shape[0] else x_seq.new_empty(x_seq.shape[1:])
         reason = sj_run.why_not(x_seq, v, self.v_threshold, self.v_reset, x.shape)
         if reason is None and x_seq.shape[0]:

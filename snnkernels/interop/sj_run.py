@@ -136,15 +136,21 @@ def run(
     fire_level: Tensor | None = None,
     input_scale: Tensor | None = None,
     amplitude: Tensor | None = None,
-    channel_dim: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """All steps ``[T, *shape]`` in one launch: ``(spikes, v, v_seq)``, v_seq None unless asked."""
+    """All steps ``[T, *shape]`` in one launch: ``(spikes, v, v_seq)``, v_seq None unless asked.
+
+    ``input_scale`` and ``amplitude`` broadcast to ``shape``.
+    """
+    if input_scale is not None and x_seq.device.type == "cpu":
+        # The same product rounded the same way; on CPUs the plain kernel behind it is faster than
+        # the general one, which alone scales.
+        x_seq, input_scale = x_seq * input_scale.to(x_seq.dtype), None
     more = NO_OPTIONS
     if beta is not None or fire_level is not None:
         more = Options(beta=beta, fire_level=fire_level)
     result = call.run(
         x_seq, _WITH_V_SEQ if store_v_seq else SPIKES, v, v_threshold, v_reset, surrogate,
-        detach_reset, None, channel_dim, amplitude, input_scale, ">=", None, False, None,
+        detach_reset, None, None, amplitude, input_scale, ">=", None, False, None,
         "recompute", "T,N", more,
     )  # fmt: skip
     return result[0], result[4], result[5] if store_v_seq else None
