@@ -27,11 +27,10 @@ if TYPE_CHECKING:
     from .conversion.pipeline import convert, methods
     from .engine import Plan, lower
     from .hub import load_pretrained
-    from .interop import PatchReport, patch, patched, unpatch
+    from .interop import PatchReport, from_snntorch, patch, patched, unpatch
     from .interop.onnx import to_onnx
     from .monitors import SpikeMonitor, VoltageMonitor
     from .tensorboard import log_to_tensorboard
-    from .interop import PatchReport, from_snntorch, patch, patched, unpatch
 
 # Methods whose work is done on an upper floor: {class: {method: module that defines it}}.
 bound.METHODS.update(
@@ -97,7 +96,6 @@ _LAZY = {
     "monitors": ("SpikeMonitor", "VoltageMonitor"),
     "tensorboard": ("log_to_tensorboard",),
     "hub": ("load_pretrained",),
-    "interop": ("PatchReport", "patch", "patched", "unpatch"),
     "interop.onnx": ("to_onnx",),
     "interop": ("PatchReport", "from_snntorch", "patch", "patched", "unpatch"),
 }  # fmt: skip

@@ -630,7 +630,7 @@ def test_reset_delay_by_hand(backend: Backend) -> None:
 
 def test_reset_delay_has_no_gradient_through_the_reset() -> None:
     x = X.clone().requires_grad_()
-    with pytest.raises(ValueError, match="reset_delay has no gradient.*detach_reset=True"):
+    with pytest.raises(ValueError, match=r"reset_delay has no gradient.*detach_reset=True"):
         if_run(x, reset_delay=True)
     for more, name in (({"v_reset": 0.0}, "v_reset"), ({"max_spikes": 2}, "max_spikes")):
         with pytest.raises(ValueError, match=f"reset_delay cannot be combined with {name}"):
