@@ -2,7 +2,9 @@
 
 A monitor hooks into every :class:`snnkernels.IFNode` and :class:`snnkernels.LIFNode` of a network
 (converted ones included) and changes none of its numbers, whatever the neurons return. What it
-keeps is detached from gradients. Calls inside a ``torch.compile`` graph are not seen.
+keeps is detached from gradients. Calls inside a ``torch.compile`` graph are not seen, nor layers of
+methods that spike in other ways (``parallel``, ``ttfs``, ``bit_serial``, ``multi_threshold``,
+``dsr``), whose spikes :mod:`snnkernels.metrics` counts. A plan runs its network while that is watched.
 
 Calls between two resets are one run in time: T calls of a single step each, or one call of T steps,
 give the same record. A reset, a membrane set by hand or another neuron shape begins the next run.
@@ -59,8 +61,9 @@ class _Records(Mapping[str, Any]):
             return [self._monitor._join(run) for run in runs]
         if not runs:
             raise KeyError(
-                f"layer {layer!r} has not been called while it was watched (a network that counts "
-                "all steps at once, or a plan of snnkernels.lower, does not call its neurons)"
+                f"layer {layer!r} did not call its IFNode while it was watched. (Layers of the "
+                "methods parallel, ttfs, bit_serial, multi_threshold and dsr have other ways to "
+                "spike: snnkernels.metrics.firing_rates counts those)"
             )
         return self._monitor._join(runs[-1])
 

@@ -24,6 +24,7 @@ from snnkernels import (
     convert,
     detach_net,
     functional,
+    lower,
     reset_net,
     set_step_mode,
 )
@@ -190,7 +191,7 @@ def test_one_run_until_the_reset() -> None:
         assert [len(b.runs[name]) for name in "13"] == [4, 3]
         b.clear()
         assert b.nbytes == 0
-        with pytest.raises(KeyError, match="has not been called"):
+        with pytest.raises(KeyError, match="did not call its IFNode"):
             b.spikes["1"]
         assert b.runs["1"] == []
 
@@ -216,6 +217,27 @@ def test_a_converted_network_by_the_names_of_its_ann(method: str) -> None:
         layer = dict(snn.neurons())["3"]
         got = layer.rate(monitor.counts()["3"], 8, torch.float32)
         assert torch.equal(snn.suffix(got), plain[0])
+
+
+def test_layers_that_spike_in_other_ways_say_so() -> None:
+    x = dyadic(16, 6, seed=3)
+    snn = convert(a_network(), [x], method="parallel", T=8)
+    with torch.no_grad(), SpikeMonitor(snn) as monitor:
+        snn(x)
+    assert monitor.rates() == monitor.counts() == {}
+    with pytest.raises(KeyError, match=r"did not call its IFNode.*firing_rates"):
+        monitor.spikes["1"]
+
+
+def test_a_plan_whose_network_is_watched() -> None:
+    x = dyadic(16, 6, seed=3)
+    snn = convert(a_network(), [x], T=8)
+    plan = lower(snn)
+    with torch.no_grad():
+        want = plan(x)
+        with SpikeMonitor(snn) as monitor:
+            torch.testing.assert_close(plan(x), want)
+    assert monitor.spikes["3"].shape == (8, 16, 5)
 
 
 def test_a_converted_network_in_training() -> None:
