@@ -9,8 +9,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from .datasets import add_data, data_options, load_data
 from .explain import example_of
-from .inputs import add_data, data_options, load_data, load_model, load_saved
+from .networks import load_model, load_saved
 from .output import add_command, positive, print_table
 
 __all__ = ["add_parser"]

@@ -12,7 +12,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from .inputs import add_data, add_model, batches, data_options, load_data, load_model
+from .datasets import add_data, batches, data_options, load_data
+from .networks import add_model, load_model
 from .output import add_command, percent, plain, positive, print_table
 
 __all__ = ["add_parser"]

@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from .inputs import batches
+from .datasets import batches
 from .output import progress_bar
 
 if TYPE_CHECKING:
