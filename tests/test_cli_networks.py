@@ -380,9 +380,12 @@ def test_predictions_of_a_folder_of_images(here: Path, capsys: Any) -> None:
     for argv, says in (
         (("--mean", "0.5"), "one value each"),
         (("--predict", "no/p.csv"), "its folder does not exist"),
-        (("--size", "5"), "build_snn"),
+        (("--device", "abacus"), "allowed: cpu, cuda, cuda:N"),
+        (("--device", "meta"), "allowed: cpu, cuda, cuda:N"),
+        (("--device", "cuda:77"), "--device=cuda:77: torch sees"),
     ):
-        assert cli.main(["eval", "build_snn", *argv]) == 1, says
+        assert says in refused(capsys, "eval", "build_snn", *argv)
+    assert run(capsys, "eval", "build_snn", "--device", "cpu", "--images", "2")["images"] == 2
 
 
 def test_eval_refuses_what_is_no_saved_network(here: Path, saved: Path, capsys: Any) -> None:

@@ -12,9 +12,39 @@ from . import entries
 from .entries import said
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
-__all__ = ["Given", "add_model", "load_model", "load_saved"]
+__all__ = ["Given", "add_device", "add_model", "device_of", "load_model", "load_saved"]
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """``--device``, which :func:`device_of` reads."""
+    parser.add_argument(
+        "--device", default="cpu", metavar="NAME", help="cpu (default), cuda or cuda:N"
+    )
+
+
+def device_of(name: str) -> torch.device:
+    """The device called ``name``.
+
+    Raises:
+        ValueError: there is none here.
+    """
+    import torch
+
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device={name} is not known; allowed: cpu, cuda, cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"--device={name}: torch sees {torch.cuda.device_count()} CUDA devices here; see "
+            "`snnkernels info`"
+        )
+    return device
 
 
 @dataclass
@@ -145,19 +175,20 @@ def load_weights(model: nn.Module, path: Path) -> str:
     return hashlib.sha256(blob).hexdigest()
 
 
-def load_saved(folder: Path) -> tuple[Any, dict[str, Any]]:
+def load_saved(folder: Path, device: str = "cpu") -> tuple[Any, dict[str, Any]]:
     """The network of a folder that ``convert`` or ``save_pretrained`` wrote, and convert.json.
 
     Raises:
         ValueError, FileNotFoundError: it holds none, or files are damaged.
     """
+    where = device_of(device)
     if not folder.is_dir():
         raise FileNotFoundError(
             f"no folder {folder}: expected one that `snnkernels convert` or save_pretrained wrote"
         )
     from ..hub import load_pretrained
 
-    snn = load_pretrained(folder)
+    snn = load_pretrained(folder, device=where)
     about: dict[str, Any] = {}
     path = folder / "convert.json"
     if path.is_file():
