@@ -19,7 +19,7 @@ from torch import nn
 
 import snnkernels
 from snnkernels import cli, files, metrics, models
-from snnkernels.commands import inputs
+from snnkernels.commands import datasets, entries, networks
 
 optional("safetensors")
 
@@ -140,8 +140,8 @@ def test_convert_writes_a_folder_that_runs_without_the_code(here: Path, capsys: 
     )
     done = in_a_process(code)
     assert done.returncode == 0, done.stderr
-    ann = inputs.object_of("net.py:build")().eval()
-    calibration = torch.stack([x for x, _ in inputs.object_of("net.py:data")(True)[:20]])
+    ann = entries.object_of("net.py:build")().eval()
+    calibration = torch.stack([x for x, _ in entries.object_of("net.py:data")(True)[:20]])
     from snnkernels.conversion.methods import SRP
 
     snn = snnkernels.convert(
@@ -213,7 +213,7 @@ def test_a_checkpoint_and_weights(here: Path, capsys: Any) -> None:
     found = run(capsys, "convert", "cnn.safetensors", *argv, "--out", "cnn")
     assert found["model"]["architecture"] == "small_cnn"
     assert len(found["data"]["classes"]) == 10
-    net = inputs.object_of("net.py:build")()
+    net = entries.object_of("net.py:build")()
     with torch.no_grad():
         for p in net.parameters():
             p.copy_(torch.rand_like(p) - 0.4)
@@ -222,7 +222,7 @@ def test_a_checkpoint_and_weights(here: Path, capsys: Any) -> None:
 
     save_file(net.state_dict(), "w.safetensors")
     for name in ("w.pt", "w.safetensors"):
-        given = inputs.load_model("net.py:build", Path(name))
+        given = networks.load_model("net.py:build", Path(name))
         for key, value in given.model.state_dict().items():
             assert torch.equal(value, net.state_dict()[key])
         assert len(given.about["sha256"]) == 64
@@ -317,7 +317,7 @@ def test_eval_measures_what_the_network_does(saved: Path, capsys: Any) -> None:
     argv = ("eval", str(saved), "--data", f"{code}:data")
     found = run(capsys, *argv, "--T", "1", "3", "--images", "20", "--batch-size", "7")
     snn = snnkernels.load_pretrained(saved)
-    items = inputs.object_of(f"{code}:data")(False)[:20]
+    items = entries.object_of(f"{code}:data")(False)[:20]
     x, y = torch.stack([i for i, _ in items]), torch.tensor([i for _, i in items])
     for row, T in zip(found["rows"], (1, 3), strict=True):
         with torch.no_grad():
@@ -362,7 +362,7 @@ def test_predictions_of_a_folder_of_images(here: Path, capsys: Any) -> None:
     assert rows[0]["image"] == str(Path("photos/val/ant/0.png"))
     snn = snnkernels.load_pretrained("build_snn")
     options = {"size": 6, "mean": [0.5] * 3, "std": [0.25] * 3}
-    x, _ = inputs.load_data("photos", False, options=options)[:]
+    x, _ = datasets.load_data("photos", False, options=options)[:]
     with torch.no_grad():
         logits = snn(x)
     names = ["ant", "bee", "cat", *map(str, range(3, 12))]
@@ -380,9 +380,12 @@ def test_predictions_of_a_folder_of_images(here: Path, capsys: Any) -> None:
     for argv, says in (
         (("--mean", "0.5"), "one value each"),
         (("--predict", "no/p.csv"), "its folder does not exist"),
-        (("--size", "5"), "build_snn"),
+        (("--device", "abacus"), "allowed: cpu, cuda, cuda:N"),
+        (("--device", "meta"), "allowed: cpu, cuda, cuda:N"),
+        (("--device", "cuda:77"), "--device=cuda:77: torch sees"),
     ):
-        assert cli.main(["eval", "build_snn", *argv]) == 1, says
+        assert says in refused(capsys, "eval", "build_snn", *argv)
+    assert run(capsys, "eval", "build_snn", "--device", "cpu", "--images", "2")["images"] == 2
 
 
 def test_eval_refuses_what_is_no_saved_network(here: Path, saved: Path, capsys: Any) -> None:
@@ -407,7 +410,7 @@ def test_a_folder_does_not_choose_which_code_runs(
     def never(entry: str) -> Any:
         raise AssertionError(entry)
 
-    monkeypatch.setattr(inputs, "object_of", never)
+    monkeypatch.setattr(entries, "object_of", never)
     for command in (("eval",), ("plot", "--kind", "rates")):
         error = refused(capsys, command[0], str(saved), *command[1:])
         assert "code is run only where it is asked for: --data " in error

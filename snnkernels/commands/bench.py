@@ -9,8 +9,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from .datasets import add_data, data_options, load_data
 from .explain import example_of
-from .inputs import add_data, data_options, load_data, load_model, load_saved
+from .networks import add_device, device_of, load_model, load_saved
 from .output import add_command, positive, print_table
 
 __all__ = ["add_parser"]
@@ -44,6 +45,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--method", default="opi", help="of a checkpoint or entry; default opi")
     parser.add_argument("--weights", type=Path, metavar="FILE", help="of an entry, as for convert")
     parser.add_argument("--rounds", type=positive, default=15, metavar="N")
+    add_device(parser)
     add_data(parser, default="of a folder: noise of its inputs' shape")
     parser.set_defaults(run=_run)
 
@@ -52,20 +54,27 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
     if args.neuron is (args.target is not None):
         raise ValueError("give a network (folder, checkpoint or entry) or --neuron, one of the two")
     if args.neuron:
-        for name in ("data", "weights"):
-            if getattr(args, name) is not None:
+        for name, usual in (("data", None), ("weights", None), ("device", "cpu")):
+            if getattr(args, name) != usual:
                 raise ValueError(f"--{name} has no meaning with --neuron")
         return _neuron(args)
     return _network(args)
 
 
-def race(calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Median seconds of each call; they take turns, after one round that is not counted."""
+def race(
+    calls: Mapping[str, Callable[[], Any]], rounds: int, sync: Callable[[], Any] | None = None
+) -> dict[str, float]:
+    """Median seconds of each call; they take turns, after one round that is not counted.
+
+    ``sync`` waits for the device.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for i in range(rounds + 1):
         for name, call in calls.items():
             start = time.perf_counter()
             call()
+            if sync is not None:
+                sync()
             if i:
                 seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(times) for name, times in seconds.items()}
@@ -136,11 +145,12 @@ def _network(args: argparse.Namespace) -> dict[str, Any]:
 
     from ..engine import lower
 
+    device = device_of(args.device)
     snn, ann, inputs = _given(args)
     plan = lower(snn)
     rows = []
     for batch in args.batch:
-        x = inputs(batch)
+        x = inputs(batch).to(device)
         if len(x) < batch:
             raise ValueError(f"--batch={batch}: there are {len(x)} images only")
         for T in args.T or [snn.T]:
@@ -159,7 +169,7 @@ def _network(args: argparse.Namespace) -> dict[str, Any]:
             same = _same(plain(), lowered())
             calls: dict[str, Callable[[], Any]] = {"converted": plain, "lowered": lowered}
             calls |= {"ANN": dense} if ann is not None else {}
-            found = race(calls, args.rounds)
+            found = race(calls, args.rounds, torch.cuda.synchronize if x.is_cuda else None)
             row: dict[str, Any] = {
                 "T": T, "batch": batch, "converted over lowered":
                 found["converted"] / found["lowered"],
@@ -220,12 +230,13 @@ def _given(args: argparse.Namespace) -> tuple[Any, Any, Callable[[int], Any]]:
     if Path(target).is_dir():
         if args.weights is not None:
             raise ValueError("--weights is for entries: a saved network has its own")
-        snn, about = load_saved(Path(target))
+        snn, about = load_saved(Path(target), args.device)
         args.folder = Path(target)
         return snn, None, lambda batch: example_of(args, about, snn, batch)
     if args.data is None:
         raise ValueError(f"--data is needed to convert {target}: thresholds come from images")
     given = load_model(target, args.weights)
+    given.model.to(device_of(args.device))
     trial = parse_trial(args.method)
     options = data_options(args)
     train = load_data(args.data, True, limit=256, options=options)

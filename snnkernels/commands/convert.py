@@ -12,7 +12,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from .inputs import add_data, add_model, batches, data_options, load_data, load_model
+from .datasets import add_data, batches, data_options, load_data
+from .networks import add_device, add_model, device_of, load_model
 from .output import add_command, percent, plain, positive, print_table
 
 __all__ = ["add_parser"]
@@ -62,6 +63,7 @@ def add_parser(commands: Any) -> None:
     group.add_argument("--maxpool", choices=("cumulative", "pre_spike", "avg"))
     group.add_argument("--normalize", choices=("threshold", "weights"))
     group.add_argument("--on-unsupported", choices=("error", "mean", "keep"), default="error")
+    add_device(parser)
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="folder to write; default: NAME_snn"
     )
@@ -96,7 +98,9 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
     method, told = _arguments(args)
     if args.out is not None:
         check_new_folder(args.out, force=args.force)
+    device = device_of(args.device)
     given = load_model(args.model, args.weights)
+    given.model.to(device)
     out = args.out or Path(f"{given.name}_snn")
     check_new_folder(out, force=args.force)
     options = data_options(args)

@@ -8,7 +8,8 @@ import io
 from pathlib import Path
 from typing import Any
 
-from .inputs import add_data, load_data, load_saved, remembered
+from .datasets import add_data, load_data, remembered
+from .networks import add_device, load_saved
 from .output import add_command, percent, positive, print_table
 
 __all__ = ["add_parser"]
@@ -35,6 +36,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--T", type=positive, nargs="+", metavar="T", help="default: 1 2 4 8 ... T")
     parser.add_argument("--images", type=positive, metavar="N", help="test images; default: all")
     parser.add_argument("--batch-size", type=positive, default=64, metavar="N")
+    add_device(parser)
     parser.add_argument(
         "--engine", action="store_true", help="run lowered: faster, the same up to rounding"
     )
@@ -72,7 +74,7 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
 
     if args.predict is not None and not args.predict.absolute().parent.is_dir():
         raise FileNotFoundError(f"--predict={args.predict}: its folder does not exist")
-    snn, about = load_saved(args.folder)
+    snn, about = load_saved(args.folder, args.device)
     source = source_of(args, about)
     images = load_data(source, False, limit=args.images, options=remembered(about, args))
     steps = args.T or sorted({T for T in (1, 2, 4, 8, 16, 32) if T < snn.T} | {snn.T})
@@ -83,7 +85,8 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
     _show(args, images, found, about)
     return {
         "folder": args.folder, "data": images.name, "images": len(images), "method":
-        snn.report.method, "T": snn.T, "engine": args.engine, "rows": found.rows,
+        snn.report.method, "T": snn.T, "engine": args.engine,
+        "device": args.device, "rows": found.rows,
         "ANN at conversion": (about.get("accuracy") or {}).get("ANN"), "predictions": args.predict,
     }  # fmt: skip
 

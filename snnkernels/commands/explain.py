@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .inputs import add_data, load_data, load_saved, remembered
+from .datasets import add_data, load_data, remembered
+from .networks import load_saved
 from .output import add_command, print_table
 
 __all__ = ["add_parser"]

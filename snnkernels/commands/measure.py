@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from .inputs import batches
+from .datasets import batches
 from .output import progress_bar
 
 if TYPE_CHECKING:
@@ -41,6 +41,13 @@ def _logits(answer: Any) -> Tensor:
     return answer
 
 
+def _on(model: Any, x: Tensor) -> Tensor:
+    """``x`` where the network is."""
+    inner = getattr(model, "snn", model)  # of a plan
+    where = next((t.device for t in (*inner.parameters(), *inner.buffers())), x.device)
+    return x.to(where)
+
+
 def accuracy_of(model: Any, images: Any, batch_size: int) -> float | None:
     """Share of images whose largest logit is their label; None where they have no labels."""
     import torch
@@ -48,7 +55,7 @@ def accuracy_of(model: Any, images: Any, batch_size: int) -> float | None:
     right = known = 0
     with torch.no_grad(), progress_bar("ANN", len(images)) as bar:
         for x, y in batches(images, batch_size):
-            right += int(((_logits(model(x)).argmax(1) == y) & (y >= 0)).sum())
+            right += int(((_logits(model(_on(model, x))).argmax(1).cpu() == y) & (y >= 0)).sum())
             known += int((y >= 0).sum())
             bar.update(len(y))
     return right / known if known else None
@@ -67,7 +74,8 @@ def measure(run: Any, images: Any, steps: list[int], batch_size: int) -> Measure
     found = Measured([], {T: [] for T in ends})
     with torch.no_grad(), progress_bar("images", len(images)) as bar:
         for x, y in batches(images, batch_size):
-            answers = {T: _logits(a) for T, a in run.predict_curve(x, ends).items()}
+            answers = run.predict_curve(_on(run, x), ends)
+            answers = {T: _logits(a).cpu() for T, a in answers.items()}
             classes = answers[ends[-1]].shape[1]
             labelled = y >= 0
             known += int(labelled.sum())
@@ -87,8 +95,8 @@ def measure(run: Any, images: Any, steps: list[int], batch_size: int) -> Measure
         if classes >= 10:
             row["top-5"] = top5[T] / known if known else None
         found.rows.append(row)
-    _time(run, images[:batch_size][0], found.rows)
-    _count(run, images[: min(_COUNTED, len(images))][0], found.rows)
+    _time(run, _on(run, images[:batch_size][0]), found.rows)
+    _count(run, _on(run, images[: min(_COUNTED, len(images))][0]), found.rows)
     return found
 
 
@@ -99,6 +107,8 @@ def _time(run: Any, x: Tensor, rows: list[dict[str, Any]]) -> None:
     with torch.no_grad():
         for T in seconds:
             run(x, T=T)
+        if x.is_cuda:
+            torch.cuda.synchronize()
         for _ in range(_TIMED):
             for T, times in seconds.items():
                 start = time.perf_counter()
@@ -114,7 +124,7 @@ def operations_of(run: Any, images: Any, T: int) -> Any:
     """Operations of the first images."""
     from ..metrics import synaptic_operations
 
-    return synaptic_operations(run, images[: min(_COUNTED, len(images))][0], T=T)
+    return synaptic_operations(run, _on(run, images[: min(_COUNTED, len(images))][0]), T=T)
 
 
 def _count(run: Any, x: Tensor, rows: list[dict[str, Any]]) -> None:

@@ -8,8 +8,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from .datasets import add_data, load_data, remembered
 from .evaluate import source_of
-from .inputs import add_data, load_data, load_saved, remembered
+from .networks import load_saved
 from .output import add_command, positive
 
 __all__ = ["add_parser"]

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .inputs import add_data, data_options, load_data
+from .datasets import add_data, data_options, load_data
 from .output import add_command, print_table, progress_bar
 
 __all__ = ["add_parser", "draw_curves"]

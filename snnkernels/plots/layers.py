@@ -138,7 +138,10 @@ def error_sources(report: Report, *, ax: Axes | None = None) -> Axes:
     """
     rows = [row for row in report.rows if row.error is not None and row.clipping is not None]
     if not rows:
-        raise ValueError("the report has no errors by source: convert with a loader")
+        raise ValueError(
+            "the report has no errors by source: convert with a loader; methods with layers of "
+            "their own have none (draw correlations instead)"
+        )
     names = report.SOURCES
     ax = axes_of(ax, (6.2, 0.3 * len(rows) + 1.3))
     places = np.arange(len(rows))
