@@ -205,7 +205,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(X) < 8 ? 0
 
 // As if_backward; the gradient of every operand as well. SMOOTH: the differentiable twin, double.
 template <class X, bool SMOOTH>
-__global__ void __launch_bounds__(kThreads, sizeof(X) == 2 ? 2 : 0)
+__global__ void __launch_bounds__(kThreads, sizeof(X) == 8 ? 1 : 2)
     if_backward_general(const IFBackwardGeneral p) {
   typedef State<X> S;
   const IFBackward& b = p.base;

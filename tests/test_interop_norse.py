@@ -97,6 +97,24 @@ def test_cell_and_record_states() -> None:
     assert torch.equal(want.v, got.v)
 
 
+@pytest.mark.parametrize("record", [False, True])
+def test_the_shared_v_reset_has_its_gradient(record: bool) -> None:
+    found = []
+    for fuse in (False, True):
+        reset = torch.tensor(-0.125)
+        module = iaf.IAF(parameters(v_reset=reset, method="triangle", alpha=torch.tensor(0.5)))
+        module.record_states = record
+        node = patched(module) if fuse else module
+        node.p = module.p
+        torch.manual_seed(1)
+        out, state = node(currents(9, 4, 3))
+        assert reset.requires_grad  # Norse sets it
+        loss = (out * torch.randn(9, 4, 3)).sum() + (state.v * torch.randn_like(state.v)).sum()
+        found.append(torch.autograd.grad(loss, reset)[0])
+    assert found[0] != 0
+    assert_close(found[1].reshape(1), found[0].reshape(1), 1e-5)
+
+
 def test_a_learned_threshold_has_its_gradient() -> None:
     found = []
     for fuse in (False, True):
@@ -123,7 +141,6 @@ def test_surrogates_on_a_dense_grid(method: str, alpha: float) -> None:
 
 REFUSED: tuple[tuple[Any, str], ...] = (
     (lambda: iaf.IAF(parameters(method="circ")), "'circ'"),
-    (lambda: iaf.IAF(parameters(v_reset=nn.Parameter(torch.tensor(0.0)))), "v_reset is learned"),
     (lambda: iaf.IAF(parameters(v_reset=torch.tensor([0.0, 0.1]))), "one finite number"),
     (lambda: iaf.IAF(parameters(v_th=torch.tensor(0.0))), "not positive"),
     (lambda: lif.LIF(), "no kernel"),

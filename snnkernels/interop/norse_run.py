@@ -62,8 +62,6 @@ def parameters_refused(p: Any) -> str | None:
         value = getattr(p, name)
         if not isinstance(value, (Tensor, float, int)):
             return f"{name}={value!r} is not a tensor or a number"
-    if isinstance(p.v_reset, nn.Parameter):
-        return "v_reset is learned"
     reset, threshold = torch.as_tensor(p.v_reset).detach(), torch.as_tensor(p.v_th).detach()
     if reset.numel() != 1 or not math.isfinite(float(reset)):
         return "v_reset is not one finite number"
@@ -88,14 +86,62 @@ def forward(x: Any, v: Any, p: Any, record: bool) -> tuple[Tensor, Tensor, Tenso
     if reason is not None:
         say(reason, _OWN)
         return None
-    # Norse asks for a gradient of the one tensor that all start from.
-    start = v.detach() if v is p.v_reset else v
+    # Norse asks for a gradient of the value that resets, which all start from as well.
+    reset = p.v_reset if isinstance(p.v_reset, Tensor) and p.v_reset.requires_grad else None
+    taps: list[Tensor] = []
+    if reset is not None and torch.is_grad_enabled():
+        x = _Before.apply(x, reset, taps)
+    else:
+        reset = None
     result = call.run(
-        x, _WITH_V_SEQ if record else SPIKES, start, p.v_th, _number(p.v_reset),
+        x, _WITH_V_SEQ if record else SPIKES, v, p.v_th, _number(p.v_reset),
         surrogate_of(p.method, _number(p.alpha)), False, None, None, None, None, ">", None, False,
         None,
     )  # fmt: skip
-    return result[0], result[4], result[5] if record else None
+    spikes, last, v_seq = result[0], result[4], result[5] if record else None
+    if reset is not None:
+        fired = spikes.detach()
+        taps.append(fired)
+        last = _After.apply(last, reset, fired[-1])
+        if v_seq is not None:
+            v_seq = _After.apply(v_seq, reset, fired)
+    return spikes, last, v_seq
+
+
+class _Before(torch.autograd.Function):
+    """The current as it is, and a gradient for what membranes of the step before were reset to.
+
+    A change of that moves the next charge as the current does.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, reset: Tensor, taps: list[Tensor]) -> Tensor:
+        ctx.taps, ctx.like = taps, reset.detach()
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        (fired,) = ctx.taps
+        return grad, _of_reset(grad[1:] * fired[:-1], ctx.like), None
+
+
+class _After(torch.autograd.Function):
+    """Membranes as they are, and their gradient for what they were reset to."""
+
+    @staticmethod
+    def forward(ctx: Any, v: Tensor, reset: Tensor, fired: Tensor) -> Tensor:
+        ctx.save_for_backward(fired)
+        ctx.like = reset.detach()
+        return v.view_as(v)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        (fired,) = ctx.saved_tensors
+        return grad, _of_reset(grad * fired, ctx.like), None
+
+
+def _of_reset(grad: Tensor, like: Tensor) -> Tensor:
+    return grad.sum().to(like.dtype).reshape(like.shape)
 
 
 def _why_not_now(x: Any, v: Any) -> str | None:
