@@ -25,12 +25,18 @@ if TYPE_CHECKING:
     from .conversion.pipeline import convert, methods
     from .engine import Plan, lower
     from .hub import load_pretrained
+    from .interop.nir import from_nir, to_nir
     from .interop.onnx import to_onnx
 
 # Methods whose work is done on an upper floor: {class: {method: module that defines it}}.
 bound.METHODS.update(
     {
-        "ConvertedNetwork": {"save_pretrained": "hub", "push_to_hub": "hub", "export": "hub"},
+        "ConvertedNetwork": {
+            "save_pretrained": "hub",
+            "push_to_hub": "hub",
+            "export": "hub",
+            "over_time": "interop.sequence",
+        },
         "ConvertedModules": {"save_pretrained": "hub", "push_to_hub": "hub"},
     }
 )
@@ -51,6 +57,7 @@ __all__ = [
     "backend_info",
     "convert",
     "convert_modules",
+    "from_nir",
     "functional",
     "get_backend",
     "load_pretrained",
@@ -60,6 +67,7 @@ __all__ = [
     "reset_net",
     "set_backend",
     "surrogate",
+    "to_nir",
     "to_onnx",
     "tune_malloc",
     "use_backend",
@@ -74,6 +82,7 @@ _LAZY = {
     ),
     "engine": ("Plan", "lower"),
     "hub": ("load_pretrained",),
+    "interop.nir": ("from_nir", "to_nir"),
     "interop.onnx": ("to_onnx",),
 }  # fmt: skip
 _HOME = {name: module for module, names in _LAZY.items() for name in names}
