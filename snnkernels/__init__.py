@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .engine import Plan, lower
     from .hub import load_pretrained
     from .interop import PatchReport, from_snntorch, patch, patched, unpatch
+    from .interop.nir import from_nir, to_nir
     from .interop.onnx import to_onnx
     from .monitors import SpikeMonitor, VoltageMonitor
     from .tensorboard import log_to_tensorboard
@@ -35,7 +36,12 @@ if TYPE_CHECKING:
 # Methods whose work is done on an upper floor: {class: {method: module that defines it}}.
 bound.METHODS.update(
     {
-        "ConvertedNetwork": {"save_pretrained": "hub", "push_to_hub": "hub", "export": "hub"},
+        "ConvertedNetwork": {
+            "save_pretrained": "hub",
+            "push_to_hub": "hub",
+            "export": "hub",
+            "over_time": "interop.sequence",
+        },
         "ConvertedModules": {"save_pretrained": "hub", "push_to_hub": "hub"},
         "Report": {"to_html": "html_report"},
     }
@@ -63,6 +69,7 @@ __all__ = [
     "convert_modules",
     "detach_net",
     "from_snntorch",
+    "from_nir",
     "functional",
     "get_backend",
     "interop",
@@ -79,6 +86,7 @@ __all__ = [
     "set_backend",
     "set_step_mode",
     "surrogate",
+    "to_nir",
     "to_onnx",
     "tune_malloc",
     "unpatch",
@@ -96,6 +104,7 @@ _LAZY = {
     "monitors": ("SpikeMonitor", "VoltageMonitor"),
     "tensorboard": ("log_to_tensorboard",),
     "hub": ("load_pretrained",),
+    "interop.nir": ("from_nir", "to_nir"),
     "interop.onnx": ("to_onnx",),
     "interop": ("PatchReport", "from_snntorch", "patch", "patched", "unpatch"),
 }  # fmt: skip

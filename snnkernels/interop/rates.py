@@ -16,7 +16,7 @@ from ..conversion.spiking import SpikingActivation
 from ..conversion.steps import Steps
 from ..neurons import IFNode
 
-__all__ = ["rate_form"]
+__all__ = ["not_plain", "rate_form"]
 
 
 class _MaxOfMeans(nn.Module):
@@ -31,7 +31,7 @@ class _MaxOfMeans(nn.Module):
         return self.pool(x)
 
 
-def _not_plain(layer: SpikingActivation) -> str | None:
+def not_plain(layer: SpikingActivation, any_tie: bool = False) -> str | None:
     """Why the counts of a layer are no staircase of its mean current; None if they are."""
     node = layer.node
     if type(layer) is not SpikingActivation:
@@ -44,7 +44,7 @@ def _not_plain(layer: SpikingActivation) -> str | None:
         "mask": node.mask,
     }  # fmt: skip
     given = [name for name, value in options.items() if value is not None]
-    if node.tie != ">=":
+    if node.tie != ">=" and not any_tie:
         given.append("tie")
     return f"its neurons have {', '.join(given)}" if given else None
 
@@ -64,7 +64,7 @@ def rate_form(snn: ConvertedNetwork) -> ConvertedNetwork:
     steps = snn._clock.steps
     for name, layer in snn.neurons():
         waits = steps.parallel and type(layer) in (BitSerialActivation, TTFSActivation)
-        reason = None if waits else _not_plain(layer)
+        reason = None if waits else not_plain(layer)
         if reason is not None:
             raise ConversionError(
                 f"{name}: method {snn.report.method!r} has no rate form: {reason}. Convert by "
