@@ -253,6 +253,10 @@ class ConvertedNetwork(nn.Module):
             """The network as ``torch.export`` has it, see :func:`snnkernels.hub.export`."""
             ...
 
+        def over_time(self, x_seq: Tensor) -> Tensor:
+            """Step by step, see :func:`snnkernels.interop.sequence.over_time`."""
+            ...
+
     def extra_repr(self) -> str:
         """Show T and the number of spiking layers."""
         extra = f", extra_steps={self.extra_steps}" if self.extra_steps else ""
