@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .conversion.pipeline import convert, methods
     from .engine import Plan, lower
     from .hub import load_pretrained
+    from .interop import PatchReport, from_snntorch, patch, patched, unpatch
     from .tensorboard import log_to_tensorboard
 
 # Methods whose work is done on an upper floor: {class: {method: module that defines it}}.
@@ -47,25 +48,32 @@ __all__ = [
     "IFNode",
     "LIFNode",
     "PackedSpikes",
+    "PatchReport",
     "Plan",
     "RateNorm",
     "ThresholdReLU",
     "backend_info",
+    "compat",
     "convert",
     "convert_modules",
+    "from_snntorch",
     "functional",
     "get_backend",
+    "interop",
     "load_pretrained",
     "log_to_tensorboard",
     "lower",
     "methods",
     "metrics",
     "options",
+    "patch",
+    "patched",
     "plots",
     "reset_net",
     "set_backend",
     "surrogate",
     "tune_malloc",
+    "unpatch",
     "use_backend",
 ]
 
@@ -77,10 +85,11 @@ _LAZY = {
         "ThresholdReLU", "convert", "convert_modules", "methods",
     ),
     "engine": ("Plan", "lower"),
+    "interop": ("PatchReport", "from_snntorch", "patch", "patched", "unpatch"),
     "tensorboard": ("log_to_tensorboard",),
     "hub": ("load_pretrained",),
 }  # fmt: skip
-_LAZY_MODULES = ("metrics", "plots")
+_LAZY_MODULES = ("compat", "interop", "metrics", "plots")
 _HOME = {name: module for module, names in _LAZY.items() for name in names}
 
 
