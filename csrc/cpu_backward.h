@@ -367,7 +367,8 @@ class BackwardGeneral {
         charges_(static_cast<S*>(scratch)),
         saved_(charges_ + least(p.base.T, kSteps) * kLanes) {
     b_.v_reset = S(p.v_reset), b_.alpha = S(p.base.alpha);
-    b_.scale = S(p.surrogate_scale), b_.max_spikes = S(p.max_spikes), b_.margin = S(0);
+    b_.scale = S(p.surrogate_scale), b_.v_min = S(p.v_min), b_.max_spikes = S(p.max_spikes),
+    b_.margin = S(0);
     b_.count_low = b_.count_high = 0;
     b_.options = p.base.options, b_.surrogate = p.base.surrogate;
   }
@@ -467,6 +468,17 @@ class BackwardGeneral {
     }
   }
 
+  // What the clipping stopped has no gradient.
+  void pass(const S* charge) {
+    const bool hard = (b_.options & kHardReset) != 0;
+    for (i64 i = 0; i < kLanes; ++i) {
+      const S m = charge[i], k = b_.k[i];
+      const S v = hard ? b_.template neuron<kHardReset>(i).reset(m, k)
+                       : b_.template neuron<0>(i).reset(m, k);
+      g_.carry[i] = select(b_.template neuron<0>(i).above(v), g_.carry[i]);
+    }
+  }
+
   // OPTIONS are constants: g++ vectorises this loop without branches only.
   template <i32 OPTIONS>
   void adjoint_lanes(const S* charge, const S* grad_out, const S* grad_charge) {
@@ -521,6 +533,7 @@ class BackwardGeneral {
     slopes(charge);
     __builtin_memcpy(b_.charge, charge, sizeof b_.charge);
     b_.fire();
+    if (b_.options & kClip) pass(charge);
     if (b_.options & kResetDelay)
       adjoint<kResetDelay | kDetachReset, kStrict, kBeta, kFireLevel>(charge, grad_out,
                                                                       grad_charge);

@@ -140,7 +140,7 @@ SNN_HD double surrogate_primitive(i32 kind, double u, double level, double alpha
 
 template <class S, bool SMOOTH>
 struct Neuron {
-  S threshold, fire_level, beta, v_reset, alpha, margin, max_spikes, scale;
+  S threshold, fire_level, beta, v_reset, alpha, margin, max_spikes, scale, v_min;
   i32 options, surrogate, count_low, count_high;
 
   SNN_HD S charge(S v, S current) const {
@@ -184,6 +184,20 @@ struct Neuron {
       return options & kHardReset ? m * (S(1) - k) + v_reset * k : m - threshold * k;
     if (options & kHardReset) return k != S(0) ? v_reset : m;
     return m - select(k != S(0), k * threshold);
+  }
+
+  // Whether the clipping lets a change of the membrane v through.
+  SNN_HD bool above(S v) const { return v - v_min > S(0); }
+
+  SNN_HD S clip(S v) const {
+    const S d = v - v_min;
+    return (d < S(0) ? S(0) : d) + v_min;
+  }
+
+  // The membrane after a step, clipped where that is asked for.
+  SNN_HD S after(S m, S k) const {
+    const S v = reset(m, k);
+    return options & kClip ? clip(v) : v;
   }
 };
 

@@ -35,6 +35,7 @@ enum Option : i32 {
   kProbeShift = 4096,   // COS: the first `probe` steps are run beforehand and move v_init
   kParallel = 8192,     // count = clip(floor((v_init + sum x) / threshold), 0, T), spikes first
   kResetDelay = 16384,  // what a spike subtracts is subtracted after the next charge
+  kClip = 32768,        // v = max(v - v_min, 0) + v_min after the reset, each rounded
 };
 
 // Times at which one run can report counts.
@@ -101,6 +102,7 @@ struct IFGeneral {
   double v_reset;
   double margin;           // kSigned, kProbeMask, kProbeShift: see neuron.h
   double surrogate_scale;  // read with kSmooth
+  double v_min;            // read with kClip
   i32 options;
   i32 surrogate;  // read with kSmooth
   i32 max_spikes;
@@ -160,6 +162,7 @@ struct IFBackwardGeneral {
   Operand fire_level;
   double v_reset;
   double surrogate_scale;  // multiplies the surrogate's derivative
+  double v_min;            // read with kClip
   i32 max_spikes;          // read with kBurst
   i32 pad;
 };

@@ -338,6 +338,7 @@ def if_run(
     probe: Probe | None = None,
     parallel: bool = False,
     reset_delay: bool = False,
+    v_min: float | None = None,
 ) -> Run:
     """Every output and every option of the neuron, in one launch.
 
@@ -371,6 +372,8 @@ def if_run(
         reset_delay: what a spike subtracts is subtracted after the next charge, as snnTorch does:
             ``m = beta * v + current``, then ``m - v_threshold`` where ``v`` has fired. ``v`` and
             ``v_seq`` are membranes that are not reset yet. Gradients need ``detach_reset=True``.
+        v_min: membranes are clipped after the reset, as Sinabs does: ``relu(v - v_min) + v_min``,
+            each operation rounded. A number, without a gradient of its own.
 
     ``signed``, ``mask``, ``probe`` and ``parallel`` are for inference.
 
@@ -395,7 +398,9 @@ def if_run(
         "v_seq" in names, "charge_seq" in names, False,
         _tuple("count_at", count_at, "ints"),
     )  # fmt: skip
-    more = Options(beta, bias, fire_level, max_spikes, signed, mask, probe, parallel, reset_delay)
+    more = Options(
+        beta, bias, fire_level, max_spikes, signed, mask, probe, parallel, reset_delay, v_min
+    )
     if all(value is None or value is False for value in more):
         more = NO_OPTIONS
     run = call.run(

@@ -353,3 +353,22 @@ def test_missing_matplotlib_names_the_command(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r"pip install matplotlib"):
         plots.accuracy_curve([1], [1.0])
+
+
+def test_the_demo_as_a_document(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for package in ("sklearn", "matplotlib", "safetensors"):
+        pytest.importorskip(package)
+    torch.manual_seed(0)
+    ann = models.small_cnn().eval()  # what it says is tested above; here how
+    monkeypatch.setattr(demo, "_train", lambda *args: ann)
+    assert cli.main(["demo", "--out", str(tmp_path), "--json"]) == 0
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    assert err == ""
+    assert found["folder"] == str(tmp_path)
+    assert list(found["accuracy"]) == ["v_init = 0", "v_init = θ/2"]
+    assert list(found["accuracy"]["v_init = 0"]) == ["1", "2", "4", "8", "16", "32"]
+    available = {row.name: row.available for row in snnkernels.backend_info().rows}
+    assert (found["kernel over reference"] is not None) is available["cpu"]

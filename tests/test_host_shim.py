@@ -390,7 +390,12 @@ def test_the_general_kernels_know_every_surrogate_and_bursts(
 ) -> None:
     state = torch.float64 if dtype == torch.float64 else torch.float32
     x, g = currents(19, 3, 5, dtype=dtype), currents(19, 3, 5, seed=1, dtype=dtype)
-    more: tuple[dict[str, Any], ...] = ({}, {"max_spikes": 3}, {"beta": 0.75, "max_spikes": 2**24})
+    more: tuple[dict[str, Any], ...] = (
+        {},
+        {"max_spikes": 3},
+        {"beta": 0.75, "max_spikes": 2**24},
+        {"v_min": -0.2},
+    )
     for cls, given, T in itertools.product(surrogate.BY_KIND, more, (None, 19)):
 
         def call(cls: Any = cls, given: dict[str, Any] = given, T: int | None = T) -> Any:

@@ -214,6 +214,8 @@ EXTRAS: dict[str, Any] = {
     "strict": {"tie": ">", "fire_level": 0.75, "bias": "full"},
     "burst": {"max_spikes": 3},
     "burst leaky": {"max_spikes": 255, "beta": 0.75, "bias": 0.125},
+    "clipped": {"v_min": -0.3},
+    "clipped burst": {"v_min": -0.7, "max_spikes": 4, "beta": 0.9},
     "reset delay": {"reset_delay": True, "tie": ">"},
     "leaky reset delay": {
         "reset_delay": True,
@@ -525,6 +527,8 @@ BURSTS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("atan", {"max_spikes": 2, "v_reset": -0.25, "detach_reset": True}),
     ("erf", {"beta": 0.5}),
     ("superspike", {"v_reset": 0.125}),
+    ("exponential", {"v_min": -0.3, "max_spikes": 3}),
+    ("atan", {"v_min": -0.1, "v_reset": -0.25, "beta": 0.75}),
     ("sigmoid", {"reset_delay": True, "detach_reset": True, "tie": ">"}),
     ("erf", {"reset_delay": True, "detach_reset": True, "beta": 0.75}),
 )
@@ -626,6 +630,21 @@ def test_reset_delay_by_hand(backend: Backend) -> None:
     # A membrane that has fired is reset in the next call.
     again = if_run(x[:1], run.v_seq[3], tie=">", beta=0.5, reset_delay=True)
     assert again.v.item() == 3.375 / 2 + 1.5 - 1
+
+
+def test_clipping_by_hand(backend: Backend) -> None:
+    x = moved(torch.tensor([[-3.0], [0.75], [1.0], [-0.3]]), backend.device)
+    run = if_run(x, v_min=-0.5, outputs=("spikes", "v_seq"))
+    assert run.v_seq is not None
+    # The roundings of Sinabs' two operations: -0.05 + 0.5 - 0.5 is not -0.05.
+    want = [-0.5, 0.25, 0.25, (torch.tensor(0.25 - 0.3) + 0.5 - 0.5).item()]
+    assert run.v_seq.flatten().tolist() == pytest.approx(want, abs=1e-7)
+    assert spikes_of(run) == [0, 0, 1, 0]
+    for more, name in (({"parallel": True}, "parallel"), ({"signed": Signed()}, "signed")):
+        with pytest.raises(ValueError, match=f"v_min cannot be combined with {name}"):
+            if_run(X, v_min=0.0, **more)
+    with pytest.raises(ValueError, match="v_min=-inf must be finite"):
+        if_run(X, v_min=-math.inf)
 
 
 def test_reset_delay_has_no_gradient_through_the_reset() -> None:

@@ -34,7 +34,7 @@ def run(node: Any, x: Tensor, theirs: Any = LIF.forward) -> Tensor:
     alpha = None if isinstance(node, IAF) else node.alpha_mem_calculated
     found = sinabs_run.forward(
         x, node.v_mem, node.spike_threshold, node.spike_fn, node.reset_fn, node.surrogate_grad_fn,
-        alpha, node.norm_input, node.record_states,
+        node.min_v_mem, alpha, node.norm_input, node.record_states,
     )  # fmt: skip
     if found is None:
         return theirs(node, x)

@@ -2,14 +2,16 @@
 
 Sinabs computes, one rounded operation after the other: ``m = alpha * v + current`` (with
 ``norm_input`` a current of ``(1 - alpha) * x``), ``trunc(m / threshold)`` spikes where m is
-positive, or one where ``m - threshold >= 0``, and ``v = m - spikes * threshold``. These are our
-numbers for finite float32 currents, and for float16 and bfloat16 ones of IAF, which Sinabs widens.
-What differs: Sinabs' silent neurons emit -0.0 where the membrane is negative, ours 0.0; more than
-2**24 spikes in one step; NaN and infinities.
+positive, or one where ``m - threshold >= 0``, ``v = m - spikes * threshold``, and with
+``min_v_mem`` ``relu(v - min) + min``. These are our numbers for finite float32 currents, and for
+float16 and bfloat16 ones of IAF, which Sinabs widens. What differs: Sinabs' silent neurons emit
+-0.0 where the membrane is negative, ours 0.0; more than 2**24 spikes in one step; NaN and
+infinities.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -37,6 +39,11 @@ def _number(threshold: Any) -> float | None:
         return float(threshold)
     held = threshold.detach().reshape(-1)
     return float(held[0]) if held.numel() and bool((held == held[0]).all()) else None
+
+
+def _finite(value: Any) -> bool:
+    number = _number(value)
+    return number is not None and math.isfinite(number)
 
 
 def why_not(module: Any, look: bool = True) -> str | None:
@@ -67,10 +74,10 @@ def _why_not(
     if alpha_syn is not None:
         return "it has a synaptic current (tau_syn)"
     if min_v_mem is not None:
-        return (
-            "min_v_mem: Sinabs clips by relu(v - min) + min, two roundings that our kernels do not "
-            "make"
-        )
+        if isinstance(min_v_mem, Tensor) and min_v_mem.requires_grad:
+            return "its min_v_mem is learned"
+        if look and not _finite(min_v_mem):
+            return "min_v_mem is not one finite number"
     if threshold is None or spike_fn is None:
         return "it gives membranes, not spikes (no spike_fn)"
     if isinstance(threshold, Tensor):
@@ -178,6 +185,7 @@ def forward(
     spike_fn: Any,
     reset_fn: Any,
     surrogate_grad_fn: Any,
+    min_v_mem: Any,
     alpha: Tensor | None,
     norm_input: bool,
     record: bool,
@@ -196,8 +204,9 @@ def forward(
     v_reset, most = resets(reset_fn), most_spikes(spike_fn)
     scale = None
     more = NO_OPTIONS
-    if alpha is not None or most is not None:
-        more = Options(beta=alpha, max_spikes=most)
+    v_min = None if min_v_mem is None else _number(min_v_mem)
+    if alpha is not None or most is not None or v_min is not None:
+        more = Options(beta=alpha, max_spikes=most, v_min=v_min)
     if alpha is not None and norm_input:
         scale = 1 - alpha
     surrogate = None
@@ -244,7 +253,8 @@ def lif_forward(theirs: Any) -> Any:
             leaks = norm_input or not one
             found = forward(
                 input_data, state["v_mem"], spike_threshold, spike_fn, reset_fn,
-                surrogate_grad_fn, alpha_mem if leaks else None, norm_input, record_states,
+                surrogate_grad_fn, min_v_mem, alpha_mem if leaks else None, norm_input,
+                record_states,
             )  # fmt: skip
             if found is not None:
                 spikes, v, v_seq = found

@@ -38,6 +38,7 @@ class Options(NamedTuple):
     probe: Probe | None = None
     parallel: bool = False
     reset_delay: bool = False
+    v_min: float | None = None
 
 
 NO_OPTIONS = Options()
@@ -215,6 +216,21 @@ def _with_more_options(given: Neuron, x: Tensor, steps: int, shape: Size, more: 
         if others:
             raise ValueError(f"reset_delay cannot be combined with {others[0]}")
         options |= params.RESET_DELAY
+    if more.v_min is not None:
+        v_min = operands.number("v_min", more.v_min)
+        if math.isinf(v_min):
+            raise ValueError(f"v_min={v_min!r} must be finite or None")
+        clash = {
+            "probe": params.PROBE_MASK | params.PROBE_SHIFT,
+            "parallel": params.PARALLEL,
+            "signed": params.SIGNED,
+            "reset_delay": params.RESET_DELAY,
+        }
+        for other, bit in clash.items():
+            if options & bit:
+                raise ValueError(f"v_min cannot be combined with {other}")
+        options |= params.CLIP
+        fields["v_min"] = v_min
     if more.mask is not None:
         if not isinstance(more.mask, Tensor) or more.mask.dtype not in (torch.bool, torch.uint8):
             raise TypeError("mask must be a tensor of torch.bool or torch.uint8")

@@ -158,6 +158,7 @@ def if_backward(
         *extra,
         neuron.v_reset,
         scale,
+        neuron.v_min,
         neuron.max_spikes,
         0,
     )

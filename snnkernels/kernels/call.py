@@ -150,7 +150,7 @@ def _check_save(
     if neuron.options:
         raise ValueError(
             f"save={save!r} is for plain neurons: reset by subtraction, tie='>=', no input_scale, "
-            "beta, bias, fire_level or max_spikes"
+            "beta, bias, fire_level, max_spikes or v_min"
         )
     surrogate = surrogate or _surrogate.DEFAULT
     if not surrogate.plain:

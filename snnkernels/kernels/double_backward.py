@@ -51,6 +51,7 @@ def if_backward(
             smooth=smooth,
             max_spikes=neuron.bursts,
             reset_delay=neuron.delayed,
+            v_min=neuron.clipped,
         )
         spikes = result.spikes.to(x.dtype)
         out = spikes.to(result.v.dtype).mean(0).to(x.dtype) if grads.rate else spikes

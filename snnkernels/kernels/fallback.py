@@ -40,6 +40,7 @@ def if_forward(
             probe=neuron.probed,
             parallel=bool(options & params.PARALLEL),
             reset_delay=neuron.delayed,
+            v_min=neuron.clipped,
             count_at=asked.count_at,
         )
         window = None
@@ -126,6 +127,7 @@ def if_backward(
                 smooth=smooth,
                 max_spikes=neuron.bursts,
                 reset_delay=neuron.delayed,
+                v_min=neuron.clipped,
             )
     grad_x, *per_neuron = found
     return grad_x.to(saved.dtype), per_neuron

@@ -21,7 +21,7 @@ _NEURON = ", ".join(
         *(f"Tensor? {name}" for name in OPERANDS),
         *(f"float {name}_value" for name in OPERANDS),
         "int options, ScalarType spike_dtype, float v_reset, Tensor? mask, int max_spikes",
-        "int probe, int iterations, int count_low, int count_high, float margin",
+        "int probe, int iterations, int count_low, int count_high, float margin, float v_min",
     ]
 )
 _ASKED = (

@@ -104,12 +104,13 @@ class _Stepper:
         max_spikes: int | None,
         signed: Signed | None,
         reset_delay: bool,
+        v_min: Tensor | None,
     ) -> None:
         self.threshold, self.beta, self.v_reset = threshold, beta, v_reset
         self.fire_level = threshold if fire_level is None else fire_level
         self.strict, self.surrogate, self.smooth = strict, surrogate, smooth
         self.detach_reset, self.max_spikes, self.signed = detach_reset, max_spikes, signed
-        self.reset_delay = reset_delay
+        self.reset_delay, self.v_min = reset_delay, v_min
         self.zero = torch.zeros_like(threshold)
 
     def charge(self, v: Tensor, current: Tensor) -> Tensor:
@@ -139,6 +140,10 @@ class _Stepper:
         return _surrogate.spike(u, fired, self.surrogate, self.fire_level)
 
     def reset(self, m: Tensor, k: Tensor) -> Tensor:
+        v = self.unclipped(m, k)
+        return v if self.v_min is None else torch.relu(v - self.v_min) + self.v_min
+
+    def unclipped(self, m: Tensor, k: Tensor) -> Tensor:
         if self.reset_delay:
             return m
         kept = k.detach() if self.detach_reset else k
@@ -178,6 +183,7 @@ def if_forward(
     probe: Probe | None = None,
     parallel: bool = False,
     reset_delay: bool = False,
+    v_min: float | None = None,
     count_at: Sequence[int] = (),
 ) -> Result:
     """Runs integrate-and-fire neurons over all time steps.
@@ -199,6 +205,7 @@ def if_forward(
             steps (Hao et al., ICML 2025). No traces.
         reset_delay: the threshold is subtracted after the next charge (snnTorch); the reset is
             detached, and membranes are those that are not reset yet.
+        v_min: membranes are clipped after the reset: ``relu(v - v_min) + v_min`` (Sinabs).
         count_at: times whose counts are returned; after the probe with ``Probe(kind="mask")``.
 
     Returns:
@@ -225,6 +232,7 @@ def if_forward(
         None if v_reset is None else x.new_full((), v_reset, dtype=state),
         strict, surrogate, detach_reset, smooth, max_spikes, signed,
         reset_delay,
+        None if v_min is None else x.new_full((), v_min, dtype=state),
     )  # fmt: skip
     none = torch.zeros(shape, dtype=torch.int32, device=x.device)
 
@@ -331,6 +339,7 @@ def if_backward(
     smooth: bool = False,
     max_spikes: int | None = None,
     reset_delay: bool = False,
+    v_min: float | None = None,
 ) -> tuple[Tensor, ...]:
     """The adjoint of :func:`if_forward`, step by step from the last.
 
@@ -345,6 +354,7 @@ def if_backward(
         x, v, threshold, amplitude, T=T, input_scale=input_scale, beta=beta, bias=bias,
         fire_level=fire_level, v_reset=v_reset, strict=strict, spike_dtype=spike_dtype,
         surrogate=surrogate, smooth=smooth, max_spikes=max_spikes, reset_delay=reset_delay,
+        v_min=v_min,
     )  # fmt: skip
     state = state_dtype(x.dtype)
     start = v.to(state).expand(run.v.shape)
@@ -368,6 +378,13 @@ def if_backward(
         grad_out = torch.zeros_like(m) if grad_spikes is None else grad_spikes[t].to(state)
         if grad_v_seq is not None:
             carry = carry + grad_v_seq[t]
+        if v_min is not None:
+            kept = (
+                m * (1 - s) + v_reset * s if smooth and v_reset is not None else m - threshold * s
+            )
+            if v_reset is not None and not smooth:
+                kept = torch.where(s != 0, m.new_full((), v_reset), m)
+            carry = torch.where(kept - m.new_full((), v_min) > 0, carry, zero)
         through_reset = -carry * threshold if v_reset is None else carry * (v_reset - m)
         if detach_reset or reset_delay:
             through_reset = torch.zeros_like(carry)

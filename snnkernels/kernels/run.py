@@ -108,6 +108,7 @@ def if_forward(
         neuron.v_reset,
         neuron.margin,
         scale,
+        neuron.v_min,
         neuron.options | (params.SMOOTH if smooth >= 0 else 0),
         max(smooth, 0),
         neuron.max_spikes,

@@ -46,6 +46,7 @@ class Neuron(NamedTuple):
     count_low: int = 0
     count_high: int = 0
     margin: float = 0.0
+    v_min: float = 0.0
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
@@ -65,6 +66,11 @@ class Neuron(NamedTuple):
     def delayed(self) -> bool:
         """``reset_delay`` as the user said it."""
         return bool(self.options & params.RESET_DELAY)
+
+    @property
+    def clipped(self) -> float | None:
+        """``v_min`` as the user said it."""
+        return self.v_min if self.options & params.CLIP else None
 
     @property
     def signed(self) -> Signed | None:
