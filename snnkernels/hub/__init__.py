@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 from .exporting import export
-from .saving import load_pretrained, push_to_hub, save_pretrained
+from .loading import load_pretrained
+from .saving import push_to_hub, save_pretrained
 
 __all__ = ["export", "load_pretrained", "push_to_hub", "save_pretrained"]

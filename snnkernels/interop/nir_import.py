@@ -23,7 +23,7 @@ from ..conversion.report import NodeReport, Report
 from ..conversion.spiking import SpikingActivation
 from ..conversion.steps import Clock
 from ..neurons import IFNode, LIFNode
-from .nir_export import nir_package
+from .nir_graph import nir_package
 
 __all__ = ["from_nir"]
 
