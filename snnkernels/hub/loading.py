@@ -212,6 +212,7 @@ def _read_steps(given: Checked) -> Steps:
     if set(given.given) != set(known):
         raise FormatError(f"{given.where}: got {sorted(given.given)}; allowed: {sorted(known)}")
     read: dict[str, Any] = {}
+    kind: Any
     for name, kind in known.items():
         read[name] = (
             given.flag(name) if kind is bool else
