@@ -568,6 +568,19 @@ def test_scalers_and_neuron_are_one_call(monkeypatch: pytest.MonkeyPatch) -> Non
     assert calls == [{"input_scale", "amplitude"}] * 3
 
 
+@only_2
+def test_a_patched_network_is_compiled_in_one_graph() -> None:
+    theirs = converted("half")
+    ours = copy.deepcopy(theirs)
+    snnkernels.patch(ours)
+    for net in (theirs, ours):
+        functional.set_step_mode(net, "m")
+    x = torch.randn(4, 2, 3, 8, 8)
+    with torch.no_grad():
+        got = torch.compile(ours, backend="eager", fullgraph=True)(x)
+        assert_same_bits(got, theirs(x))
+
+
 def test_whoever_looks_at_one_of_the_three_sees_what_was_there() -> None:
     theirs = converted("layer")
     ours = copy.deepcopy(theirs)
