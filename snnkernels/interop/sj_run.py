@@ -19,7 +19,7 @@ from .. import surrogate as _surrogate
 from ..kernels import call
 from ..kernels.arguments import NO_OPTIONS, Options
 from ..kernels.spec import SPIKES, Asked
-from .patching import Refused
+from .adapters import Refused
 
 __all__ = ["SURROGATES", "fire_level", "leak_of", "run", "say", "surrogate_of", "why_not"]
 
