@@ -23,7 +23,8 @@ from support import PACKAGE, assert_close, assert_same_bits, optional
 from torch import Tensor, nn
 
 import snnkernels
-from snnkernels.interop import sj_run, sj_scaled
+from snnkernels import kernels
+from snnkernels.interop import pytest_plugin, sj_run, sj_scaled
 from snnkernels.interop.patching import PatchError
 from snnkernels.interop.spikingjelly import release
 
@@ -42,11 +43,13 @@ with warnings.catch_warnings():
 RELEASE = release()
 only_2 = pytest.mark.skipif(RELEASE != "2", reason="0.0.0.0.14 does not have it")
 SURROGATES = {
-    "Sigmoid": lambda: surrogate.Sigmoid(3.0),
-    "ATan": lambda: surrogate.ATan(),
-    "PiecewiseQuadratic": lambda: surrogate.PiecewiseQuadratic(2.0),
-    **({"Rect": lambda: surrogate.Rect(1.5)} if hasattr(surrogate, "Rect") else {}),
-}
+    name: alpha
+    for name, alpha in {
+        "Sigmoid": 3.0, "ATan": 2.0, "PiecewiseQuadratic": 2.0, "Rect": 1.5, "SuperSpike": 0.7,
+        "SoftSign": 1.5, "PiecewiseExp": 2.0, "Erf": 2.0,
+    }.items()
+    if hasattr(surrogate, name)
+}  # fmt: skip
 RESETS = (None, 0.0, -0.3)
 
 
@@ -96,19 +99,16 @@ def twins(node: nn.Module, **counts: int) -> tuple[Any, Any]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("name", SURROGATES)
-@pytest.mark.parametrize("detach", [False, True])
 @pytest.mark.parametrize("v_reset", RESETS)
 @pytest.mark.parametrize("step_mode", ["s", "m"])
-def test_if(
-    step_mode: str, v_reset: float | None, detach: bool, name: str, dtype: torch.dtype
-) -> None:
+def test_if(step_mode: str, v_reset: float | None, name: str, dtype: torch.dtype) -> None:
     store = RELEASE == "2" or step_mode == "m"
-    a, b = twins(
-        neuron.IFNode(
-            0.75, v_reset, SURROGATES[name](), detach, step_mode=step_mode, store_v_seq=store
+    for detach in (False, True):
+        function = getattr(surrogate, name)(SURROGATES[name])
+        a, b = twins(
+            neuron.IFNode(0.75, v_reset, function, detach, step_mode=step_mode, store_v_seq=store)
         )
-    )
-    same(a, b, currents(5, 3, 4, dtype=dtype), store)
+        same(a, b, currents(5, 3, 4, dtype=dtype), store)
     for node in (a, b):
         functional.reset_net(node)
         assert node.v == (v_reset or 0.0)
@@ -568,6 +568,19 @@ def test_scalers_and_neuron_are_one_call(monkeypatch: pytest.MonkeyPatch) -> Non
     assert calls == [{"input_scale", "amplitude"}] * 3
 
 
+@only_2
+def test_a_patched_network_is_compiled_in_one_graph() -> None:
+    theirs = converted("half")
+    ours = copy.deepcopy(theirs)
+    snnkernels.patch(ours)
+    for net in (theirs, ours):
+        functional.set_step_mode(net, "m")
+    x = torch.randn(4, 2, 3, 8, 8)
+    with torch.no_grad():
+        got = torch.compile(ours, backend="eager", fullgraph=True)(x)
+        assert_same_bits(got, theirs(x))
+
+
 def test_whoever_looks_at_one_of_the_three_sees_what_was_there() -> None:
     theirs = converted("layer")
     ours = copy.deepcopy(theirs)
@@ -874,6 +887,65 @@ def test_our_recipe_in_their_converter() -> None:
         ann2snn.Converter(recipe=snnkernels.interop.spikingjelly.recipe([x])).convert(
             nn.Conv2d(3, 2, 1)
         )
+
+
+# ---- the pytest plug-in --------------------------------------------------------------------------
+
+
+SUITE = """
+import torch
+from spikingjelly.activation_based import neuron
+
+def test_a_node_of_theirs():
+    node = neuron.IFNode(step_mode="m")
+    assert node(torch.full((4, 3), 0.6)).sum() == 6
+    assert type(node).__module__.startswith("snnkernels")
+
+class Own(neuron.IFNode):
+    def single_step_functional_forward(self, inputs, states, **kwargs):
+        return (inputs[0] * 0 + 7,), states
+
+def test_what_derives_keeps_its_own_steps():
+    if hasattr(neuron.IFNode, "multi_step_functional_forward"):
+        node = Own()
+        assert node(torch.zeros(3)).sum() == 21
+"""
+
+
+def test_plugin(tmp_path: Path) -> None:
+    (tmp_path / "test_suite.py").write_text(SUITE)
+    path = filter(None, (str(PACKAGE.parent), os.environ.get("PYTHONPATH")))
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", os.devnull]
+    command += ["-p", "snnkernels.interop.pytest_plugin", "--snnkernels=spikingjelly"]
+    done = subprocess.run(
+        [*command, "--rootdir", str(tmp_path), str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path)},
+        capture_output=True, text=True, check=False, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 passed" in done.stdout
+    assert "snnkernels: 1 calls on its kernels" in done.stdout
+
+
+def test_plugin_wants_a_library_and_puts_all_back() -> None:
+    class Config:
+        def __init__(self, *libraries: str) -> None:
+            self.stash, self.libraries = pytest.Stash(), list(libraries)
+
+        def getoption(self, name: str) -> list[str]:
+            return self.libraries
+
+    before = (neuron.IFNode, kernels.call.run)
+    for libraries, message in (((), "name the library"), (("no",), "'no' is unknown")):
+        with pytest.raises(pytest.UsageError, match=message):
+            pytest_plugin.pytest_configure(Config(*libraries))
+        assert (neuron.IFNode, kernels.call.run) == before
+    config: Any = Config("spikingjelly")
+    pytest_plugin.pytest_configure(config)
+    assert neuron.IFNode.__module__.startswith("snnkernels")
+    assert "spikingjelly" in pytest_plugin.pytest_report_header(config)
+    pytest_plugin.pytest_unconfigure(config)
+    assert (neuron.IFNode, kernels.call.run) == before
 
 
 # ---- release 0.0.0.0.14 --------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import snnkernels
-from snnkernels.interop import Adapter, Change, PatchError, Refused, patching, register
+from snnkernels.interop import Adapter, Change, PatchError, Refused, adapters, register, swaps
 
 theirs = ModuleType("otherlib")
 
@@ -103,7 +103,7 @@ class Other(Adapter):
 @pytest.fixture(autouse=True)
 def other_library(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setitem(sys.modules, "otherlib", theirs)
-    monkeypatch.setattr(patching, "_ADAPTERS", {})
+    monkeypatch.setattr(adapters, "_ADAPTERS", {})
     register(Other())
     return
 
@@ -266,7 +266,7 @@ def test_wrong_arguments() -> None:
 def test_swap_nests_and_comes_back() -> None:
     owner = SimpleNamespace(f=lambda x: x + 1)
     original = owner.f
-    swap = patching.Swap(lambda: [(owner, "f", lambda theirs: lambda x: 10 * theirs(x))])
+    swap = swaps.Swap(lambda: [(owner, "f", lambda theirs: lambda x: 10 * theirs(x))])
     with swap():
         with swap():
             assert owner.f(1) == 20

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import surrogate as _surrogate
 from ..interop import sj_run
-from ..interop.patching import Refused
+from ..interop.adapters import Refused
 from ..joined import join
 from .memory import MemoryModule
 

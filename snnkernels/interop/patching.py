@@ -1,40 +1,30 @@
 """``patch``: the neurons of other libraries made fast where they stand, with the same numbers.
 
-A library that is in a model is already imported, so its adapter is found by the module names of
-the classes in the model, and nothing is imported for a library that is not there.
-
-An adapter says what becomes of a neuron in one of two ways. A *class*: the module stays the very
-same object and changes its class to a subclass that overrides the arithmetic, so that references,
-hooks, state, device and training flag stay by construction (``torch.nn.utils.parametrize`` does
-the same). Or a *module* that takes its place in every parent.
+A library that is in a model is already imported, so its adapter (``adapters.py``) is found by the
+module names of the classes in the model, and nothing is imported for a library that is not there.
 """
 
 from __future__ import annotations
 
-import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, field
-from importlib import import_module
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
+from .adapters import Adapter, Change, Refused, adapter_of, known, register
 from .report import PatchedModule, PatchReport
+from .swaps import Swap, patched
 
 __all__ = [
-    "Adapter", "Change", "PatchError", "PatchReport", "PatchedModule", "Refused", "Swap", "patch",
-    "patched", "register", "unpatch",
+    "Adapter", "Change", "PatchError", "PatchReport", "PatchedModule", "Refused", "Swap",
+    "adapter_of", "patch", "patched", "register", "unpatch",
 ]  # fmt: skip
 
 # Where a patched module keeps what unpatch needs.
 _MARK = "_snnkernels_patch"
 _ON_REFUSED = ("warn", "report", "error")
-
-
-class Refused(Exception):
-    """Raised by an adapter: the module stays as it is, for the reason given."""
 
 
 class PatchError(RuntimeError):
@@ -49,121 +39,11 @@ class PatchError(RuntimeError):
         self.report = report
 
 
-@dataclass
-class Change:
-    """What is to become of a module.
-
-    Attributes:
-        now: a subclass of the module's class (the module stays and changes its class), or a module
-            to take its place.
-        note: a remark for the report.
-        attributes: for a class: what the module gets beside it until it is unpatched, not as
-            submodules, parameters or buffers.
-        helper: belongs to a neuron beside it: no line in the report, and not counted.
-    """
-
-    now: nn.Module | type[nn.Module]
-    note: str = ""
-    attributes: dict[str, Any] = field(default_factory=dict)
-    helper: bool = False
-
-
-class Adapter:
-    """What :func:`patch` knows about one library. See :func:`register`.
-
-    Attributes:
-        library: its name, also the top-level package of its classes.
-        pip: what ``pip install`` is told.
-    """
-
-    library: str = ""
-    pip: str = ""
-
-    def recognises(self, module: nn.Module) -> bool:
-        """Whether this is a neuron of the library, or of a class that derives from one.
-
-        What is recognised gets a line in the report; nothing below it is looked at.
-        """
-        raise NotImplementedError
-
-    def replace(self, module: nn.Module, path: str) -> Change | nn.Module | type[nn.Module]:
-        """What becomes of a neuron. It must not change the neuron.
-
-        Args:
-            module: a module that ``recognises`` accepts.
-            path: where it is in the model.
-
-        Raises:
-            Refused: with the reason, where the numbers would not be the same.
-        """
-        raise NotImplementedError
-
-    def groups(self, model: nn.Module) -> Iterable[dict[nn.Module, Change]]:
-        """Modules that are patched together, as classes; before ``replace`` sees any of them.
-
-        Such a module need not be one that ``recognises`` accepts.
-        """
-        return ()
-
-    def restore(self, module: nn.Module, ours: nn.Module) -> None:
-        """Gives an original that ``ours`` stood for what changed meanwhile: state, device.
-
-        Not called where only the class was changed: there is nothing to carry.
-        """
-        module.train(ours.training)
-
-    def hook(self) -> AbstractContextManager[Any]:
-        """A context in which functions of the library are ours, for :func:`patched`."""
-        raise NotImplementedError
-
-    def in_tests(self) -> AbstractContextManager[Any]:
-        """As :meth:`hook`, with classes swapped too, for the library's own tests."""
-        return self.hook()
-
-
-# Library -> the module here that has an ADAPTER; imported when a model or the user names it.
-_BUILT_IN: dict[str, str] = {
-    "spikingjelly": "spikingjelly", "sinabs": "sinabs", "norse": "norse",
-}  # fmt: skip
-_ADAPTERS: dict[str, Adapter] = {}
-
-
-def register(adapter: Adapter) -> None:
-    """Adds an adapter, or replaces the one for the same library.
-
-    Args:
-        adapter: an :class:`Adapter` with a ``library``.
-
-    Raises:
-        TypeError: not an adapter.
-        ValueError: it names no library.
-    """
-    if not isinstance(adapter, Adapter):
-        raise TypeError(f"adapter={adapter!r} is not a snnkernels.interop.Adapter")
-    if not adapter.library:
-        raise ValueError(f"{type(adapter).__name__}.library names no library")
-    _ADAPTERS[adapter.library] = adapter
-
-
-def adapter_of(library: str) -> Adapter:
-    """The adapter of a library.
-
-    Raises:
-        ValueError: there is none.
-    """
-    if library not in _ADAPTERS:
-        if library not in _BUILT_IN:
-            known = ", ".join(map(repr, sorted({*_BUILT_IN, *_ADAPTERS})))
-            raise ValueError(f"library={library!r} is unknown; known are {known}")
-        register(import_module(f"{__package__}.{_BUILT_IN[library]}").ADAPTER)
-    return _ADAPTERS[library]
-
-
-def _library(module: nn.Module) -> str | None:
-    """The library a module's class comes from, or derives from."""
+def _library(module: nn.Module, libraries: set[str]) -> str | None:
+    """Which of the libraries a module's class comes from, or derives from."""
     for cls in type(module).__mro__:
         name = cls.__module__.partition(".")[0]
-        if name in _BUILT_IN or name in _ADAPTERS:
+        if name in libraries:
             return name
     return None
 
@@ -246,15 +126,17 @@ def _plan(model: nn.Module) -> tuple[list[_Plan], PatchReport]:
     paths: dict[nn.Module, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         paths.setdefault(module, []).append(path)
-    libraries = {name for module in paths if (name := _library(module))}
+    all_known = known()
+    found = {module: _library(module, all_known) for module in paths}
+    libraries = set(filter(None, found.values()))
     together: dict[nn.Module, Change] = {}
-    for name in sorted(libraries):
-        for group in adapter_of(name).groups(model):
+    for library in sorted(libraries):
+        for group in adapter_of(library).groups(model):
             together.update(group)
 
     plans, report, inside = [], PatchReport(), set[nn.Module]()
     for module, at in paths.items():
-        name = _library(module)
+        name = found[module]
         if module in inside:
             continue
         if _MARK in module.__dict__:
@@ -276,8 +158,8 @@ def _plan(model: nn.Module) -> tuple[list[_Plan], PatchReport]:
                 continue
             inside.update(module.modules())
             try:
-                found = adapter.replace(module, at[0])
-                change = found if isinstance(found, Change) else Change(found)
+                answer = adapter.replace(module, at[0])
+                change = answer if isinstance(answer, Change) else Change(answer)
                 if isinstance(change.now, nn.Module) and "" in at:
                     raise Refused("the model itself is the neuron, and has no parent to hold ours")
             except Refused as refused:
@@ -350,69 +232,3 @@ def unpatch(model: nn.Module) -> int:
             _put(model, at, mark.was)
         done += not mark.helper
     return done
-
-
-class Swap:
-    """Attributes of other modules that are ours while the context is entered; may nest.
-
-    One per library: the first to enter puts ours in place, the last to leave puts theirs back,
-    whatever the order. Other threads see the swap too.
-
-    Args:
-        targets: gives ``(owner, name, make)`` when first entered; ``make(theirs)`` is ours.
-    """
-
-    def __init__(
-        self, targets: Callable[[], Iterable[tuple[Any, str, Callable[[Any], Any]]]]
-    ) -> None:
-        self._targets = targets
-        self._lock = threading.Lock()
-        self._depth = 0
-        self._theirs: list[tuple[Any, str, Any]] = []
-
-    @contextmanager
-    def __call__(self) -> Iterator[None]:
-        """The context."""
-        with self._lock:
-            if self._depth == 0:
-                found = list(self._targets())
-                self._theirs = [(owner, name, vars(owner)[name]) for owner, name, _ in found]
-                for owner, name, make in found:
-                    setattr(owner, name, make(vars(owner)[name]))
-            self._depth += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._depth -= 1
-                if self._depth == 0:
-                    for owner, name, theirs in reversed(self._theirs):
-                        setattr(owner, name, theirs)
-                    self._theirs = []
-
-
-@contextmanager
-def patched(*libraries: str) -> Iterator[None]:
-    """Inside this context the functions of other libraries run on our kernels.
-
-    For code that builds its neurons itself or calls the functions directly; models that exist are
-    better served by :func:`patch`. A call whose numbers would not be the same runs the library's
-    own function. Contexts may nest and are left in any order; the functions are the library's own
-    again after the last, also after an exception.
-
-    The swap is of the process, not of the thread: other threads that call the library meanwhile
-    run on our kernels too, with the same numbers.
-
-    Args:
-        libraries: names: ``"spikingjelly"``, ``"sinabs"``, ``"norse"``.
-
-    Raises:
-        ValueError: no name, or an unknown one.
-        ImportError: the library is not installed.
-    """
-    if not libraries:
-        raise ValueError("patched() names no library; for example patched('spikingjelly')")
-    with ExitStack() as stack:
-        for adapter in [adapter_of(name) for name in libraries]:
-            stack.enter_context(adapter.hook())
-        yield

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from ..kernels import call
-from .patching import adapter_of
+from .adapters import adapter_of
 
 __all__ = ["pytest_addoption", "pytest_configure", "pytest_terminal_summary", "pytest_unconfigure"]
 

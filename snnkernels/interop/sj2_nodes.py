@@ -14,7 +14,7 @@ from spikingjelly.activation_based.ann2snn import modules
 from torch import Tensor
 
 from . import sj_run
-from .patching import Refused
+from .adapters import Refused
 from .sj_scaled import ScaledNode, ScalerIn, ScalerOut
 
 __all__ = [

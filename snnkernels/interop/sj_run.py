@@ -19,7 +19,7 @@ from .. import surrogate as _surrogate
 from ..kernels import call
 from ..kernels.arguments import NO_OPTIONS, Options
 from ..kernels.spec import SPIKES, Asked
-from .patching import Refused
+from .adapters import Refused
 
 __all__ = ["SURROGATES", "fire_level", "leak_of", "run", "say", "surrogate_of", "why_not"]
 
@@ -91,6 +91,8 @@ def why_not(x: Any, v: Any, v_threshold: Any, v_reset: Any, shape: Any) -> str |
     """
     if type(x) not in _PLAIN or (isinstance(v, Tensor) and type(v) not in _PLAIN):
         return "the current is no plain tensor"
+    if x.device.type not in ("cpu", "cuda") or x.layout != torch.strided:
+        return f"there are no kernels for {x.layout} tensors on {x.device.type} devices"
     if x.dtype not in _STATES:
         return (
             f"SpikingJelly keeps the membranes of {x.dtype} currents in {x.dtype}, where ours are "

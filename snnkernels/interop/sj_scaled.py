@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules import module as _nn_module
 
-from .patching import Change
+from .adapters import Change
 
 __all__ = ["Scaled", "ScaledNode", "ScalerIn", "ScalerOut", "Unscaled", "find"]
 

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from . import sj_run, sj_scaled
-from .patching import Adapter, Change, Refused, Swap
+from .adapters import Adapter, Change, Refused
+from .swaps import Swap
 
 __all__ = ["ADAPTER", "recipe", "release"]
 
