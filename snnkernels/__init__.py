@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .conversion.pipeline import convert, methods
     from .engine import Plan, lower
     from .hub import load_pretrained
+    from .interop import PatchReport, from_snntorch, patch, patched, unpatch
     from .interop.nir import from_nir, to_nir
     from .interop.onnx import to_onnx
 
@@ -51,25 +52,32 @@ __all__ = [
     "IFNode",
     "LIFNode",
     "PackedSpikes",
+    "PatchReport",
     "Plan",
     "RateNorm",
     "ThresholdReLU",
     "backend_info",
+    "compat",
     "convert",
     "convert_modules",
     "from_nir",
+    "from_snntorch",
     "functional",
     "get_backend",
+    "interop",
     "load_pretrained",
     "lower",
     "methods",
     "options",
+    "patch",
+    "patched",
     "reset_net",
     "set_backend",
     "surrogate",
     "to_nir",
     "to_onnx",
     "tune_malloc",
+    "unpatch",
     "use_backend",
 ]
 
@@ -82,6 +90,7 @@ _LAZY = {
     ),
     "engine": ("Plan", "lower"),
     "hub": ("load_pretrained",),
+    "interop": ("PatchReport", "from_snntorch", "patch", "patched", "unpatch"),
     "interop.nir": ("from_nir", "to_nir"),
     "interop.onnx": ("to_onnx",),
 }  # fmt: skip
@@ -89,6 +98,8 @@ _HOME = {name: module for module, names in _LAZY.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
+    if name in ("compat", "interop"):
+        return import_module(f"{__name__}.{name}")
     if name in _HOME:
         module = import_module(f"{__name__}.{_HOME[name]}")
         globals()[name] = value = getattr(module, name)

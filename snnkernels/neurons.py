@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import surrogate as _surrogate
+from .joined import join
 from .kernels import arguments, call, operands
 from .kernels.arguments import NO_OPTIONS, Options
 from .kernels.spec import SPIKES, Asked
@@ -122,6 +123,7 @@ class IFNode(nn.Module):
         probe: Probe | None = None,
         parallel: bool = False,
     ) -> None:
+        join(self)
         super().__init__()
         if output not in _OUTPUTS:
             raise ValueError(f"output={output!r} is unknown; allowed are {', '.join(_OUTPUTS)}")

@@ -38,7 +38,9 @@ PURE = os.environ.get("SNNKERNELS_TEST_PURE") == "1"
 ALL = os.environ.get("SNNKERNELS_TEST_ALL") == "1"
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-SURROGATES = ("atan", "sigmoid", "triangle", "rectangle")
+# With kernels of their own in the plain neuron, and those of the general kernel.
+PLAIN_SURROGATES = ("atan", "sigmoid", "triangle", "rectangle")
+SURROGATES = (*PLAIN_SURROGATES, "superspike", "exponential", "erf", "periodic_exponential")
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import surrogate as _surrogate
 from . import backward, double_backward, operands, ops, params, run
-from .prepared import Prepared
+from .prepared import How, Prepared
 from .spec import OPERANDS, SPIKES, Asked, Grads, Neuron, Outputs, Saved
 
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -55,8 +55,8 @@ def forward(
 ) -> Outputs:
     """The forward pass without gradients, by the shortest way to a kernel."""
     if not through_operator(x):
-        return run.if_forward(x, T, neuron, asked, -1, alpha, out)
-    made = ops.if_forward(x, T, *neuron, *asked, -1, alpha)
+        return run.if_forward(x, T, neuron, asked, -1, alpha, 1.0, out)
+    made = ops.if_forward(x, T, *neuron, *asked, -1, alpha, 1.0)
     there = (*asked[:3], bool(asked.count_at), True, *asked[3:6])
     outputs = Outputs._make(
         t if is_there else None for t, is_there in zip(made, there, strict=True)
@@ -95,8 +95,8 @@ def plain(
     x: Tensor,
     v_init: Tensor | None,
 ) -> Outputs:
-    """A plain run with a graph behind it."""
-    how = (surrogate.kind, surrogate.alpha, detach_reset)
+    """A plain run with a graph behind it, and a surrogate that the plain kernels know."""
+    how = (surrogate.kind, surrogate.alpha, surrogate.scale, detach_reset)
     return outputs(*_Plain.apply(prepared, how, x, v_init))
 
 
@@ -107,7 +107,7 @@ class _Plain(torch.autograd.Function):
     def forward(
         ctx: Any,
         prepared: Prepared,
-        how: tuple[int, float, bool],
+        how: How,
         x: Tensor,
         v_init: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
@@ -219,7 +219,7 @@ class _IntegrateAndFire(torch.autograd.Function):
         needs = [asked_for[1]] + [False] * len(OPERANDS)
         for i, operand in enumerate(c.present):
             needs[1 + operand] = asked_for[2 + i]
-        how = (c.surrogate.kind, c.surrogate.alpha, c.detach_reset)
+        how = (c.surrogate.kind, c.surrogate.alpha, c.surrogate.scale, c.detach_reset)
         found = _backward(saved, neuron, given, how, needs)
         wanted = [found[0] if needs[0] else None]
         wanted += [found[1 + i] if needs[1 + i] else None for i in c.present]
@@ -230,7 +230,7 @@ def _backward(
     saved: Saved,
     neuron: Neuron,
     given: Grads,
-    how: tuple[int, float, bool],
+    how: How,
     needs: list[bool],
 ) -> Sequence[Any]:
     """The backward pass, by the shortest way to a kernel."""

@@ -15,10 +15,11 @@ DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloa
 
 STRICT, HARD_RESET, INPUT_SCALE, DETACH_RESET, SMOOTH = 1, 2, 4, 8, 16
 BETA, BIAS, FIRE_LEVEL, BURST, SIGNED, MASK = 32, 64, 128, 256, 512, 1024
-PROBE_MASK, PROBE_SHIFT, PARALLEL = 2048, 4096, 8192
+PROBE_MASK, PROBE_SHIFT, PARALLEL, RESET_DELAY = 2048, 4096, 8192, 16384
+CLIP = 32768
 
 # Options that have no gradient.
-INFERENCE_ONLY = BURST | SIGNED | MASK | PROBE_MASK | PROBE_SHIFT | PARALLEL
+INFERENCE_ONLY = SIGNED | MASK | PROBE_MASK | PROBE_SHIFT | PARALLEL
 
 # Steps whose membranes the GPU backward holds in registers (kChunk).
 CHUNK = 8
@@ -43,7 +44,7 @@ _MORE_OPERANDS = tuple((name, _OPERAND) for name in ("input_scale", "beta", "bia
 _GENERAL_ONLY = (
     *((name, "Q") for name in ("counts", "v_seq", "charge_seq", "mask")),
     *_MORE_OPERANDS,
-    *((name, "d") for name in ("v_reset", "margin")),
+    *((name, "d") for name in ("v_reset", "margin", "surrogate_scale", "v_min")),
     *((name, "i") for name in ("options", "surrogate", "max_spikes", "probe", "iterations")),
     *((name, "i") for name in ("count_low", "count_high", "count_times")),
     ("count_at", f"{COUNT_TIMES}i"),
@@ -64,7 +65,8 @@ _BACKWARD_GENERAL_ONLY = (
     *((name, "Q") for name in ("grad_v_seq", "grad_charge_seq")),
     *((name, "Q") for name in ("grad_input_scale", "grad_beta", "grad_bias", "grad_fire_level")),
     *_MORE_OPERANDS,
-    ("v_reset", "d"),
+    *((name, "d") for name in ("v_reset", "surrogate_scale", "v_min")),
+    *((name, "i") for name in ("max_spikes", "pad")),
 )
 
 _NUMPY = {"Q": "u8", "q": "i8", "d": "f8", "i": "i4", f"{COUNT_TIMES}i": f"{COUNT_TIMES}i4"}
