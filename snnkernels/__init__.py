@@ -13,7 +13,6 @@ from .packed import PackedSpikes
 from .state import detach_net, reset_net, set_step_mode
 
 if TYPE_CHECKING:
-    from . import compat, interop, metrics, plots
     from .conversion import (
         QCFS,
         ClipReLU,
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
         ThresholdReLU,
         convert_modules,
     )
+    from . import compat, interop, metrics, plots
     from .conversion.pipeline import convert, methods
     from .engine import Plan, lower
     from .hub import load_pretrained
@@ -104,9 +104,9 @@ _LAZY = {
     "monitors": ("SpikeMonitor", "VoltageMonitor"),
     "tensorboard": ("log_to_tensorboard",),
     "hub": ("load_pretrained",),
+    "interop": ("PatchReport", "from_snntorch", "patch", "patched", "unpatch"),
     "interop.nir": ("from_nir", "to_nir"),
     "interop.onnx": ("to_onnx",),
-    "interop": ("PatchReport", "from_snntorch", "patch", "patched", "unpatch"),
 }  # fmt: skip
 _LAZY_MODULES = ("compat", "interop", "metrics", "plots")
 _HOME = {name: module for module, names in _LAZY.items() for name in names}
