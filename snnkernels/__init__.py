@@ -13,6 +13,7 @@ from .packed import PackedSpikes
 from .state import detach_net, reset_net, set_step_mode
 
 if TYPE_CHECKING:
+    from . import compat, interop, metrics, plots
     from .conversion import (
         QCFS,
         ClipReLU,
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
         ThresholdReLU,
         convert_modules,
     )
-    from . import compat, interop, metrics, plots
     from .conversion.pipeline import convert, methods
     from .engine import Plan, lower
     from .hub import load_pretrained
