@@ -60,8 +60,9 @@ class Surrogate:
         return self._scaled(self._derivative(u, threshold))
 
     def primitive(self, u: Tensor, threshold: Tensor | float = 1.0) -> Tensor:
-        """The smooth function whose derivative this is, same shape and dtype.
+        """The smooth function whose derivative this is, at ``u``; same shape and dtype.
 
+        ``threshold`` as for :meth:`derivative`.
         From 0 to the area, which is ``scale`` where the formula has area 1.
         """
         return self._scaled(self._primitive(u, threshold))
