@@ -367,7 +367,7 @@ class BackwardGeneral {
         charges_(static_cast<S*>(scratch)),
         saved_(charges_ + least(p.base.T, kSteps) * kLanes) {
     b_.v_reset = S(p.v_reset), b_.alpha = S(p.base.alpha);
-    b_.scale = S(p.surrogate_scale), b_.v_min = S(p.v_min), b_.max_spikes = S(p.max_spikes),
+    b_.scale = S(p.surrogate_scale), b_.v_min = p.v_min, b_.max_spikes = S(p.max_spikes),
     b_.margin = S(0);
     b_.count_low = b_.count_high = 0;
     b_.options = p.base.options, b_.surrogate = p.base.surrogate;

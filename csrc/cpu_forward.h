@@ -217,7 +217,8 @@ struct Lanes {
   alignas(64) S k[kLanes];  // spikes of the last step
   alignas(64) i32 guard[kLanes];
   Currents<S> currents;
-  S v_reset, alpha, margin, max_spikes, scale, v_min;
+  S v_reset, alpha, margin, max_spikes, scale;
+  double v_min;
   i32 options, surrogate, count_low, count_high;
 
   template <i32 OPTIONS>
@@ -312,7 +313,7 @@ class General {
         v_seq_(p.v_seq, p.base.out_rows, p.base.inner, p.base.N, sizeof(S), streaming),
         charge_seq_(p.charge_seq, p.base.out_rows, p.base.inner, p.base.N, sizeof(S), streaming) {
     b_.v_reset = S(p.v_reset), b_.alpha = S(p.base.alpha), b_.margin = S(p.margin);
-    b_.max_spikes = S(p.max_spikes), b_.scale = S(p.surrogate_scale), b_.v_min = S(p.v_min);
+    b_.max_spikes = S(p.max_spikes), b_.scale = S(p.surrogate_scale), b_.v_min = p.v_min;
     b_.options = p.options, b_.surrogate = p.surrogate;
     b_.count_low = p.count_low, b_.count_high = p.count_high;
   }

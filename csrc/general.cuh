@@ -15,7 +15,7 @@ __device__ __forceinline__ void set(Neuron<S, SMOOTH>& neuron, const Operand& th
   neuron.v_reset = S(v_reset);
   neuron.alpha = S(alpha);
   neuron.scale = S(scale);
-  neuron.v_min = S(v_min);
+  neuron.v_min = v_min;
   neuron.max_spikes = S(max_spikes);
   neuron.options = options;
 }
@@ -225,7 +225,6 @@ __global__ void __launch_bounds__(kThreads, sizeof(X) == 8 ? 1 : 2)
   const X* const grad_spikes = static_cast<const X*>(b.grad_spikes) + place.in(b.grad_rows);
   X* const grad_x = static_cast<X*>(b.grad_x) + place.in(b.grad_x_rows);
   const i64 row = place.in(b.out_rows);
-  S* const scratch = static_cast<S*>(b.scratch) + n;
   const i64 last = (b.T - 1) / kChunk;
 
   S v = v_init;
@@ -233,7 +232,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(X) == 8 ? 1 : 2)
   for (i64 t = 0; t < last * kChunk; ++t) {
     const S m = neuron.charge(v, current(widen(x[t * b.x_rows.step])));
     v = neuron.after(m, neuron.spikes(m, 0));
-    if (t % kChunk == kChunk - 1) scratch[t / kChunk * b.N] = v;
+    if (t % kChunk == kChunk - 1) static_cast<S*>(b.scratch)[t / kChunk * b.N + n] = v;
   }
 
   Adjoint<S> adjoint = {};
@@ -242,7 +241,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(X) == 8 ? 1 : 2)
   SNN_KEEP_LOOP
   for (i64 c = last; c >= 0; --c) {
     const i64 t0 = c * kChunk;
-    const S start = c ? scratch[(c - 1) * b.N] : v_init;
+    const S start = c ? static_cast<S*>(b.scratch)[(c - 1) * b.N + n] : v_init;
     S charges[kChunk];
     v = start;
     SNN_UNROLL

@@ -140,7 +140,8 @@ SNN_HD double surrogate_primitive(i32 kind, double u, double level, double alpha
 
 template <class S, bool SMOOTH>
 struct Neuron {
-  S threshold, fire_level, beta, v_reset, alpha, margin, max_spikes, scale, v_min;
+  S threshold, fire_level, beta, v_reset, alpha, margin, max_spikes, scale;
+  double v_min;
   i32 options, surrogate, count_low, count_high;
 
   SNN_HD S charge(S v, S current) const {
@@ -187,11 +188,11 @@ struct Neuron {
   }
 
   // Whether the clipping lets a change of the membrane v through.
-  SNN_HD bool above(S v) const { return v - v_min > S(0); }
+  SNN_HD bool above(S v) const { return v - S(v_min) > S(0); }
 
   SNN_HD S clip(S v) const {
-    const S d = v - v_min;
-    return (d < S(0) ? S(0) : d) + v_min;
+    const S d = v - S(v_min);
+    return (d < S(0) ? S(0) : d) + S(v_min);
   }
 
   // The membrane after a step, clipped where that is asked for.

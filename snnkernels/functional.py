@@ -379,6 +379,11 @@ def if_run(
 
     Returns:
         A :class:`Run`.
+
+    Raises:
+        TypeError: an argument of the wrong type.
+        ValueError: an unknown name in ``outputs``, options that exclude each other, a value out of
+            range or a shape that does not fit; the message names it.
     """
     names = (outputs,) if isinstance(outputs, str) else _tuple("outputs", outputs, "names")
     for name in names:

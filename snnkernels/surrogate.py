@@ -50,7 +50,7 @@ class Surrogate:
 
     def __call__(self, u: Tensor) -> Tensor:
         """Spikes of ``u``, same shape and dtype, with the surrogate gradient."""
-        return _Spike.apply(u, u >= 0, self, 1.0)
+        return _Spike.apply(u, u >= 0, self, None)
 
     def derivative(self, u: Tensor, threshold: Tensor | float = 1.0) -> Tensor:
         """The surrogate derivative at ``u``, same shape and dtype.
@@ -60,8 +60,9 @@ class Surrogate:
         return self._scaled(self._derivative(u, threshold))
 
     def primitive(self, u: Tensor, threshold: Tensor | float = 1.0) -> Tensor:
-        """The smooth function whose derivative this is, same shape and dtype.
+        """The smooth function whose derivative this is, at ``u``; same shape and dtype.
 
+        ``threshold`` as for :meth:`derivative`.
         From 0 to the area, which is ``scale`` where the formula has area 1.
         """
         return self._scaled(self._primitive(u, threshold))
@@ -239,7 +240,7 @@ class _Spike(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, u: Tensor, fired: Tensor, surrogate: Surrogate, threshold: Tensor | float
+        ctx: Any, u: Tensor, fired: Tensor, surrogate: Surrogate, threshold: Tensor | float | None
     ) -> Tensor:
         ctx.save_for_backward(u)
         ctx.surrogate = surrogate
@@ -249,7 +250,9 @@ class _Spike(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (u,) = ctx.saved_tensors
-        return grad * ctx.surrogate.derivative(u, ctx.threshold), None, None, None
+        # Surrogates of a user's own may know of no threshold.
+        more = () if ctx.threshold is None else (ctx.threshold,)
+        return grad * ctx.surrogate.derivative(u, *more), None, None, None
 
 
 def spike(

@@ -54,7 +54,7 @@ class Adapter:
     pip: str = ""
 
     def recognises(self, module: nn.Module) -> bool:
-        """Whether this is a neuron of the library, or of a class that derives from one.
+        """Whether ``module`` is a neuron of the library, or of a class that derives from one.
 
         What is recognised gets a line in the report; nothing below it is looked at.
         """
@@ -73,14 +73,14 @@ class Adapter:
         raise NotImplementedError
 
     def groups(self, model: nn.Module) -> Iterable[dict[nn.Module, Change]]:
-        """Modules that are patched together, as classes; before ``replace`` sees any of them.
+        """Modules of ``model`` patched together, as classes, before ``replace`` sees any of them.
 
         Such a module need not be one that ``recognises`` accepts.
         """
         return ()
 
     def restore(self, module: nn.Module, ours: nn.Module) -> None:
-        """Gives an original that ``ours`` stood for what changed meanwhile: state, device.
+        """Gives the original ``module``, for which ``ours`` stood, what changed: state, device.
 
         Not called where only the class was changed: there is nothing to carry.
         """

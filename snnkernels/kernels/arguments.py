@@ -223,14 +223,14 @@ def _with_more_options(given: Neuron, x: Tensor, steps: int, shape: Size, more: 
         if math.isinf(v_min):
             raise ValueError(f"v_min={v_min!r} must be finite or None")
         clash = {
-            "probe": params.PROBE_MASK | params.PROBE_SHIFT,
-            "parallel": params.PARALLEL,
-            "signed": params.SIGNED,
-            "reset_delay": params.RESET_DELAY,
+            "probe": more.probe is not None,
+            "parallel": more.parallel,
+            "signed": more.signed is not None,
+            "reset_delay": more.reset_delay,
         }
-        for other, bit in clash.items():
-            if options & bit:
-                raise ValueError(f"v_min cannot be combined with {other}")
+        for name, there in clash.items():
+            if there:
+                raise ValueError(f"v_min cannot be combined with {name}")
         options |= params.CLIP
         fields["v_min"] = v_min
     if more.mask is not None:

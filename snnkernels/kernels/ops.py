@@ -52,7 +52,8 @@ _LIBRARY.define(
 
 def _if_forward(x: Tensor, T: int | None, *rest: Any) -> tuple[Tensor, ...]:
     neuron, asked = Neuron(*rest[:_NEURON_END]), Asked(*rest[_NEURON_END:_ASKED_END])
-    asked = asked._replace(count_at=tuple(asked.count_at))
+    # AOTInductor hands None over for an empty list.
+    asked = asked._replace(count_at=tuple(asked.count_at or ()))
     outputs = run.if_forward(x, T, neuron, asked, *rest[_ASKED_END:])
     return tuple(
         x.new_empty(0, dtype=dtype) if output is None else output

@@ -7,6 +7,7 @@ passes a structured scalar to a kernel by value. A test compares both with the c
 from __future__ import annotations
 
 import struct
+from typing import Any
 
 import numpy as np
 import torch
@@ -72,7 +73,7 @@ _BACKWARD_GENERAL_ONLY = (
 _NUMPY = {"Q": "u8", "q": "i8", "d": "f8", "i": "i4", f"{COUNT_TIMES}i": f"{COUNT_TIMES}i4"}
 
 
-def _numpy(fields: tuple) -> np.dtype:
+def _numpy(fields: tuple[Any, ...]) -> np.dtype:
     return np.dtype(
         [
             (name, _numpy(kind) if isinstance(kind, tuple) else _NUMPY[kind])
@@ -82,7 +83,7 @@ def _numpy(fields: tuple) -> np.dtype:
     )
 
 
-def _format(fields: tuple) -> str:
+def _format(fields: tuple[Any, ...]) -> str:
     return "".join(_format(kind) if isinstance(kind, tuple) else kind for _, kind in fields)
 
 
