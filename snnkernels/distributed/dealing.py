@@ -24,6 +24,12 @@ class Split:
     Wrap what reads other files on every rank (web-scale streams). No two ranks may give the same
     example, which is not checked. Without this every rank's loader gives all batches in the same
     order, which is.
+
+    Args:
+        loader: an iterable of batches.
+
+    Raises:
+        TypeError: it is none.
     """
 
     def __init__(self, loader: Any) -> None:
@@ -154,7 +160,7 @@ class Dealt:
         if own is not None:
             yield own
 
-    def _of_indices(self, loader: DataLoader) -> Iterator[tuple[int, Any]]:
+    def _of_indices(self, loader: DataLoader[Any]) -> Iterator[tuple[int, Any]]:
         plan = _Plan(loader, self)
         for item in _again(loader, plan):
             yield plan.numbers.pop(0), self.view(item)
@@ -179,7 +185,7 @@ class Dealt:
 class _Plan:
     """A batch sampler: batch 0 and this rank's, from ``start`` on, of the loader's own."""
 
-    def __init__(self, loader: DataLoader, dealt: Dealt) -> None:
+    def __init__(self, loader: DataLoader[Any], dealt: Dealt) -> None:
         self.loader, self.dealt = loader, dealt
         self.numbers: list[int] = []  # of the batches that are on their way
 
@@ -203,7 +209,7 @@ class _Plan:
             yield own[1]
 
 
-def _again(loader: DataLoader, plan: _Plan) -> DataLoader:
+def _again(loader: DataLoader[Any], plan: _Plan) -> DataLoader[Any]:
     """The loader with another batch sampler."""
     workers = loader.num_workers > 0
     return DataLoader(
