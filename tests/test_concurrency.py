@@ -142,6 +142,35 @@ def test_eight_threads_convert_and_run() -> None:
             assert_same_bits(got, want, f"thread {n}")
 
 
+def test_conversions_do_not_disturb_each_other() -> None:
+    """torch.fx replaces methods of nn.Module while it traces: for its own thread only."""
+    torch.manual_seed(0)
+    nets = [
+        nn.Sequential(*(layer for _ in range(2 + n) for layer in (nn.Linear(6, 6), nn.ReLU())))
+        for n in range(6)
+    ]
+    x = current(0, 4, 6)
+    bystander = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 2)).eval()
+    with torch.no_grad():
+        want = bystander(x)
+
+    def work(n: int) -> None:
+        for _ in range(4):
+            if n >= 6:
+                with torch.no_grad():
+                    for _ in range(50):
+                        assert_same_bits(bystander(x), want)
+            else:
+                convert(nets[n].eval(), x, T=4, progress=False)
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        together(work)
+    finally:
+        sys.setswitchinterval(before)
+
+
 @pytest.mark.parametrize("shared", [False, True], ids=["a plan each", "one plan"])
 def test_eight_threads_on_plans(shared: bool) -> None:
     """A plan may be shared: calls take turns."""
