@@ -25,6 +25,10 @@ SETTINGS = {
     "OMP_WAIT_POLICY=passive": {"OMP_WAIT_POLICY": "passive"},
     "GOMP_SPINCOUNT=100": {"GOMP_SPINCOUNT": "100"},
 }
+COLUMNS = [
+    "cores", "busy_processes", "setting", "neuron_steps", "calls",
+    "median_vs_one_thread", "worst_tenth_vs_one_thread",
+]  # fmt: skip
 SIZES = {"8 x 40,000": (8, 40_000), "8 x 400,000": (8, 400_000)}
 
 
@@ -93,10 +97,7 @@ def main() -> None:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     with options.out.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(
-            "cores busy_processes setting neuron_steps calls median_vs_one_thread "
-            "worst_tenth_vs_one_thread".split()
-        )
+        writer.writerow(COLUMNS)
         writer.writerows(rows)
 
 
