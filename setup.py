@@ -280,6 +280,7 @@ setup(
     package_dir={"snnkernels._csrc": "csrc"},
     package_data={
         "snnkernels": ["py.typed"],
+        "snnkernels.html_report": ["*.css", "*.js"],
         "snnkernels._csrc": ["*.h", "*.cuh", "*.cu", "*.cpp"],
     },
     ext_modules=extensions,

@@ -52,7 +52,7 @@ inline pybind11::dict layout() {
   END
   BEGIN(IFGeneral)
     F(base); F(counts); F(v_seq); F(charge_seq); F(mask); F(input_scale); F(beta); F(bias);
-    F(fire_level); F(v_reset); F(margin); F(options); F(surrogate); F(max_spikes); F(probe);
+    F(fire_level); F(v_reset); F(margin); F(surrogate_scale); F(v_min); F(options); F(surrogate); F(max_spikes); F(probe);
     F(iterations); F(count_low); F(count_high); F(count_times); F(count_at);
   END
   BEGIN(IFBackward)
@@ -64,6 +64,7 @@ inline pybind11::dict layout() {
   BEGIN(IFBackwardGeneral)
     F(base); F(grad_v_seq); F(grad_charge_seq); F(grad_input_scale); F(grad_beta); F(grad_bias);
     F(grad_fire_level); F(input_scale); F(beta); F(bias); F(fire_level); F(v_reset);
+    F(surrogate_scale); F(v_min); F(max_spikes); F(pad);
   END
   return all;
   // clang-format on

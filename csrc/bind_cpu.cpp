@@ -99,7 +99,8 @@ void check(const IFGeneral& p) {
   require(!(p.options & kSmooth) ||
               (p.base.dtype == kFloat64 && (!p.base.spikes || p.base.spike_bytes == 8)),
           "smooth spikes are float64");
-  require(p.surrogate >= kATan && p.surrogate <= kRectangle, "surrogate code out of range");
+  require(p.surrogate >= kATan && p.surrogate <= kPeriodicExponential,
+          "surrogate code out of range");
   require(!(p.options & kMask) || p.mask || !p.base.N, "mask is missing");
   require(p.max_spikes >= 0, "max_spikes must not be negative");
   require(p.iterations >= 0, "iterations must not be negative");
@@ -119,7 +120,8 @@ void check(const IFBackward& p, bool general) {
   check_shape(p.x || (!general && (p.charges || p.window)) ? &p : nullptr, p.T, p.N, p.inner,
               p.dtype);
   require(p.T >= 1, "a backward pass needs at least one step");
-  require(p.surrogate >= kATan && p.surrogate <= kRectangle, "surrogate code out of range");
+  require(p.surrogate >= kATan && p.surrogate <= (general ? kPeriodicExponential : kRectangle),
+          "surrogate code out of range");
   check(p.v_init), check(p.threshold), check(p.amplitude);
   if (general) {
     require(!(p.options & kSmooth) || p.dtype == kFloat64, "smooth spikes are float64");
@@ -200,6 +202,7 @@ void if_backward_general(const py::bytes& bytes) {
   const IFBackwardGeneral p = unpack<IFBackwardGeneral>(bytes);
   check(p.base, true);
   check(p.input_scale), check(p.beta), check(p.bias), check(p.fire_level);
+  require(p.max_spikes >= 0, "max_spikes must not be negative");
   const bool streaming = 3 * p.base.T * p.base.N * element_bytes(p.base.dtype) > kStreamBytes;
   py::gil_scoped_release nogil;
   over_neurons(p.base.T, p.base.N, backward_scratch_bytes(p.base),

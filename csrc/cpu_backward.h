@@ -367,7 +367,8 @@ class BackwardGeneral {
         charges_(static_cast<S*>(scratch)),
         saved_(charges_ + least(p.base.T, kSteps) * kLanes) {
     b_.v_reset = S(p.v_reset), b_.alpha = S(p.base.alpha);
-    b_.margin = b_.max_spikes = S(0);
+    b_.scale = S(p.surrogate_scale), b_.v_min = p.v_min, b_.max_spikes = S(p.max_spikes),
+    b_.margin = S(0);
     b_.count_low = b_.count_high = 0;
     b_.options = p.base.options, b_.surrogate = p.base.surrogate;
   }
@@ -432,24 +433,18 @@ class BackwardGeneral {
 
   // Membranes before a step, from the charges of the one before it.
   void before(const S* charges) {
-    if (!(b_.options & kBeta)) return;
+    if (!(b_.options & (kBeta | kResetDelay))) return;
     __builtin_memcpy(b_.charge, charges, sizeof b_.charge);
-    if (b_.options & kStrict)
-      b_.template spike_lanes<kStrict>();
-    else
-      b_.template spike_lanes<0>();
-    if (b_.options & kHardReset)
-      b_.template reset_lanes<kHardReset>();
-    else
-      b_.template reset_lanes<0>();
+    b_.fire();
+    b_.reset();
   }
 
   template <int KIND>
   void slope_lanes(const S* charge) {
-    const S alpha = b_.alpha;
+    const S alpha = b_.alpha, scale = b_.scale;
 #pragma omp simd
     for (i64 i = 0; i < kLanes; ++i)
-      slope_[i] = surrogate_derivative<KIND>(charge[i] - b_.level[i], alpha);
+      slope_[i] = surrogate_slope<KIND>(charge[i], b_.level[i], alpha, scale);
   }
 
   void slopes(const S* charge) {
@@ -460,8 +455,27 @@ class BackwardGeneral {
         return slope_lanes<kSigmoid>(charge);
       case kTriangle:
         return slope_lanes<kTriangle>(charge);
+      case kSuperSpike:
+        return slope_lanes<kSuperSpike>(charge);
+      case kExponential:
+        return slope_lanes<kExponential>(charge);
+      case kErf:
+        return slope_lanes<kErf>(charge);
+      case kPeriodicExponential:
+        return slope_lanes<kPeriodicExponential>(charge);
       default:
         return slope_lanes<kRectangle>(charge);
+    }
+  }
+
+  // What the clipping stopped has no gradient.
+  void pass(const S* charge) {
+    const bool hard = (b_.options & kHardReset) != 0;
+    for (i64 i = 0; i < kLanes; ++i) {
+      const S m = charge[i], k = b_.k[i];
+      const S v = hard ? b_.template neuron<kHardReset>(i).reset(m, k)
+                       : b_.template neuron<0>(i).reset(m, k);
+      g_.carry[i] = select(b_.template neuron<0>(i).above(v), g_.carry[i]);
     }
   }
 
@@ -472,7 +486,8 @@ class BackwardGeneral {
     for (i64 i = 0; i < kLanes; ++i) {
       const Neuron<S, SMOOTH> neuron = b_.template neuron<OPTIONS>(i);
       Adjoint<S> a = {g_.carry[i], S(0), g_.threshold[i], g_.level[i], g_.amplitude[i], g_.beta[i]};
-      a.step(neuron, b_.v[i], charge[i], grad_out[i], amplitude_[i], grad_charge[i], slope_[i]);
+      a.step(neuron, b_.v[i], charge[i], b_.k[i], grad_out[i], amplitude_[i], grad_charge[i],
+             slope_[i]);
       g_.carry[i] = a.carry;
       g_.current[i] = a.grad_current;
       g_.threshold[i] = a.grad_threshold;
@@ -516,7 +531,14 @@ class BackwardGeneral {
       if (g != grad_charge) __builtin_memcpy(grad_charge, g, sizeof grad_charge);
     }
     slopes(charge);
-    adjoint<0, kStrict, kHardReset, kDetachReset, kBeta, kFireLevel>(charge, grad_out, grad_charge);
+    __builtin_memcpy(b_.charge, charge, sizeof b_.charge);
+    b_.fire();
+    if (b_.options & kClip) pass(charge);
+    if (b_.options & kResetDelay)
+      adjoint<kResetDelay | kDetachReset, kStrict, kBeta, kFireLevel>(charge, grad_out,
+                                                                      grad_charge);
+    else
+      adjoint<0, kHardReset, kDetachReset, kBeta, kFireLevel>(charge, grad_out, grad_charge);
     const S* grad_x = g_.current;
     if (b_.options & kBias)
       for (i64 i = 0; i < kLanes; ++i) g_.bias[i] += g_.current[i];

@@ -217,13 +217,14 @@ struct Lanes {
   alignas(64) S k[kLanes];  // spikes of the last step
   alignas(64) i32 guard[kLanes];
   Currents<S> currents;
-  S v_reset, alpha, margin, max_spikes;
+  S v_reset, alpha, margin, max_spikes, scale;
+  double v_min;
   i32 options, surrogate, count_low, count_high;
 
   template <i32 OPTIONS>
   SNN_HD Neuron<S, SMOOTH> neuron(i64 i) const {
-    return {threshold[i], level[i], currents.beta[i], v_reset,   alpha,     margin,
-            max_spikes,   OPTIONS,  surrogate,        count_low, count_high};
+    return {threshold[i], level[i], currents.beta[i], v_reset,   alpha,     margin,    max_spikes,
+            scale,        v_min,    OPTIONS,          surrogate, count_low, count_high};
   }
 
   template <i32 OPTIONS>
@@ -249,10 +250,46 @@ struct Lanes {
   }
 
   void step(const S* current) {
-    if (options & kBeta)
+    if (options & kResetDelay)
+      charge_delayed(current);
+    else if (options & kBeta)
       charge_lanes<kBeta>(current);
     else
       charge_lanes<0>(current);
+    fire();
+    reset();
+    if (options & kSigned) {
+#pragma omp simd
+      for (i64 i = 0; i < kLanes; ++i) guard[i] += i32(k[i]);
+    }
+  }
+
+  void charge_delayed(const S* current) {
+    switch (options & (kBeta | kStrict)) {
+      case kBeta | kStrict:
+        return charge_lanes<kResetDelay | kBeta | kStrict>(current);
+      case kBeta:
+        return charge_lanes<kResetDelay | kBeta>(current);
+      case kStrict:
+        return charge_lanes<kResetDelay | kStrict>(current);
+      default:
+        return charge_lanes<kResetDelay>(current);
+    }
+  }
+
+  void reset() {
+    if (options & kResetDelay)
+      reset_lanes<kResetDelay>();
+    else if (options & kHardReset)
+      reset_lanes<kHardReset>();
+    else
+      reset_lanes<0>();
+    if (!(options & kClip)) return;
+#pragma omp simd
+    for (i64 i = 0; i < kLanes; ++i) v[i] = neuron<0>(i).clip(v[i]);
+  }
+
+  void fire() {
     if (options & kBurst)
       spike_lanes<kBurst>();
     else if (options & kSigned)
@@ -261,14 +298,6 @@ struct Lanes {
       spike_lanes<kStrict>();
     else
       spike_lanes<0>();
-    if (options & kHardReset)
-      reset_lanes<kHardReset>();
-    else
-      reset_lanes<0>();
-    if (options & kSigned) {
-#pragma omp simd
-      for (i64 i = 0; i < kLanes; ++i) guard[i] += i32(k[i]);
-    }
   }
 };
 
@@ -284,7 +313,7 @@ class General {
         v_seq_(p.v_seq, p.base.out_rows, p.base.inner, p.base.N, sizeof(S), streaming),
         charge_seq_(p.charge_seq, p.base.out_rows, p.base.inner, p.base.N, sizeof(S), streaming) {
     b_.v_reset = S(p.v_reset), b_.alpha = S(p.base.alpha), b_.margin = S(p.margin);
-    b_.max_spikes = S(p.max_spikes);
+    b_.max_spikes = S(p.max_spikes), b_.scale = S(p.surrogate_scale), b_.v_min = p.v_min;
     b_.options = p.options, b_.surrogate = p.surrogate;
     b_.count_low = p.count_low, b_.count_high = p.count_high;
   }

@@ -7,12 +7,16 @@ namespace snn {
 template <class S, bool SMOOTH>
 __device__ __forceinline__ void set(Neuron<S, SMOOTH>& neuron, const Operand& threshold,
                                     const Operand& fire_level, const Operand& beta, i32 options,
-                                    double alpha, double v_reset, i64 n) {
+                                    double alpha, double scale, double v_reset, double v_min,
+                                    i32 max_spikes, i64 n) {
   neuron.threshold = read<S>(threshold, n);
   neuron.fire_level = options & kFireLevel ? read<S>(fire_level, n) : neuron.threshold;
   neuron.beta = options & kBeta ? read<S>(beta, n) : S(1);
   neuron.v_reset = S(v_reset);
   neuron.alpha = S(alpha);
+  neuron.scale = S(scale);
+  neuron.v_min = v_min;
+  neuron.max_spikes = S(max_spikes);
   neuron.options = options;
 }
 
@@ -103,15 +107,17 @@ struct Emitter {
 };
 
 template <class X, bool SMOOTH>
-__global__ void __launch_bounds__(kThreads, sizeof(X) == 8 ? 3 : 0) if_general(const IFGeneral p) {
+__global__ void __launch_bounds__(kThreads, sizeof(X) < 8 ? 0
+                                            : SMOOTH      ? 2
+                                                          : 3) if_general(const IFGeneral p) {
   typedef State<X> S;
   const i64 n = global_thread(), T = p.base.T;
   if (n >= p.base.N) return;
   const Place place(n, p.base.inner, p.base.N);
   Neuron<S, SMOOTH> neuron;
-  set(neuron, p.base.threshold, p.fire_level, p.beta, p.options, p.base.alpha, p.v_reset, n);
+  set(neuron, p.base.threshold, p.fire_level, p.beta, p.options, p.base.alpha, p.surrogate_scale,
+      p.v_reset, p.v_min, p.max_spikes, n);
   neuron.margin = S(p.margin);
-  neuron.max_spikes = S(p.max_spikes);
   neuron.surrogate = p.surrogate;
   neuron.count_low = p.count_low;
   neuron.count_high = p.count_high;
@@ -179,7 +185,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(X) == 8 ? 3 : 0) if_general(c
         ring[kLoadsInFlight - 1] = load<X, 1>(x + (t + kLoadsInFlight) * x_step).at[0];
       const S k = neuron.spikes(m, guard);
       guard += i32(k);
-      v = neuron.reset(m, k);
+      v = neuron.after(m, k);
       out.emit(t, probing ? 0 : was_probing ? t + 1 - p.probe : t + 1, k);
       if (p.charge_seq) static_cast<S*>(p.charge_seq)[out.at] = m;
       if (p.v_seq) static_cast<S*>(p.v_seq)[out.at] = v;
@@ -200,15 +206,17 @@ __global__ void __launch_bounds__(kThreads, sizeof(X) == 8 ? 3 : 0) if_general(c
 
 // As if_backward; the gradient of every operand as well. SMOOTH: the differentiable twin, double.
 template <class X, bool SMOOTH>
-__global__ void __launch_bounds__(kThreads) if_backward_general(const IFBackwardGeneral p) {
+__global__ void __launch_bounds__(kThreads, sizeof(X) == 8 ? 1 : 2)
+    if_backward_general(const IFBackwardGeneral p) {
   typedef State<X> S;
   const IFBackward& b = p.base;
   const i64 n = global_thread();
   if (n >= b.N) return;
   const Place place(n, b.inner, b.N);
   Neuron<S, SMOOTH> neuron;
-  set(neuron, b.threshold, p.fire_level, p.beta, b.options, b.alpha, p.v_reset, n);
-  neuron.margin = neuron.max_spikes = S(0);
+  set(neuron, b.threshold, p.fire_level, p.beta, b.options, b.alpha, p.surrogate_scale, p.v_reset,
+      p.v_min, p.max_spikes, n);
+  neuron.margin = S(0);
   neuron.surrogate = b.surrogate;
   neuron.count_low = neuron.count_high = 0;
   const Current<X> current(p.input_scale, p.bias, b.options, n);
@@ -217,15 +225,14 @@ __global__ void __launch_bounds__(kThreads) if_backward_general(const IFBackward
   const X* const grad_spikes = static_cast<const X*>(b.grad_spikes) + place.in(b.grad_rows);
   X* const grad_x = static_cast<X*>(b.grad_x) + place.in(b.grad_x_rows);
   const i64 row = place.in(b.out_rows);
-  S* const scratch = static_cast<S*>(b.scratch) + n;
   const i64 last = (b.T - 1) / kChunk;
 
   S v = v_init;
   SNN_KEEP_LOOP
   for (i64 t = 0; t < last * kChunk; ++t) {
     const S m = neuron.charge(v, current(widen(x[t * b.x_rows.step])));
-    v = neuron.reset(m, neuron.spike(m));
-    if (t % kChunk == kChunk - 1) scratch[t / kChunk * b.N] = v;
+    v = neuron.after(m, neuron.spikes(m, 0));
+    if (t % kChunk == kChunk - 1) static_cast<S*>(b.scratch)[t / kChunk * b.N + n] = v;
   }
 
   Adjoint<S> adjoint = {};
@@ -234,14 +241,14 @@ __global__ void __launch_bounds__(kThreads) if_backward_general(const IFBackward
   SNN_KEEP_LOOP
   for (i64 c = last; c >= 0; --c) {
     const i64 t0 = c * kChunk;
-    const S start = c ? scratch[(c - 1) * b.N] : v_init;
+    const S start = c ? static_cast<S*>(b.scratch)[(c - 1) * b.N + n] : v_init;
     S charges[kChunk];
     v = start;
     SNN_UNROLL
     for (int k = 0; k < kChunk; ++k) {
       if (t0 + k >= b.T) break;
       charges[k] = neuron.charge(v, current(widen(x[(t0 + k) * b.x_rows.step])));
-      v = neuron.reset(charges[k], neuron.spike(charges[k]));
+      v = neuron.after(charges[k], neuron.spikes(charges[k], 0));
     }
     SNN_UNROLL
     for (int k = kChunk - 1; k >= 0; --k) {
@@ -253,10 +260,14 @@ __global__ void __launch_bounds__(kThreads) if_backward_general(const IFBackward
       const S grad_charge = p.grad_charge_seq ? static_cast<const S*>(p.grad_charge_seq)[at] : S(0);
       if (p.grad_v_seq) adjoint.carry += static_cast<const S*>(p.grad_v_seq)[at];
       S before = start;
-      if (k && (b.options & kBeta))
-        before = neuron.reset(charges[k ? k - 1 : 0], neuron.spike(charges[k ? k - 1 : 0]));
-      const S slope = surrogate_derivative(neuron.surrogate, m - neuron.fire_level, neuron.alpha);
-      adjoint.step(neuron, before, m, grad_out, amplitude, grad_charge, slope);
+      if (k && (b.options & (kBeta | kResetDelay)))
+        before = neuron.after(charges[k ? k - 1 : 0], neuron.spikes(charges[k ? k - 1 : 0], 0));
+      const S slope =
+          surrogate_slope(neuron.surrogate, m, neuron.fire_level, neuron.alpha, neuron.scale);
+      const S spikes = neuron.spikes(m, 0);
+      if (b.options & kClip)
+        adjoint.carry = select(neuron.above(neuron.reset(m, spikes)), adjoint.carry);
+      adjoint.step(neuron, before, m, spikes, grad_out, amplitude, grad_charge, slope);
       grad_bias += adjoint.grad_current;
       if (current.scaled) grad_scale += adjoint.grad_current * widen(x[t * b.x_rows.step]);
       const S grad = current.scaled ? adjoint.grad_current * current.scale : adjoint.grad_current;

@@ -168,6 +168,7 @@ int launch_if_backward(const IFBackward& p, int device, void* stream) {
   if (!is_plain(p)) {
     IFBackwardGeneral general = {};
     general.base = p;
+    general.surrogate_scale = 1;
     return launch_if_backward_general(general, device, stream);
   }
   return launch(SNN_PICK(pick_backward, p.dtype, p), p, p.N, p.vec, device, stream);

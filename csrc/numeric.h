@@ -179,6 +179,14 @@ SNN_HD double arctan(double x) {
 #endif
 }
 
+SNN_HD double error_function(double x) {
+#if defined(__CUDA_ARCH__)
+  return erf(x);
+#else
+  return __builtin_erf(x);
+#endif
+}
+
 // exp(x) for x <= 0.
 SNN_HD double exp_nonpositive(double x) {
 #if defined(__CUDA_ARCH__)

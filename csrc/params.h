@@ -7,23 +7,35 @@ namespace snn {
 
 enum DType : i32 { kFloat32 = 0, kFloat64 = 1, kFloat16 = 2, kBFloat16 = 3 };
 
-enum Surrogate : i32 { kATan = 0, kSigmoid = 1, kTriangle = 2, kRectangle = 3 };
+// The first four have kernels of their own in the plain neuron; the general one knows all.
+enum Surrogate : i32 {
+  kATan = 0,
+  kSigmoid = 1,
+  kTriangle = 2,
+  kRectangle = 3,
+  kSuperSpike = 4,
+  kExponential = 5,
+  kErf = 6,
+  kPeriodicExponential = 7,
+};
 
 enum Option : i32 {
-  kStrict = 1,         // fire at m > level instead of m >= level
-  kHardReset = 2,      // v = v_reset after a spike
-  kInputScale = 4,     // current = round(x * input_scale)
-  kDetachReset = 8,    // no gradient through the spike in the reset
-  kSmooth = 16,        // spikes are the surrogate's primitive: the differentiable twin, for tests
-  kBeta = 32,          // leak: m = round(beta * v) + current
-  kBias = 64,          // current = round(current + bias)
-  kFireLevel = 128,    // fire at fire_level; the threshold is what a spike subtracts
-  kBurst = 256,        // up to max_spikes spikes a step
-  kSigned = 512,       // spikes of -1 as well, guarded by the running count
-  kMask = 1024,        // a neuron whose mask is 0 emits nothing
-  kProbeMask = 2048,   // SRP: `probe` steps first, whose last membrane masks the rest
-  kProbeShift = 4096,  // COS: the first `probe` steps are run beforehand and move v_init
-  kParallel = 8192,    // count = clip(floor((v_init + sum x) / threshold), 0, T), spikes first
+  kStrict = 1,          // fire at m > level instead of m >= level
+  kHardReset = 2,       // v = v_reset after a spike
+  kInputScale = 4,      // current = round(x * input_scale)
+  kDetachReset = 8,     // no gradient through the spike in the reset
+  kSmooth = 16,         // spikes are the surrogate's primitive: the differentiable twin, for tests
+  kBeta = 32,           // leak: m = round(beta * v) + current
+  kBias = 64,           // current = round(current + bias)
+  kFireLevel = 128,     // fire at fire_level; the threshold is what a spike subtracts
+  kBurst = 256,         // up to max_spikes spikes a step
+  kSigned = 512,        // spikes of -1 as well, guarded by the running count
+  kMask = 1024,         // a neuron whose mask is 0 emits nothing
+  kProbeMask = 2048,    // SRP: `probe` steps first, whose last membrane masks the rest
+  kProbeShift = 4096,   // COS: the first `probe` steps are run beforehand and move v_init
+  kParallel = 8192,     // count = clip(floor((v_init + sum x) / threshold), 0, T), spikes first
+  kResetDelay = 16384,  // what a spike subtracts is subtracted after the next charge
+  kClip = 32768,        // v = max(v - v_min, 0) + v_min after the reset, each rounded
 };
 
 // Times at which one run can report counts.
@@ -88,7 +100,9 @@ struct IFGeneral {
   Operand bias;
   Operand fire_level;
   double v_reset;
-  double margin;  // kSigned, kProbeMask, kProbeShift: see neuron.h
+  double margin;           // kSigned, kProbeMask, kProbeShift: see neuron.h
+  double surrogate_scale;  // read with kSmooth
+  double v_min;            // read with kClip
   i32 options;
   i32 surrogate;  // read with kSmooth
   i32 max_spikes;
@@ -147,6 +161,10 @@ struct IFBackwardGeneral {
   Operand bias;
   Operand fire_level;
   double v_reset;
+  double surrogate_scale;  // multiplies the surrogate's derivative
+  double v_min;            // read with kClip
+  i32 max_spikes;          // read with kBurst
+  i32 pad;
 };
 
 }  // namespace snn

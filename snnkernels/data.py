@@ -54,9 +54,15 @@ class ImageSet(Dataset[tuple[torch.Tensor, torch.Tensor]]):
     """Images and labels; ``set[i]`` is ``(float32 [C, H, W], int64 scalar)``.
 
     A slice or an index tensor gives a batch: ``set[:8]`` is ``(float32 [8, C, H, W], int64 [8])``.
-    ``images`` holds uint8 ``[N, C, H, W]`` and ``labels`` int64 ``[N]``; a value of ``full_scale``
-    is a pixel of 1, and pixels are normalised as ``(pixel - mean) / std``. ``name`` is what tables
-    print.
+
+    Args:
+        images: uint8 ``[N, C, H, W]``.
+        labels: int64 ``[N]``.
+        name: what tables print.
+        classes: the name of each label.
+        mean: of each channel; pixels are normalised as ``(pixel - mean) / std``.
+        std: of each channel.
+        full_scale: the value in ``images`` that is a pixel of 1.
     """
 
     def __init__(
@@ -123,7 +129,15 @@ def load_cifar10(
 ) -> ImageSet:
     """Return CIFAR-10 from a JPEG bundle (a ``.npz`` file) or from the official archives.
 
-    See :func:`cifar10_jpeg` and :func:`cifar10`; the result's ``name`` says which one it was.
+    The result's ``name`` says which one it was.
+
+    Args:
+        path: the ``.npz`` file (:func:`cifar10_jpeg`), or what :func:`cifar10` takes.
+        train: the training images; else the test images.
+        limit: only so many, the first.
+
+    Raises:
+        OSError, ImportError, ValueError: as :func:`cifar10_jpeg` and :func:`cifar10`.
     """
     if Path(path).suffix == ".npz":
         return cifar10_jpeg(path, train, limit=limit)
@@ -131,14 +145,21 @@ def load_cifar10(
 
 
 def cifar10(root: str | PathLike[str], train: bool = True, *, limit: int | None = None) -> ImageSet:
-    """Return CIFAR-10 from its official archives on disk, the first ``limit`` images of the split.
+    """Return CIFAR-10 from its official archives on disk.
 
-    ``root`` is ``cifar-10-python.tar.gz``, ``cifar-10-binary.tar.gz``, a folder extracted from one
-    of them (``cifar-10-batches-py``, ``cifar-10-batches-bin``), or the folder that holds any of
-    these. Images are uint8 ``[N, 3, 32, 32]`` in the archive's order. The pickles of the Python
-    version are read by an unpickler that builds arrays, lists, numbers and bytes and nothing else.
-    Raises :class:`FileNotFoundError` when none is there or a batch is missing and
-    :class:`ValueError` for damaged files.
+    Images are uint8 ``[N, 3, 32, 32]`` in the archive's order. The pickles of the Python version
+    are read by an unpickler that builds arrays, lists, numbers and bytes and nothing else.
+
+    Args:
+        root: ``cifar-10-python.tar.gz``, ``cifar-10-binary.tar.gz``, a folder extracted from one of
+            them (``cifar-10-batches-py``, ``cifar-10-batches-bin``), or the folder that holds any
+            of these.
+        train: the training images; else the test images.
+        limit: only so many, the first.
+
+    Raises:
+        FileNotFoundError: none is there, or a batch is missing.
+        ValueError: a file is damaged; ``limit`` is below 1.
     """
     _check_limit(limit)
     source = _find_cifar10(Path(root))
@@ -160,14 +181,23 @@ def cifar10(root: str | PathLike[str], train: bool = True, *, limit: int | None 
 def cifar10_jpeg(
     path: str | PathLike[str], train: bool = True, *, limit: int | None = None
 ) -> ImageSet:
-    """Return CIFAR-10 from a bundle of JPEG copies, the first ``limit`` images of the split.
+    """Return CIFAR-10 from a bundle of JPEG copies.
 
     The bundle is a ``.npz`` file with, for ``train`` and ``test``: ``*_bytes`` (uint8, the JPEG
     files one after the other), ``*_offsets`` (int, one more than there are images; file i is
     ``bytes[offsets[i]:offsets[i + 1]]``) and ``*_labels`` (uint8). Images are uint8
     ``[N, 3, 32, 32]`` in the bundle's order. Accuracies are those of JPEG copies, which the name
-    of the set says. Raises :class:`FileNotFoundError`, :class:`ImportError` without Pillow and
-    :class:`ValueError` for a file that is not such a bundle or is damaged.
+    of the set says.
+
+    Args:
+        path: the ``.npz`` file.
+        train: the training images; else the test images.
+        limit: only so many, the first.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ImportError: Pillow is not installed.
+        ValueError: the file is no such bundle or is damaged; ``limit`` is below 1.
     """
     _check_limit(limit)
     path = Path(path)

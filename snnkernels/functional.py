@@ -116,8 +116,9 @@ def if_multi_step(
             channel (with ``channel_dim``) or broadcasts to ``shape``.
         v_reset: ``None`` resets by subtraction; a number is what v becomes after a spike.
         surrogate_function: derivative used for spikes in the backward pass: ``None`` (ATan, alpha
-            2), ``"atan"``, ``"sigmoid"``, ``"triangle"``, ``"rectangle"``, or an object of
-            :mod:`snnkernels.surrogate` or SpikingJelly.
+            2), a name (``"atan"``, ``"superspike"``, ...), or an object of
+            :mod:`snnkernels.surrogate` or of another library, see
+            :func:`snnkernels.surrogate.resolve`.
         detach_reset: no gradient through the spike in the reset.
         store_v_seq: also return the membranes after each step.
         T: number of steps of a constant current.
@@ -336,6 +337,8 @@ def if_run(
     mask: Tensor | None = None,
     probe: Probe | None = None,
     parallel: bool = False,
+    reset_delay: bool = False,
+    v_min: float | None = None,
 ) -> Run:
     """Every output and every option of the neuron, in one launch.
 
@@ -355,7 +358,10 @@ def if_run(
             2022: ``alpha * v_threshold``).
         max_spikes: bursts of ``min(floor(m / v_threshold), max_spikes)`` spikes (AdaFire, Wang et
             al., AAAI 2025; a group neuron of m members, Lv et al., ICASSP 2024, has a threshold of
-            ``theta / m``). Spikes and uint8 spikes hold how many; packed ones cannot.
+            ``theta / m``). Spikes and uint8 spikes hold how many; packed ones cannot. At most 255
+            with uint8 spikes, else ``2**24``. The derivative of their number is the surrogate's at
+            ``m - v_threshold``, however many they are; with ``v_reset`` gradients need
+            ``detach_reset=True``.
         signed: spikes of -1 as well; ``spike_dtype`` may be ``torch.int8``; not packed.
         mask: bool or uint8 ``[*shape]``; where 0 a neuron emits nothing.
         probe: the probe steps of SRP or COS. Spikes, packed ones too, have the rows of a mask's
@@ -363,11 +369,21 @@ def if_run(
         parallel: ``clip(floor((v + sum x) / v_threshold), 0, T)`` spikes, in the first steps
             (Parallel conversion, Hao et al., ICML 2025): the QCFS network with L = T, without
             unevenness. No traces.
+        reset_delay: what a spike subtracts is subtracted after the next charge, as snnTorch does:
+            ``m = beta * v + current``, then ``m - v_threshold`` where ``v`` has fired. ``v`` and
+            ``v_seq`` are membranes that are not reset yet. Gradients need ``detach_reset=True``.
+        v_min: membranes are clipped after the reset, as Sinabs does: ``relu(v - v_min) + v_min``,
+            each operation rounded. A number, without a gradient of its own.
 
-    ``max_spikes``, ``signed``, ``mask``, ``probe`` and ``parallel`` are for inference.
+    ``signed``, ``mask``, ``probe`` and ``parallel`` are for inference.
 
     Returns:
         A :class:`Run`.
+
+    Raises:
+        TypeError: an argument of the wrong type.
+        ValueError: an unknown name in ``outputs``, options that exclude each other, a value out of
+            range or a shape that does not fit; the message names it.
     """
     names = (outputs,) if isinstance(outputs, str) else _tuple("outputs", outputs, "names")
     for name in names:
@@ -382,7 +398,9 @@ def if_run(
         "v_seq" in names, "charge_seq" in names, False,
         _tuple("count_at", count_at, "ints"),
     )  # fmt: skip
-    more = Options(beta, bias, fire_level, max_spikes, signed, mask, probe, parallel)
+    more = Options(
+        beta, bias, fire_level, max_spikes, signed, mask, probe, parallel, reset_delay, v_min
+    )
     if all(value is None or value is False for value in more):
         more = NO_OPTIONS
     run = call.run(

@@ -84,16 +84,24 @@ class SmallCNN(nn.Module):
         self.classifier = nn.Linear(128, num_classes)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Logits ``[B, num_classes]`` of images ``[B, in_channels, 8, 8]``."""
+        """Logits ``[B, num_classes]`` of images ``x``, ``[B, in_channels, 8, 8]``."""
         return self.classifier(self.hidden(self.features(x)))
 
 
 class VGG(nn.Module):
     """3x3 convolutions with batch norm, 2x2 pools, a global average and one linear layer.
 
-    ``plan`` lists output channels, with ``"P"`` for a pool of the given kind (``"avg"`` or
-    ``"max"``; any other raises :class:`ValueError`). Keys of the state dict are ``features.<i>.*``
-    and ``classifier.*``.
+    Keys of the state dict are ``features.<i>.*`` and ``classifier.*``.
+
+    Args:
+        plan: output channels of each convolution, with ``"P"`` for a pool.
+        num_classes: number of logits.
+        in_channels: channels of the images.
+        activation: makes an activation.
+        pool: ``"avg"`` or ``"max"``.
+
+    Raises:
+        ValueError: a ``pool`` that is neither.
     """
 
     def __init__(
@@ -111,12 +119,19 @@ class VGG(nn.Module):
         self.classifier = nn.Linear(channels, num_classes)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Logits ``[B, num_classes]`` of images ``[B, in_channels, H, W]``."""
+        """Logits ``[B, num_classes]`` of images ``x``, ``[B, in_channels, H, W]``."""
         return self.classifier(torch.flatten(self.features(x), 1))
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions around a sum; a 1x1 convolution on the shortcut where shapes differ."""
+    """Two 3x3 convolutions around a sum; a 1x1 convolution on the shortcut where shapes differ.
+
+    Args:
+        cin: channels of the input.
+        cout: channels of the output.
+        stride: of the first convolution and the shortcut.
+        activation: makes an activation.
+    """
 
     def __init__(
         self, cin: int, cout: int, stride: int = 1, *, activation: Activation = nn.ReLU
@@ -130,7 +145,7 @@ class BasicBlock(nn.Module):
         self.relu2 = activation()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """``[B, cin, H, W]`` to ``[B, cout, H / stride, W / stride]``."""
+        """``x`` of ``[B, cin, H, W]`` to ``[B, cout, H / stride, W / stride]``."""
         y = self.relu1(self.bn1(self.conv1(x)))
         return self.relu2(self.bn2(self.conv2(y)) + self.shortcut(x))
 
@@ -138,8 +153,14 @@ class BasicBlock(nn.Module):
 class ResNet(nn.Module):
     """Residual network for 32x32 images: stem, basic blocks, a global average, a linear layer.
 
-    ``blocks`` lists ``(channels, stride)`` of each basic block. Keys of the state dict are
-    ``stem.*``, ``blocks.<i>.*`` and ``classifier.*``.
+    Keys of the state dict are ``stem.*``, ``blocks.<i>.*`` and ``classifier.*``.
+
+    Args:
+        stem: output channels of the first convolution.
+        blocks: ``(channels, stride)`` of each basic block.
+        num_classes: number of logits.
+        in_channels: channels of the images.
+        activation: makes an activation.
     """
 
     def __init__(
@@ -163,7 +184,7 @@ class ResNet(nn.Module):
         self.classifier = nn.Linear(channels, num_classes)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Logits ``[B, num_classes]`` of images ``[B, in_channels, H, W]``."""
+        """Logits ``[B, num_classes]`` of images ``x``, ``[B, in_channels, H, W]``."""
         return self.classifier(torch.flatten(self.pool(self.blocks(self.stem(x))), 1))
 
 
@@ -174,7 +195,17 @@ def small_cnn(
     activation: Activation = nn.ReLU,
     pool: str = "avg",
 ) -> SmallCNN:
-    """Return the demo's network: 0.1 M parameters, five activations, images ``[B, C, 8, 8]``."""
+    """Return the demo's network: 0.1 M parameters, five activations, images ``[B, C, 8, 8]``.
+
+    Args:
+        num_classes: number of logits.
+        in_channels: channels of the images.
+        activation: makes an activation: ``nn.ReLU``, or a function that returns a fresh module.
+        pool: ``"avg"`` or ``"max"``.
+
+    Raises:
+        ValueError: a ``pool`` that is neither.
+    """
     return SmallCNN(num_classes, in_channels, activation=activation, pool=pool)
 
 
@@ -190,7 +221,17 @@ def vgg9(
     activation: Activation = nn.ReLU,
     pool: str = "avg",
 ) -> VGG:
-    """Return a small VGG for CIFAR: six convolutions, 1.7 M parameters."""
+    """Return a small VGG for CIFAR: six convolutions, 1.7 M parameters.
+
+    Args:
+        num_classes: number of logits.
+        in_channels: channels of the images.
+        activation: makes an activation: ``nn.ReLU``, or a function that returns a fresh module.
+        pool: ``"avg"`` or ``"max"``.
+
+    Raises:
+        ValueError: a ``pool`` that is neither.
+    """
     return VGG(_VGG9, num_classes, in_channels, activation=activation, pool=pool)
 
 
@@ -201,7 +242,17 @@ def vgg11(
     activation: Activation = nn.ReLU,
     pool: str = "max",
 ) -> VGG:
-    """Return VGG-11 with batch norm for CIFAR: eight convolutions, one linear layer."""
+    """Return VGG-11 with batch norm for CIFAR: eight convolutions, one linear layer.
+
+    Args:
+        num_classes: number of logits.
+        in_channels: channels of the images.
+        activation: makes an activation: ``nn.ReLU``, or a function that returns a fresh module.
+        pool: ``"avg"`` or ``"max"``.
+
+    Raises:
+        ValueError: a ``pool`` that is neither.
+    """
     return VGG(_VGG11, num_classes, in_channels, activation=activation, pool=pool)
 
 
@@ -212,14 +263,30 @@ def vgg16(
     activation: Activation = nn.ReLU,
     pool: str = "max",
 ) -> VGG:
-    """Return VGG-16 with batch norm for CIFAR: thirteen convolutions, one linear layer."""
+    """Return VGG-16 with batch norm for CIFAR: thirteen convolutions, one linear layer.
+
+    Args:
+        num_classes: number of logits.
+        in_channels: channels of the images.
+        activation: makes an activation: ``nn.ReLU``, or a function that returns a fresh module.
+        pool: ``"avg"`` or ``"max"``.
+
+    Raises:
+        ValueError: a ``pool`` that is neither.
+    """
     return VGG(_VGG16, num_classes, in_channels, activation=activation, pool=pool)
 
 
 def resnet10(
     num_classes: int = 10, in_channels: int = 3, *, activation: Activation = nn.ReLU
 ) -> ResNet:
-    """Return a small ResNet for CIFAR: four basic blocks, 1.3 M parameters."""
+    """Return a small ResNet for CIFAR: four basic blocks, 1.3 M parameters.
+
+    Args:
+        num_classes: number of logits.
+        in_channels: channels of the images.
+        activation: makes an activation: ``nn.ReLU``, or a function that returns a fresh module.
+    """
     blocks = [(64, 2), (64, 1), (128, 2), (256, 2)]
     return ResNet(32, blocks, num_classes, in_channels, activation=activation)
 
@@ -227,7 +294,13 @@ def resnet10(
 def resnet18(
     num_classes: int = 10, in_channels: int = 3, *, activation: Activation = nn.ReLU
 ) -> ResNet:
-    """Return ResNet-18 with the CIFAR stem (3x3, stride 1, no pool)."""
+    """Return ResNet-18 with the CIFAR stem (3x3, stride 1, no pool).
+
+    Args:
+        num_classes: number of logits.
+        in_channels: channels of the images.
+        activation: makes an activation: ``nn.ReLU``, or a function that returns a fresh module.
+    """
     stages = [(64, 1), (128, 2), (256, 2), (512, 2)]
     blocks = [block for width, stride in stages for block in ((width, stride), (width, 1))]
     return ResNet(64, blocks, num_classes, in_channels, activation=activation)
@@ -236,7 +309,13 @@ def resnet18(
 def resnet20(
     num_classes: int = 10, in_channels: int = 3, *, activation: Activation = nn.ReLU
 ) -> ResNet:
-    """Return ResNet-20 for CIFAR (16, 32, 64 channels), with 1x1 convolutions on shortcuts."""
+    """Return ResNet-20 for CIFAR (16, 32, 64 channels), with 1x1 convolutions on shortcuts.
+
+    Args:
+        num_classes: number of logits.
+        in_channels: channels of the images.
+        activation: makes an activation: ``nn.ReLU``, or a function that returns a fresh module.
+    """
     stages = [(16, 1), (32, 2), (64, 2)]
     blocks = [
         block for width, stride in stages for block in ((width, stride), (width, 1), (width, 1))
@@ -285,8 +364,15 @@ def save_checkpoint(
 ) -> None:
     """Write the state dict of ``model`` to a safetensors file that names its architecture.
 
-    ``metadata`` (``activation="qcfs", L=8``) is stored as text. Raises :class:`ValueError` for an
-    architecture that :data:`ARCHITECTURES` does not know.
+    Args:
+        model: the network.
+        path: of the file; an older one is replaced.
+        architecture: its key in :data:`ARCHITECTURES`.
+        metadata: stored as text (``activation="qcfs", L=8``).
+
+    Raises:
+        ImportError: safetensors is not installed.
+        ValueError: :data:`ARCHITECTURES` does not know the architecture.
     """
     if architecture not in ARCHITECTURES:
         raise ValueError(f"unknown architecture {architecture!r}; known: {_names()}")

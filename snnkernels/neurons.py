@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -10,25 +12,28 @@ import torch
 from torch import Tensor, nn
 
 from . import surrogate as _surrogate
+from .joined import join
 from .kernels import arguments, call, operands
 from .kernels.arguments import NO_OPTIONS, Options
 from .kernels.spec import SPIKES, Asked
 from .options import Probe, Signed
+from .packed import PackedSpikes
 
 _OUTPUTS = ("spikes", "packed", "count", "rate")
 _STEP_MODES = ("s", "m")
-_ASKED: dict[tuple[str, bool, bool], Asked] = {
-    (output, v_seq, count): Asked(
+# By output, store_v_seq, store_count, store_packed, store_charge_seq.
+_ASKED: dict[tuple[str, bool, bool, bool, bool], Asked] = {
+    (output, v_seq, count, words, charge_seq): Asked(
         spikes=output == "spikes",
-        words=output == "packed",
+        words=words or output == "packed",
         count=count or output in ("count", "rate"),
         v_seq=v_seq,
+        charge_seq=charge_seq,
     )
     for output in _OUTPUTS
-    for v_seq in (False, True)
-    for count in (False, True)
+    for v_seq, count, words, charge_seq in itertools.product((False, True), repeat=4)
 }
-_ASKED["spikes", False, False] = SPIKES
+_ASKED["spikes", False, False, False, False] = SPIKES
 # A learned threshold never falls below this fraction of where it started.
 _FLOOR = 1e-3
 
@@ -62,6 +67,11 @@ class IFNode(nn.Module):
         spike_dtype: dtype of the spikes: the input's (default) or ``torch.uint8``.
         store_v_seq: keep the membranes after each step in ``v_seq``.
         store_count: keep the spike counts of the last call in ``count``, int32 ``[*shape]``.
+        store_packed: keep the spikes of the last call in ``packed``, whatever ``output`` is: a
+            :class:`snnkernels.PackedSpikes`, made in the same launch. Not of ``max_spikes`` and
+            ``signed``, whose spikes are no bits.
+        store_charge_seq: keep the membranes of each step before it fires in ``charge_seq``, as
+            ``v_seq``.
         save: what is kept for the backward pass, see
             :func:`snnkernels.functional.if_multi_step`.
         layout: where time is in inputs and outputs of step mode ``"m"``: ``"T,N"`` (default),
@@ -69,6 +79,10 @@ class IFNode(nn.Module):
         T: number of steps of merged layouts.
         bias, fire_level, max_spikes, signed, probe, parallel: what methods ask of a neuron, see
             :func:`snnkernels.functional.if_run`.
+
+    Raises:
+        TypeError: an argument of the wrong type.
+        ValueError: a value out of range, or an unknown word; the message names it.
 
     The attribute ``mask`` (None) may be set to a bool or uint8 tensor that broadcasts to
     ``[*shape]``: where it is 0 a neuron emits nothing.
@@ -112,6 +126,8 @@ class IFNode(nn.Module):
         spike_dtype: torch.dtype | None = None,
         store_v_seq: bool = False,
         store_count: bool = False,
+        store_packed: bool = False,
+        store_charge_seq: bool = False,
         save: str = "recompute",
         layout: str = "T,N",
         T: int | None = None,
@@ -122,6 +138,7 @@ class IFNode(nn.Module):
         probe: Probe | None = None,
         parallel: bool = False,
     ) -> None:
+        join(self)
         super().__init__()
         if output not in _OUTPUTS:
             raise ValueError(f"output={output!r} is unknown; allowed are {', '.join(_OUTPUTS)}")
@@ -160,6 +177,8 @@ class IFNode(nn.Module):
         self.spike_dtype = spike_dtype
         self.store_v_seq = store_v_seq
         self.store_count = store_count
+        self.store_packed = store_packed
+        self.store_charge_seq = store_charge_seq
         self.save = save
         self.layout = layout
         self.T = T
@@ -169,7 +188,9 @@ class IFNode(nn.Module):
         self.parallel = parallel
         self.mask: Tensor | None = None
         self.v_seq: Tensor | None = None
+        self.charge_seq: Tensor | None = None
         self.count: Tensor | None = None
+        self.packed: PackedSpikes | None = None
         self._v = None
         self._carried = False  # _v comes from a call
         self.learn_threshold = learn_threshold
@@ -240,7 +261,9 @@ class IFNode(nn.Module):
     def reset(self) -> None:
         """Forgets the membrane: the next call starts at ``v_init``."""
         # Not through nn.Module.__setattr__, which costs more than the kernel of a small layer.
-        self.__dict__.update(_v=None, _carried=False, v_seq=None, count=None)
+        self.__dict__.update(
+            _v=None, _carried=False, v_seq=None, charge_seq=None, count=None, packed=None
+        )
 
     def detach(self) -> None:
         """Cuts the membrane from the graph of earlier calls (truncated back-propagation)."""
@@ -258,6 +281,10 @@ class IFNode(nn.Module):
 
         Returns:
             What ``output`` says.
+
+        Raises:
+            TypeError: ``x`` is no tensor, or a merged layout was not told ``T``.
+            ValueError: a shape that does not fit; ``T`` in step mode ``"s"``.
         """
         single = self._step_mode == "s"
         layout = "T,N" if single else self.layout
@@ -273,24 +300,34 @@ class IFNode(nn.Module):
             v = self.v_init
         threshold = self.threshold if self.learn_threshold else self.v_threshold
         output = self.output
+        asked = _ASKED[
+            output, self.store_v_seq, self.store_count, self.store_packed, self.store_charge_seq
+        ]
         run = call.run(
-            x, _ASKED[output, self.store_v_seq, self.store_count], v, threshold, self.v_reset,
-            self.surrogate_function, self.detach_reset, T, self.channel_dim, self.amplitude,
-            self.input_scale, self.tie, self.spike_dtype, output == "rate", None, self.save, layout,
-            self._options(),
+            x, asked, v, threshold, self.v_reset, self.surrogate_function, self.detach_reset, T,
+            self.channel_dim, self.amplitude, self.input_scale, self.tie, self.spike_dtype,
+            output == "rate", None, self.save, layout, self._options(),
         )  # fmt: skip
         # Not through nn.Module.__setattr__, which costs as much as the kernel of a small layer.
         object.__setattr__(self, "_v", run[4])
         if not self._carried:
             object.__setattr__(self, "_carried", True)
+        if run[4].requires_grad and not torch.compiler.is_compiling():
+            run[4].grad_fn.neuron = weakref.ref(self)  # whom to name if backward comes too late
         if self.store_v_seq:
             self.v_seq = run[5]
+        if self.store_charge_seq:
+            self.charge_seq = run[6]
         if self.store_count:
             self.count = run[2]
+        if asked.words:
+            spikes = call.packed(run[1], x, T, layout, self.amplitude, threshold, self.channel_dim)
+            if self.store_packed:
+                self.packed = spikes
+            if output == "packed":
+                return spikes
         if output == "count":
             return run[2]
-        if output == "packed":
-            return call.packed(run[1], x, T, layout, self.amplitude, threshold, self.channel_dim)
         return call.first_step(run[0]) if single and output == "spikes" else run[0]
 
     def _options(self) -> Options:
@@ -327,7 +364,9 @@ class IFNode(nn.Module):
                 tensor.data = before.to(tensor.device)
                 if grad is not None:
                     tensor.grad = grad.to(before.dtype)
-        for name in ("_v", "v_seq", "mask", "count"):
+        if self.packed is not None:
+            self.packed = self.packed.to(fn(self.packed.words).device)
+        for name in ("_v", "v_seq", "charge_seq", "mask", "count"):
             state = getattr(self, name)
             if isinstance(state, Tensor):
                 moved = fn(state)
@@ -350,7 +389,7 @@ class IFNode(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
         # A graph can be neither copied nor pickled.
-        for name in ("_v", "v_seq"):
+        for name in ("_v", "v_seq", "charge_seq"):
             if isinstance(state[name], Tensor):
                 state[name] = state[name].detach()
         return state
@@ -456,11 +495,3 @@ def _finite(value: Any) -> bool:
     # NaN is not a number for operands.number, but here the message is about finiteness.
     nan = isinstance(value, float) and math.isnan(value)
     return not nan and math.isfinite(operands.number("v_reset", value))
-
-
-def reset_net(net: nn.Module) -> None:
-    """Resets every module in ``net`` that has a ``reset()``, as SpikingJelly's does."""
-    for module in net.modules():
-        reset = getattr(module, "reset", None)
-        if callable(reset):
-            reset()

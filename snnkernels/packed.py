@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -151,6 +152,43 @@ class PackedSpikes:
     def clone(self) -> PackedSpikes:
         """With words and an amplitude of its own."""
         return PackedSpikes(self.words.clone(), self.T, self.amplitude, self.dtype)
+
+    @classmethod
+    def cat(cls, parts: Sequence[PackedSpikes]) -> PackedSpikes:
+        """Parts of one run in time, one after the other, as one: T is the sum of theirs.
+
+        Args:
+            parts: at least one, of the same neurons, on one device. Amplitude and dtype are those
+                of the first.
+
+        Raises:
+            ValueError: no parts, or parts of other neurons or on other devices.
+        """
+        if not parts:
+            raise ValueError("parts is empty: there is nothing to put together")
+        first = parts[0]
+        for part in parts[1:]:
+            if part.words.shape[1:] != first.words.shape[1:] or part.device != first.device:
+                raise ValueError(
+                    f"parts differ in their neurons: {first!r} and {part!r}; they must have one "
+                    "shape behind T and one device"
+                )
+        T = sum(part.T for part in parts)
+        size = reference.WORD_STEPS
+        words = first.words.new_zeros((-(-T // size), *first.words.shape[1:]), dtype=torch.int32)
+        at = 0
+        for part in parts:
+            for i, word in enumerate(part.words):
+                word = word.int()
+                if part.words.dtype == torch.int16:
+                    word = word & 0xFFFF  # a bit pattern, not a number with a sign
+                place, shift = divmod(at + i * size, size)
+                words[place] |= word << shift
+                if shift and place + 1 < len(words):
+                    # What is left of the word, its highest bit not taken for a sign.
+                    words[place + 1] |= (word >> (size - shift)) & ((1 << shift) - 1)
+            at += part.T
+        return cls._sharing(words.to(reference.word_dtype(T)), T, first.amplitude, first.dtype)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, PackedSpikes):

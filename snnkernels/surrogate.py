@@ -1,8 +1,8 @@
 """Surrogate gradients: what stands in for the derivative of a spike.
 
 A spike is the step function of ``u = m - threshold``; its derivative is zero or undefined, so
-backward passes use one of these instead. Each has area 1 and its own smooth primitive. ``kind`` is
-the id that csrc/params.h uses.
+backward passes use one of these instead. Each has its own smooth primitive. ``kind`` is the id that
+csrc/params.h uses.
 """
 
 from __future__ import annotations
@@ -19,32 +19,61 @@ from torch import Tensor
 class Surrogate:
     """Base of the surrogate functions; ``alpha`` is the inverse width, positive and finite.
 
-    The kernels know the four below and no others: neurons refuse subclasses of your own.
+    ``scale``, positive and finite, multiplies the derivative: 1 is the formula of the class, which
+    has area 1 (:class:`SuperSpike` and :class:`PeriodicExponential` have height 1, as their field
+    writes them).
+
+    The kernels know those below and no others: neurons refuse subclasses of your own. ATan,
+    Sigmoid, Triangle and Rectangle of scale 1 are the fastest: the plain neuron has kernels for
+    each. The others run in the general kernel.
 
     Calling one on ``u`` (any float tensor) gives spikes (1 where ``u >= 0``) whose gradient is
     :meth:`derivative`, differentiable as often as needed.
     """
 
     alpha: float = 1.0
+    scale: float = 1.0
     kind: ClassVar[int] = -1
     name: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.alpha, (int, float)) and 0 < self.alpha < math.inf):
-            raise ValueError(
-                f"{type(self).__name__}: alpha={self.alpha!r} must be a positive finite number"
-            )
+        for name, value in (("alpha", self.alpha), ("scale", self.scale)):
+            if not (isinstance(value, (int, float)) and 0 < value < math.inf):
+                raise ValueError(
+                    f"{type(self).__name__}: {name}={value!r} must be a positive finite number"
+                )
+
+    @property
+    def plain(self) -> bool:
+        """Whether the plain neuron has a backward kernel for it."""
+        return is_plain(self.kind, self.scale)
 
     def __call__(self, u: Tensor) -> Tensor:
         """Spikes of ``u``, same shape and dtype, with the surrogate gradient."""
-        return _Spike.apply(u, u >= 0, self)
+        return _Spike.apply(u, u >= 0, self, None)
 
-    def derivative(self, u: Tensor) -> Tensor:
-        """The surrogate derivative at ``u``, same shape and dtype."""
+    def derivative(self, u: Tensor, threshold: Tensor | float = 1.0) -> Tensor:
+        """The surrogate derivative at ``u``, same shape and dtype.
+
+        ``threshold`` is looked at by :class:`PeriodicExponential` alone.
+        """
+        return self._scaled(self._derivative(u, threshold))
+
+    def primitive(self, u: Tensor, threshold: Tensor | float = 1.0) -> Tensor:
+        """The smooth function whose derivative this is, at ``u``; same shape and dtype.
+
+        ``threshold`` as for :meth:`derivative`.
+        From 0 to the area, which is ``scale`` where the formula has area 1.
+        """
+        return self._scaled(self._primitive(u, threshold))
+
+    def _scaled(self, value: Tensor) -> Tensor:
+        return value if self.scale == 1 else value * self.scale
+
+    def _derivative(self, u: Tensor, threshold: Tensor | float) -> Tensor:
         raise NotImplementedError
 
-    def primitive(self, u: Tensor) -> Tensor:
-        """The smooth function whose derivative this is, from 0 to 1, same shape and dtype."""
+    def _primitive(self, u: Tensor, threshold: Tensor | float) -> Tensor:
         raise NotImplementedError
 
 
@@ -56,12 +85,10 @@ class ATan(Surrogate):
     kind: ClassVar[int] = 0
     name: ClassVar[str] = "atan"
 
-    def derivative(self, u: Tensor) -> Tensor:
-        """See :class:`Surrogate`."""
+    def _derivative(self, u: Tensor, threshold: Tensor | float) -> Tensor:
         return 0.5 * self.alpha / (1 + (math.pi / 2 * self.alpha * u).square())
 
-    def primitive(self, u: Tensor) -> Tensor:
-        """See :class:`Surrogate`."""
+    def _primitive(self, u: Tensor, threshold: Tensor | float) -> Tensor:
         return torch.atan(math.pi / 2 * self.alpha * u) / math.pi + 0.5
 
 
@@ -73,14 +100,12 @@ class Sigmoid(Surrogate):
     kind: ClassVar[int] = 1
     name: ClassVar[str] = "sigmoid"
 
-    def derivative(self, u: Tensor) -> Tensor:
-        """See :class:`Surrogate`."""
+    def _derivative(self, u: Tensor, threshold: Tensor | float) -> Tensor:
         z = self.alpha * u
         # Not s (1 - s): 1 - s cancels for large u.
         return self.alpha * torch.sigmoid(z) * torch.sigmoid(-z)
 
-    def primitive(self, u: Tensor) -> Tensor:
-        """See :class:`Surrogate`."""
+    def _primitive(self, u: Tensor, threshold: Tensor | float) -> Tensor:
         return torch.sigmoid(self.alpha * u)
 
 
@@ -95,12 +120,10 @@ class Triangle(Surrogate):
     kind: ClassVar[int] = 2
     name: ClassVar[str] = "triangle"
 
-    def derivative(self, u: Tensor) -> Tensor:
-        """See :class:`Surrogate`."""
+    def _derivative(self, u: Tensor, threshold: Tensor | float) -> Tensor:
         return self.alpha * (1 - self.alpha * u.abs()).clamp(min=0)
 
-    def primitive(self, u: Tensor) -> Tensor:
-        """See :class:`Surrogate`."""
+    def _primitive(self, u: Tensor, threshold: Tensor | float) -> Tensor:
         z = (self.alpha * u).clamp(-1, 1)
         return z - 0.5 * z * z.abs() + 0.5
 
@@ -116,46 +139,142 @@ class Rectangle(Surrogate):
     kind: ClassVar[int] = 3
     name: ClassVar[str] = "rectangle"
 
-    def derivative(self, u: Tensor) -> Tensor:
-        """See :class:`Surrogate`."""
+    def _derivative(self, u: Tensor, threshold: Tensor | float) -> Tensor:
         return (u.abs() * self.alpha < 0.5).to(u.dtype) * self.alpha
 
-    def primitive(self, u: Tensor) -> Tensor:
-        """See :class:`Surrogate`."""
+    def _primitive(self, u: Tensor, threshold: Tensor | float) -> Tensor:
         return (self.alpha * u + 0.5).clamp(0, 1)
 
 
+@dataclass(frozen=True)
+class SuperSpike(Surrogate):
+    """``1 / (1 + alpha |u|)^2``, of height 1 and area ``2/alpha`` (Zenke, Ganguli, 2018).
+
+    alpha = 25, as snnTorch's ``fast_sigmoid(slope=25)``. SpikingJelly's ``SuperSpike(a)`` is
+    ``SuperSpike(1, scale=a)`` and its ``SoftSign(a)``, of area 1, ``SuperSpike(a, scale=a/2)``.
+    """
+
+    alpha: float = 25.0
+    kind: ClassVar[int] = 4
+    name: ClassVar[str] = "superspike"
+
+    def _derivative(self, u: Tensor, threshold: Tensor | float) -> Tensor:
+        return 1 / (1 + self.alpha * u.abs()).square()
+
+    def _primitive(self, u: Tensor, threshold: Tensor | float) -> Tensor:
+        z = self.alpha * u
+        return (1 + z / (1 + z.abs())) / self.alpha
+
+
+@dataclass(frozen=True)
+class Exponential(Surrogate):
+    """``alpha/2 exp(-alpha |u|)`` (Shrestha, Orchard, NeurIPS 2018); alpha = 1.
+
+    SpikingJelly's ``PiecewiseExp``. Sinabs' ``SingleExponential(grad_width=w, grad_scale=s)`` of a
+    threshold θ is ``Exponential(1 / (w θ), scale=2 s)``.
+    """
+
+    alpha: float = 1.0
+    kind: ClassVar[int] = 5
+    name: ClassVar[str] = "exponential"
+
+    def _derivative(self, u: Tensor, threshold: Tensor | float) -> Tensor:
+        return 0.5 * self.alpha * torch.exp(-self.alpha * u.abs())
+
+    def _primitive(self, u: Tensor, threshold: Tensor | float) -> Tensor:
+        # Clamped, not |u|, whose gradient at 0 is 0.
+        above = 1 - 0.5 * torch.exp(-self.alpha * u.clamp(min=0))
+        return torch.where(u >= 0, above, 0.5 * torch.exp(self.alpha * u.clamp(max=0)))
+
+
+@dataclass(frozen=True)
+class Erf(Surrogate):
+    """``alpha/sqrt(pi) exp(-(alpha u)^2)``, a Gaussian of deviation ``1/(sqrt(2) alpha)``.
+
+    alpha = 2, as SpikingJelly's. Norse's ``"heavi_erfc"`` is ``Erf(alpha, scale=2/alpha)``.
+    """
+
+    alpha: float = 2.0
+    kind: ClassVar[int] = 6
+    name: ClassVar[str] = "erf"
+
+    def _derivative(self, u: Tensor, threshold: Tensor | float) -> Tensor:
+        return self.alpha / math.sqrt(math.pi) * torch.exp(-(self.alpha * u).square())
+
+    def _primitive(self, u: Tensor, threshold: Tensor | float) -> Tensor:
+        return 0.5 * torch.erfc(-self.alpha * u)
+
+
+@dataclass(frozen=True)
+class PeriodicExponential(Surrogate):
+    """A peak of height 1 at every multiple of the threshold, for ``max_spikes``; alpha = 2.
+
+    ``exp(-alpha |u|)`` below the threshold, ``exp(-2 alpha d)`` above, with d the distance to the
+    nearest multiple: the form of Sinabs' ``PeriodicExponential`` (Weidel, Sheik, arXiv 2111.01456),
+    whose ``grad_width`` is ``1/alpha``.
+    """
+
+    alpha: float = 2.0
+    kind: ClassVar[int] = 7
+    name: ClassVar[str] = "periodic_exponential"
+
+    def _derivative(self, u: Tensor, threshold: Tensor | float) -> Tensor:
+        phase = u / threshold + 0.5
+        beyond = threshold * (2 * (phase - torch.floor(phase)) - 1)
+        return torch.exp(-self.alpha * torch.where(u < 0, u, beyond).abs())
+
+    def _primitive(self, u: Tensor, threshold: Tensor | float) -> Tensor:
+        n = torch.floor(u / threshold + 0.5)
+        rest = u - n * threshold
+        after = 1 - torch.exp(-2 * self.alpha * rest.clamp(min=0))
+        before = torch.exp(2 * self.alpha * rest.clamp(max=0)) - 1
+        side = torch.where(rest < 0, before, after) / (2 * self.alpha)
+        period = (1 - torch.exp(-self.alpha * threshold * torch.ones_like(u))) / self.alpha
+        beyond = 1 / self.alpha + n * period + side
+        below = torch.exp(self.alpha * u.clamp(max=0)) / self.alpha
+        return torch.where(u < 0, below, beyond)
+
+
 class _Spike(torch.autograd.Function):
-    """Spikes given as booleans, with the surrogate gradient with respect to ``u``."""
+    """Spikes given as booleans or numbers, with the surrogate gradient with respect to ``u``."""
 
     @staticmethod
-    def forward(ctx: Any, u: Tensor, fired: Tensor, surrogate: Surrogate) -> Tensor:
+    def forward(
+        ctx: Any, u: Tensor, fired: Tensor, surrogate: Surrogate, threshold: Tensor | float | None
+    ) -> Tensor:
         ctx.save_for_backward(u)
         ctx.surrogate = surrogate
+        ctx.threshold = threshold.detach() if isinstance(threshold, Tensor) else threshold
         return fired.to(u.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (u,) = ctx.saved_tensors
-        return grad * ctx.surrogate.derivative(u), None, None
+        # Surrogates of a user's own may know of no threshold.
+        more = () if ctx.threshold is None else (ctx.threshold,)
+        return grad * ctx.surrogate.derivative(u, *more), None, None, None
 
 
-def spike(u: Tensor, fired: Tensor, surrogate: Surrogate) -> Tensor:
-    """Spikes ``fired`` (bool) as numbers of ``u``'s dtype, with the surrogate gradient at ``u``."""
-    return _Spike.apply(u, fired, surrogate)
+def spike(
+    u: Tensor, fired: Tensor, surrogate: Surrogate, threshold: Tensor | float = 1.0
+) -> Tensor:
+    """Spikes ``fired`` (bool, or how many) in ``u``'s dtype, with the surrogate gradient at ``u``.
+
+    ``threshold``, where they fire, is taken as constant by the gradient.
+    """
+    return _Spike.apply(u, fired, surrogate, threshold)
 
 
 DEFAULT = ATan()
-BY_NAME: dict[str, type[Surrogate]] = {c.name: c for c in (ATan, Sigmoid, Triangle, Rectangle)}
-BY_KIND: tuple[type[Surrogate], ...] = (ATan, Sigmoid, Triangle, Rectangle)
+BY_KIND: tuple[type[Surrogate], ...] = (
+    ATan, Sigmoid, Triangle, Rectangle, SuperSpike, Exponential, Erf, PeriodicExponential,
+)  # fmt: skip
+BY_NAME: dict[str, type[Surrogate]] = {c.name: c for c in BY_KIND}
 
-# SpikingJelly's classes with the same derivative and the same alpha.
-_SPIKINGJELLY: dict[str, type[Surrogate]] = {
-    "ATan": ATan,
-    "Sigmoid": Sigmoid,
-    "PiecewiseQuadratic": Triangle,
-    "Rect": Rectangle,
-}
+
+def is_plain(kind: int, scale: float) -> bool:
+    """Whether the plain neuron has a backward kernel for a surrogate of this kind and scale."""
+    return kind <= Rectangle.kind and scale == 1
 
 
 def resolve(surrogate_function: Any) -> Surrogate:
@@ -163,11 +282,14 @@ def resolve(surrogate_function: Any) -> Surrogate:
 
     Args:
         surrogate_function: ``None`` (ATan, alpha 2), a name (``"atan"``, ``"sigmoid"``,
-            ``"triangle"``, ``"rectangle"``), a :class:`Surrogate`, or a SpikingJelly surrogate
-            object (ATan, Sigmoid, PiecewiseQuadratic, Rect).
+            ``"triangle"``, ``"rectangle"``, ``"superspike"``, ``"exponential"``, ``"erf"``,
+            ``"periodic_exponential"``), a :class:`Surrogate`, a SpikingJelly surrogate object
+            (ATan, Sigmoid, PiecewiseQuadratic, Rect, SoftSign, SuperSpike, PiecewiseExp, Erf), what
+            snnTorch's ``fast_sigmoid``, ``atan`` or ``sigmoid`` returns, or Sinabs'
+            PeriodicExponential or Gaussian.
 
     Raises:
-        ValueError: for an unknown name.
+        ValueError: for an unknown name, or what gives no spikes.
         TypeError: for any other object.
     """
     if surrogate_function is None:
@@ -181,15 +303,14 @@ def resolve(surrogate_function: Any) -> Surrogate:
                 + ", ".join(map(repr, BY_NAME))
             )
         return BY_NAME[surrogate_function]()
+    from . import surrogate_foreign
+
+    found = surrogate_foreign.resolve(surrogate_function)
+    if found is not None:
+        return found
     cls = type(surrogate_function)
-    if cls.__module__.startswith("spikingjelly.") and cls.__name__ in _SPIKINGJELLY:
-        if not getattr(surrogate_function, "spiking", True):
-            raise ValueError(
-                "surrogate_function: a SpikingJelly surrogate with spiking=False gives no spikes"
-            )
-        return _SPIKINGJELLY[cls.__name__](float(surrogate_function.alpha))
     raise TypeError(
         f"surrogate_function={surrogate_function!r} is of type {cls.__name__}; allowed are None, a "
-        f"name ({', '.join(map(repr, BY_NAME))}), a snnkernels surrogate, or SpikingJelly's ATan, "
-        "Sigmoid, PiecewiseQuadratic or Rect"
+        f"name ({', '.join(map(repr, BY_NAME))}), a snnkernels surrogate, or one of these: "
+        f"{surrogate_foreign.NAMES}"
     )

@@ -44,7 +44,9 @@ HYPOTHESIS = (
 FUZZ = {"ci": 200, "thorough": 2000, "nightly": 20_000}.get(HYPOTHESIS, 50)
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-SURROGATES = ("atan", "sigmoid", "triangle", "rectangle")
+# With kernels of their own in the plain neuron, and those of the general kernel.
+PLAIN_SURROGATES = ("atan", "sigmoid", "triangle", "rectangle")
+SURROGATES = (*PLAIN_SURROGATES, "superspike", "exponential", "erf", "periodic_exponential")
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,8 @@ from support import PACKAGE
 
 import snnkernels
 from snnkernels import cli, data, models
+from snnkernels.commands import demo, info
+from snnkernels.commands.output import plain
 
 DEMO_PACKAGES = ("rich", "tqdm", "matplotlib", "sklearn", "safetensors", "PIL")
 
@@ -93,7 +96,70 @@ def test_markdown_table() -> None:
     )
 
 
-@pytest.mark.parametrize("argv", [[], ["nothing"], ["demo", "--epochs", "0"], ["info", "--x"]])
+COMMANDS = ("info", "methods", "demo", "convert", "eval", "explain", "sweep", "bench", "plot")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_examples(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as error:
+        cli.main([command, "--help"])
+    assert error.value.code == 0
+    said = capsys.readouterr().out
+    examples = said.partition("examples:\n")[2].splitlines()
+    assert len(examples) >= 2
+    assert all(line.startswith("  ") and f"snnkernels {command}" in said for line in examples)
+    assert "--json" in said
+    assert max(map(len, said.splitlines())) <= 100
+    # What examples show is what the parser takes.
+    text = "\n".join(examples).replace("\\\n", " ")
+    for line in text.splitlines():
+        words = shlex.split(line.partition(" | ")[0])
+        if words[:2] == ["snnkernels", command]:
+            cli._parser().parse_args(words[1:])
+
+
+def test_help_says_the_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    said = capsys.readouterr().out
+    assert all(f"\n  {code:<4} " in said for code in (0, 1, 2, 130))
+    assert all(f"\n    {command} " in said for command in COMMANDS)
+
+
+def test_long_errors_are_one_line(monkeypatch, capsys) -> None:
+    def fail(args: object) -> None:
+        print("before")
+        raise RuntimeError("one\n  two\nthree")
+
+    monkeypatch.setattr(info, "_info", fail)
+    assert cli.main(["info"]) == 1
+    assert capsys.readouterr().err == "snnkernels info: RuntimeError: one two three\n"
+    # With --json nothing else reaches stdout.
+    assert cli.main(["info", "--json"]) == 1
+    out, err = capsys.readouterr()
+    assert json.loads(out)["error"]["message"] == "one two three"
+    assert err == "snnkernels info: RuntimeError: one two three\n"
+
+
+def test_a_reader_that_has_gone_is_no_error() -> None:
+    code = "import sys; from snnkernels.cli import main; sys.exit(main(['methods']))"
+    done = subprocess.run(
+        ["bash", "-c", f'set -o pipefail; "{sys.executable}" -c "{code}" | true'], **ELSEWHERE
+    )
+    assert done.stderr == ""
+
+
+def test_documents_hold_what_json_has() -> None:
+    given = {1: float("nan"), "a": (Path("x"), torch.tensor([1.5, 2.0])), "b": {"c": None}}
+    assert plain(given) == {"1": None, "a": ["x", [1.5, 2.0]], "b": {"c": None}}
+
+
+@pytest.mark.parametrize("argv", [
+    [], ["nothing"], ["demo", "--epochs", "0"], ["demo", "--epochs", "x"], ["info", "--x"],
+    ["convert"], ["convert", "x", "--T", "0"], ["eval"], ["plot", "x", "--kind", "nothing"],
+])  # fmt: skip
 def test_wrong_arguments_exit_with_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as error:
         cli.main(argv)
@@ -113,12 +179,16 @@ def test_errors_become_exit_codes(monkeypatch, capsys, error, code, said) -> Non
     def fail(args: object) -> None:
         raise error
 
-    monkeypatch.setattr(cli, "_info", fail)
+    monkeypatch.setattr(info, "_info", fail)
     assert cli.main(["info"]) == code
     assert capsys.readouterr().err == said
     if code == 1:
         with pytest.raises(type(error)):
             cli.main(["--traceback", "info"])
+        assert cli.main(["info", "--json"]) == 1
+        out, err = capsys.readouterr()
+        assert err == said
+        assert json.loads(out) == {"error": {"type": type(error).__name__, "message": str(error)}}
 
 
 def test_info(capsys: pytest.CaptureFixture[str]) -> None:
@@ -169,7 +239,7 @@ def test_training_is_reproducible() -> None:
         std=train.std,
         full_scale=16.0,
     )
-    first, second, other = (cli._train(few, 1, seed).state_dict() for seed in (3, 3, 4))
+    first, second, other = (demo._train(few, 1, seed).state_dict() for seed in (3, 3, 4))
     assert all(torch.equal(first[key], second[key]) for key in first)
     assert any(not torch.equal(first[key], other[key]) for key in first)
 
@@ -283,3 +353,22 @@ def test_missing_matplotlib_names_the_command(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r"pip install matplotlib"):
         plots.accuracy_curve([1], [1.0])
+
+
+def test_the_demo_as_a_document(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for package in ("sklearn", "matplotlib", "safetensors"):
+        pytest.importorskip(package)
+    torch.manual_seed(0)
+    ann = models.small_cnn().eval()  # what it says is tested above; here how
+    monkeypatch.setattr(demo, "_train", lambda *args: ann)
+    assert cli.main(["demo", "--out", str(tmp_path), "--json"]) == 0
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    assert err == ""
+    assert found["folder"] == str(tmp_path)
+    assert list(found["accuracy"]) == ["v_init = 0", "v_init = θ/2"]
+    assert list(found["accuracy"]["v_init = 0"]) == ["1", "2", "4", "8", "16", "32"]
+    available = {row.name: row.available for row in snnkernels.backend_info().rows}
+    assert (found["kernel over reference"] is not None) is available["cpu"]

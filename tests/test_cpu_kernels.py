@@ -280,7 +280,7 @@ BAD_FORWARD = [
 ]  # fmt: skip
 BAD_GENERAL = [
     {"options": params.MASK}, {"options": params.PROBE_MASK, "probe": 21},
-    {"options": params.PROBE_SHIFT, "probe": -1}, {"iterations": -1}, {"surrogate": 4},
+    {"options": params.PROBE_SHIFT, "probe": -1}, {"iterations": -1}, {"surrogate": 8},
     {"options": params.SMOOTH}, {"options": params.PARALLEL, "v_seq": 1}, {"max_spikes": -1},
     {"counts": 1, "count_times": 17}, {"counts": 1, "count_times": -1},
     {"counts": 1, "count_times": 2, "count_at": [5, 4] + [0] * 14},

@@ -16,6 +16,7 @@ import torch
 from support import DTYPES, PURE, HostShim, assert_close, assert_same_bits, currents, dtype_id, spy
 from torch import Tensor
 
+from snnkernels import surrogate
 from snnkernels.functional import if_count, if_multi_step, if_rate, if_run
 from snnkernels.kernels import backends, layouts, nvrtc, params, plan
 
@@ -380,6 +381,38 @@ def test_every_backward_kernel_gives_the_references_gradients(
     listed |= {n for n in nvrtc.plain_instances() if f"if_backward_bits<{name}," in n}
     listed |= {n for n in nvrtc.instances() if f"if_forward<{name}, {nvrtc.TRAINING}" in n}
     assert listed <= launched
+
+
+@needs_nm
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+def test_the_general_kernels_know_every_surrogate_and_bursts(
+    launched: set[str], dtype: torch.dtype
+) -> None:
+    state = torch.float64 if dtype == torch.float64 else torch.float32
+    x, g = currents(19, 3, 5, dtype=dtype), currents(19, 3, 5, seed=1, dtype=dtype)
+    more: tuple[dict[str, Any], ...] = (
+        {},
+        {"max_spikes": 3},
+        {"beta": 0.75, "max_spikes": 2**24},
+        {"v_min": -0.2},
+    )
+    for cls, given, T in itertools.product(surrogate.BY_KIND, more, (None, 19)):
+
+        def call(cls: Any = cls, given: dict[str, Any] = given, T: int | None = T) -> Any:
+            leaf = (x if T is None else x[0]).detach().requires_grad_()
+            th = threshold_of("channel", (3, 5), state).requires_grad_()
+            how = cls(scale=0.5)
+            run = if_run(leaf, 0.25, th, surrogate_function=how, T=T, channel_dim=1, **given)
+            grads = torch.autograd.grad((run.spikes, run.v), (leaf, th), (g, g[0].to(state)))
+            return (run.spikes.detach(), *grads)
+
+        spikes, *grads = against(call)
+        assert_same_bits(*spikes)
+        for got, want in grads:
+            close = {torch.float64: 1e-12, torch.float32: 1e-5}.get(got.dtype, 1e-2)
+            assert_close(got, want, close, f"{cls.__name__} {given} {T}")
+    name = nvrtc._TYPES[params.DTYPE_CODES[dtype]][0]
+    assert f"snn::if_backward_general<{name}, false>" in launched
 
 
 @needs_nm

@@ -318,7 +318,7 @@ def test_extra_repr() -> None:
     text = repr(IFNode(torch.ones(3), v_init="half", channel_dim=0, amplitude=2.0, output="rate"))
     for part in (
         "v_threshold=Tensor(3,)", "v_init='half'", "channel_dim=0", "amplitude=2.0",
-        "output='rate'", "step_mode='m'", "ATan(alpha=2.0)",
+        "output='rate'", "step_mode='m'", "ATan(alpha=2.0",
     ):  # fmt: skip
         assert part in text
     assert "amplitude" not in repr(IFNode())

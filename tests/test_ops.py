@@ -38,7 +38,7 @@ def forward_sample(x: Tensor, T: int | None = None, **given: Any) -> tuple[Any, 
     asked = Asked(**{k: given.pop(k) for k in list(given) if k in Asked._fields})
     smooth = given.pop("smooth", -1)
     neuron = NEURON._replace(**{"spike_dtype": x.dtype, **given})
-    return flat((x, T), neuron, asked, (smooth, 2.0))
+    return flat((x, T), neuron, asked, (smooth, 2.0, 1.0))
 
 
 def forward_samples() -> dict[str, tuple[Any, ...]]:
@@ -96,7 +96,10 @@ def backward_sample(x: Tensor | None, T: int | None = None, **given: Any) -> tup
         *(given.pop(f"grad_{name}", None) for name in Grads._fields[2:]),
     )  # fmt: skip
     needs = [True] + [False] * 7
-    how = {"surrogate": 0, "alpha": 2.0, "detach_reset": False, "smooth": False, "needs": needs}
+    how = {
+        "surrogate": 0, "alpha": 2.0, "scale": 1.0, "detach_reset": False, "smooth": False,
+        "needs": needs,
+    }  # fmt: skip
     how |= {k: given.pop(k) for k in list(given) if k in how}
     neuron = NEURON._replace(**{"spike_dtype": saved.dtype, **given})
     return flat(saved, neuron, grads, how.values())
@@ -126,6 +129,10 @@ def backward_samples() -> dict[str, tuple[Any, ...]]:
         ),
         "leaky": backward_sample(
             x, grad_spikes=g, grad_v=full, grad_v_seq=g, needs=all_of, options=options, **leaky
+        ),
+        "burst": backward_sample(
+            x, grad_spikes=g, grad_v=full, needs=all_of, options=options ^ params.FIRE_LEVEL
+            | params.BURST, max_spikes=3, surrogate=7, scale=0.5, **leaky,
         ),
         "hard": backward_sample(
             x, grad_spikes=g, grad_charge_seq=g, needs=[True] * 5 + [False] * 3,

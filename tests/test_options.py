@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ from support import (
 )
 from torch import Tensor
 
-from snnkernels import IFNode, LIFNode, use_backend
+from snnkernels import IFNode, LIFNode, surrogate, use_backend
 from snnkernels.functional import Run, if_run, lif_multi_step
 from snnkernels.kernels import backward, params, run
 from snnkernels.kernels.spec import Asked, Grads, Neuron, Saved
@@ -213,6 +214,16 @@ EXTRAS: dict[str, Any] = {
     "strict": {"tie": ">", "fire_level": 0.75, "bias": "full"},
     "burst": {"max_spikes": 3},
     "burst leaky": {"max_spikes": 255, "beta": 0.75, "bias": 0.125},
+    "clipped": {"v_min": -0.3},
+    "clipped burst": {"v_min": -0.7, "max_spikes": 4, "beta": 0.9},
+    "reset delay": {"reset_delay": True, "tie": ">"},
+    "leaky reset delay": {
+        "reset_delay": True,
+        "beta": 0.75,
+        "input_scale": 0.5,
+        "fire_level": 1.25,
+    },
+    "burst hard": {"max_spikes": 2, "v_reset": -0.25},
     "signed": {"signed": Signed(margin=1e-3)},
     "st-bif": {"signed": Signed(-2, 3), "input_scale": 1.5},
     "signed leaky": {"signed": Signed(-100, None, 0.5), "beta": "channel"},
@@ -355,10 +366,15 @@ def test_lif_node_carries_and_learns(backend: Backend) -> None:
 X = torch.zeros(4, 2, 3)
 
 REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
-    ({"max_spikes": 0}, ValueError, "max_spikes=0 is not in 1..255"),
+    ({"max_spikes": 0}, ValueError, "max_spikes=0 is not in 1..16777216"),
     ({"max_spikes": 1.5}, TypeError, "max_spikes=1.5 must be an int"),
     ({"max_spikes": 2, "parallel": True}, ValueError, "max_spikes and parallel exclude"),
-    ({"max_spikes": 2, "v_reset": 0.0}, ValueError, "max_spikes cannot be combined with v_reset"),
+    (
+        {"max_spikes": 256, "spike_dtype": torch.uint8},
+        ValueError,
+        "max_spikes=256 is not in 1..255",
+    ),
+    ({"signed": Signed(), "v_reset": 0.0}, ValueError, "signed cannot be combined with v_reset"),
     ({"max_spikes": 2, "tie": ">"}, ValueError, "max_spikes cannot be combined with tie='>'"),
     ({"signed": Signed(), "fire_level": 0.5}, ValueError, "signed cannot be combined with fire_l"),
     ({"signed": True}, TypeError, "signed=True must be a snnkernels.options.Signed"),
@@ -405,7 +421,7 @@ def test_seventeen_times_are_too_many() -> None:
 
 @pytest.mark.parametrize(
     "extra",
-    [{"max_spikes": 2}, {"signed": Signed()}, {"parallel": True}, {"probe": Probe(2)},
+    [{"signed": Signed()}, {"parallel": True}, {"probe": Probe(2)},
      {"mask": torch.ones(2, 3, dtype=torch.bool)}],
     ids=str,
 )  # fmt: skip
@@ -435,7 +451,7 @@ class _Smooth(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, *rest: Any) -> Any:
         operands, (T, options, kind, detach) = rest[:-1], rest[-1]
         neuron = Neuron(*operands, options=options, v_reset=-0.125, spike_dtype=torch.float64)
-        made = run.if_forward(x, T, neuron, Asked(v_seq=True, charge_seq=True), kind, 1.5)
+        made = run.if_forward(x, T, neuron, Asked(v_seq=True, charge_seq=True), kind, 1.5, 0.75)
         ctx.save_for_backward(x, *operands)
         ctx.c = (T, neuron.with_tensors([None] * 7), kind, detach)
         return made.spikes, made.v, made.v_seq, made.charge_seq
@@ -447,7 +463,7 @@ class _Smooth(torch.autograd.Function):
         saved = Saved(x, None, None, None, T is not None, len(x) if T is None else T, x.dtype)
         grads = backward.if_backward(
             saved, neuron.with_tensors(operands), Grads(g_s, False, g_v, g_seq, g_charge), kind,
-            1.5, detach, True, [True] * 8,
+            1.5, 0.75, detach, True, [True] * 8,
         )  # fmt: skip
         return (*grads, None)
 
@@ -462,8 +478,8 @@ def test_gradcheck_of_every_operand(kernel: Backend, T: int, hard: bool, constan
     sizes = ((2, 3), (3,), (1,), (2, 1), (2, 3), (3,), (2, 3))
     drawn = [0.2 + 0.7 * torch.rand(s, generator=g, dtype=torch.float64) for s in sizes]
     leaves = [t.to(kernel.device).requires_grad_() for t in (x, *drawn)]
-    for kind in (0, 1):
-        how = (T if constant else None, options, kind, False)
+    for kind, more in ((0, 0), (1, 0), (6, 0), (1, params.BURST)):
+        how = (T if constant else None, options | more, kind, False)
         call = lambda *a, how=how: _Smooth.apply(*a, how)  # noqa: E731
         assert torch.autograd.gradcheck(call, leaves, fast_mode=T > 5)
 
@@ -502,6 +518,179 @@ def test_gradients_are_autograds(
     rtol = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 2e-2)
     for name, a, b in zip(leaves, *found, strict=True):
         assert_close(a, b, rtol, name)
+
+
+BURSTS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("exponential", {"max_spikes": 3}),
+    ("periodic_exponential", {"max_spikes": 2**24, "bias": 0.25}),
+    ("superspike", {"max_spikes": 2, "beta": 0.75, "input_scale": 1.5}),
+    ("atan", {"max_spikes": 2, "v_reset": -0.25, "detach_reset": True}),
+    ("erf", {"beta": 0.5}),
+    ("superspike", {"v_reset": 0.125}),
+    ("exponential", {"v_min": -0.3, "max_spikes": 3}),
+    ("atan", {"v_min": -0.1, "v_reset": -0.25, "beta": 0.75}),
+    ("sigmoid", {"reset_delay": True, "detach_reset": True, "tie": ">"}),
+    ("erf", {"reset_delay": True, "detach_reset": True, "beta": 0.75}),
+)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=dtype_id)
+@pytest.mark.parametrize(("name", "given"), BURSTS, ids=str)
+def test_gradients_of_bursts_are_autograds(
+    level: Backend, dtype: torch.dtype, name: str, given: dict[str, Any]
+) -> None:
+    """Through the kernels against autograd through the reference, over chunks and rates too."""
+    state = torch.float64 if dtype == torch.float64 else torch.float32
+    x, start = currents(70, 2, 5, 7, seed=1, dtype=dtype), currents(2, 5, 7, seed=3, dtype=state)
+    threshold = 0.5 + torch.arange(5, dtype=state) / 8
+    slopes = surrogate.BY_NAME[name](scale=0.5)
+    weights = currents(70, 2, 5, 7, seed=2, dtype=state)
+    found = []
+    for where in (level.name, "reference"):
+        device = "cpu" if where == "reference" else level.device
+        leaves = [moved(t, device).requires_grad_() for t in (x, start / 4, threshold)]
+        amplitude = torch.full((), 0.75, dtype=state, device=device, requires_grad=True)
+        call = {"amplitude": amplitude, "channel_dim": 1, "surrogate_function": slopes, **given}
+        with use_backend(where) if where == "reference" else nullcontext():
+            made = if_run(*leaves, **call, outputs=("spikes", "v_seq"))
+            rate = if_run(*leaves, **call, outputs="rate")
+        w = weights.to(device)
+        loss = (made.spikes.to(state) * w).sum() + (made.v_seq * w.flip(0)).sum()
+        loss = loss + (rate.rate.to(state) * w[0]).sum() + rate.v.sum()
+        grads = torch.autograd.grad(loss, [*leaves, amplitude])
+        found.append((made.spikes.detach(), *grads))
+    assert_same_bits(found[0][0], found[1][0])
+    if given.get("max_spikes", 1) > 1:
+        assert found[0][0].max() > 1
+    rtol = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 2e-2)
+    for leaf, a, b in zip(
+        ("x", "v", "threshold", "amplitude"), *(f[1:] for f in found), strict=True
+    ):
+        assert_close(a, b, rtol, leaf)
+
+
+@pytest.mark.parametrize("detach", [False, True])
+@pytest.mark.parametrize("v_reset", [None, -0.25])
+def test_gradients_of_a_burst_by_hand(
+    backend: Backend, detach: bool, v_reset: float | None
+) -> None:
+    if v_reset is not None and not detach:
+        pytest.skip("refused, see below")
+    T, cap, amplitude = 12, 3, 0.75
+    x = dyadic(T, 1, seed=5) * 2
+    threshold, v0 = 0.75, 0.25
+    g = dyadic(T, 1, seed=6).flatten().tolist()
+    leaf = moved(x, backend.device).requires_grad_()
+    v = torch.full((1,), v0, dtype=torch.float64, device=backend.device, requires_grad=True)
+    th = torch.full((1,), threshold, dtype=torch.float64, device=v.device, requires_grad=True)
+    am = torch.full((1,), amplitude, dtype=torch.float64, device=v.device, requires_grad=True)
+    made = if_run(
+        leaf, v, th, v_reset, "exponential", detach, amplitude=am, max_spikes=cap
+    )  # fmt: skip
+    loss = (made.spikes.flatten() * torch.tensor(g, dtype=torch.float64, device=v.device)).sum()
+    loss = loss + 2 * made.v.sum()
+    got = torch.autograd.grad(loss, (leaf, v, th, am))
+    charges, counts, membrane = [], [], v0
+    for current in x.flatten().tolist():
+        m = membrane + current
+        k = min(max(math.floor(m / threshold), 0), cap)
+        membrane = v_reset if v_reset is not None and k else m - k * threshold
+        charges.append(m)
+        counts.append(k)
+    assert made.spikes.flatten().tolist() == [k * amplitude for k in counts]
+    assert max(counts) == cap
+    carry, of_x, of_threshold, of_amplitude = 2.0, [0.0] * T, 0.0, 0.0
+    for t in reversed(range(T)):
+        m, k = charges[t], counts[t]
+        slope = 0.5 * math.exp(-abs(m - threshold))
+        of_amplitude += k * g[t]
+        through = amplitude * g[t]
+        if v_reset is None:
+            through -= 0 if detach else carry * threshold
+            of_threshold -= carry * k
+        of_threshold -= through * slope
+        carry = through * slope + (0.0 if v_reset is not None and k else carry)
+        of_x[t] = carry
+    want = (of_x, [carry], [of_threshold], [of_amplitude])
+    for a, b in zip(got, want, strict=True):
+        assert_close(a.flatten(), torch.tensor(b, dtype=torch.float64), 1e-12)
+
+
+def test_reset_delay_by_hand(backend: Backend) -> None:
+    """snnTorch: m = beta m + x, minus the threshold where the membrane before has fired."""
+    x = moved(torch.tensor([[1.5], [0.25], [0.75], [3.0], [0.0]]), backend.device)
+    run = if_run(
+        x, v_threshold=1.0, tie=">", beta=0.5, reset_delay=True, outputs=("spikes", "v_seq")
+    )
+    # 1.5; 0.75 + 0.25 - 1 = 0; 0.75; 0.375 + 3; 1.6875 - 1
+    assert run.v_seq is not None
+    assert run.v_seq.flatten().tolist() == [1.5, 0.0, 0.75, 3.375, 0.6875]
+    assert spikes_of(run) == [1, 0, 0, 1, 0]
+    assert run.v.item() == 0.6875
+    # A membrane that has fired is reset in the next call.
+    again = if_run(x[:1], run.v_seq[3], tie=">", beta=0.5, reset_delay=True)
+    assert again.v.item() == 3.375 / 2 + 1.5 - 1
+
+
+def test_clipping_by_hand(backend: Backend) -> None:
+    x = moved(torch.tensor([[-3.0], [0.75], [1.0], [-0.3]]), backend.device)
+    run = if_run(x, v_min=-0.5, outputs=("spikes", "v_seq"))
+    assert run.v_seq is not None
+    # The roundings of Sinabs' two operations: -0.05 + 0.5 - 0.5 is not -0.05.
+    want = [-0.5, 0.25, 0.25, (torch.tensor(0.25 - 0.3) + 0.5 - 0.5).item()]
+    assert run.v_seq.flatten().tolist() == pytest.approx(want, abs=1e-7)
+    assert spikes_of(run) == [0, 0, 1, 0]
+    for more, name in (({"parallel": True}, "parallel"), ({"signed": Signed()}, "signed")):
+        with pytest.raises(ValueError, match=f"v_min cannot be combined with {name}"):
+            if_run(X, v_min=0.0, **more)
+    with pytest.raises(ValueError, match="v_min=-inf must be finite"):
+        if_run(X, v_min=-math.inf)
+
+
+def test_reset_delay_has_no_gradient_through_the_reset() -> None:
+    x = X.clone().requires_grad_()
+    with pytest.raises(ValueError, match=r"reset_delay has no gradient.*detach_reset=True"):
+        if_run(x, reset_delay=True)
+    for more, name in (({"v_reset": 0.0}, "v_reset"), ({"max_spikes": 2}, "max_spikes")):
+        with pytest.raises(ValueError, match=f"reset_delay cannot be combined with {name}"):
+            if_run(X, reset_delay=True, **more)
+
+
+def test_a_burst_that_resets_to_a_value_has_no_gradient_through_it() -> None:
+    x = X.clone().requires_grad_()
+    with pytest.raises(ValueError, match=r"max_spikes with v_reset.*use detach_reset=True"):
+        if_run(x, v_reset=0.0, max_spikes=2)
+    if_run(x, v_reset=0.0, max_spikes=2, detach_reset=True).spikes.sum().backward()
+
+
+def test_surrogates_of_the_general_kernel_cannot_be_saved_for() -> None:
+    x = X.clone().requires_grad_()
+    with pytest.raises(ValueError, match=r"save='trace' is for 'atan'.* not SuperSpike"):
+        if_run(x, surrogate_function="superspike", save="trace")
+    with pytest.raises(ValueError, match=r"not Rectangle\(alpha=1.0, scale=2.0\)"):
+        if_run(x, surrogate_function=surrogate.Rectangle(scale=2.0), save="bits")
+
+
+def test_double_backward_of_a_burst(backend: Backend) -> None:
+    x = torch.rand(6, 4, generator=generator(3), dtype=torch.float64) * 1.5
+    x = moved(x, backend.device).requires_grad_()
+    how: dict[str, Any] = {"max_spikes": 3, "surrogate_function": surrogate.Erf(1.0, scale=0.5)}
+    spikes = if_run(x, **how).spikes
+    (g,) = torch.autograd.grad(spikes.sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(g.square().sum(), x)
+    assert torch.isfinite(second).all()
+    assert second.any()
+    # With the reset detached the gradient is smooth in x while no count changes: no surrogate
+    # stands between it and differences.
+    how["detach_reset"] = True
+    (g,) = torch.autograd.grad(if_run(x, **how).spikes.sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(g.square().sum(), x)
+    step = 1e-6 * torch.ones_like(x)
+    sums = [
+        torch.autograd.grad(if_run(z, **how).spikes.sum(), z)[0].square().sum()
+        for z in ((x + s * step).detach().requires_grad_() for s in (1, -1))
+    ]
+    assert_close(((sums[0] - sums[1]) / 2e-6).reshape(1), second.sum().reshape(1), 1e-6)
 
 
 def test_double_backward_of_a_leaky_neuron(backend: Backend) -> None:

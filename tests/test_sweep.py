@@ -184,8 +184,10 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "signed (not binary)" in shown
     assert (tmp_path / "out" / "sweep.png").stat().st_size > 5000
     assert cli.main([*arguments, "--json", "--no-plot"]) == 0
-    rows = json.loads(capsys.readouterr().out)
-    assert len(rows) == 6
+    found = json.loads(capsys.readouterr().out)
+    assert len(found["rows"]) == 6
+    assert found["picture"] is None
+    assert found["csv"] == str(tmp_path / "out" / "sweep.csv")
     assert cli.main([*arguments, "--methods", "opl"]) == 1
     assert "method='opl' is not known" in capsys.readouterr().err
     assert cli.main(["sweep", str(tmp_path / "no.safetensors")]) == 1

@@ -279,7 +279,8 @@ class Ports:
                     "lists, dicts or dataclasses of such"
                 )
             sizes[name[2:]] = value.shape[0]
-        if len(set(sizes.values())) > 1:
+        # Not by a set: sizes of an export are symbols, which have no hash.
+        if any(size != next(iter(sizes.values())) for size in sizes.values()):
             raise ValueError(
                 f"dimension 0 of every input is the batch, but the inputs have {sizes}. What all "
                 "samples share is a buffer of the network"

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..bound import takes_methods
 from .calibration import SAMPLE, batches
 from .errors import ConversionError
 from .inputs import Inputs, as_given
@@ -78,6 +79,7 @@ class _Calls:
             )
 
 
+@takes_methods
 class ConvertedModules(nn.Module):
     """A network some modules of which are spiking; made by :func:`snnkernels.convert_modules`.
 

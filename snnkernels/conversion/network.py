@@ -19,6 +19,10 @@ from .spiking import SpikingActivation
 from .steps import Clock
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch.export import ExportedProgram
+
     from .certify import Certificate
 
 __all__ = ["ConvertedNetwork"]
@@ -53,6 +57,8 @@ class ConvertedNetwork(nn.Module):
         T: the number of steps the thresholds were made for, and the default of a call.
         extra_steps: what the method adds to the T steps of a call, in latency and in work.
         report: what was done with every node.
+        metadata: what else is to travel with the network (names of classes, how inputs are
+            prepared): a dict of plain JSON values, saved by :meth:`save_pretrained`.
 
     Shape: the inputs and the output of the ANN; any batch size.
     """
@@ -70,6 +76,7 @@ class ConvertedNetwork(nn.Module):
         self.T = _steps(T)
         self._clock = Clock() if clock is None else clock
         self.report = report
+        self.metadata: dict[str, Any] = {}
         self.prefix, self.body, self.suffix = parts.prefix, parts.body, parts.suffix
         self._counted = list(parts.counted)
         self._of_body = list(parts.statics_of_body)
@@ -205,11 +212,50 @@ class ConvertedNetwork(nn.Module):
     def certify(self, x: Any, T: int | None = None) -> Certificate:
         """What spike counts and answers can be, and which predictions are proven.
 
+        Args:
+            x: the inputs, ``[B, *]``; of several a tuple by position or a dict by name.
+            T: number of steps (default: those of the conversion).
+
         See :func:`snnkernels.conversion.certify.certify`.
         """
         from .certify import certify
 
         return certify(self, x, T)
+
+    if TYPE_CHECKING:  # from upper floors, bound in snnkernels/__init__.py
+
+        def save_pretrained(self, folder: str | Path) -> Path:
+            """Save into a folder, see :func:`snnkernels.hub.save_pretrained`."""
+            ...
+
+        def push_to_hub(
+            self,
+            repo_id: str,
+            *,
+            private: bool | None = None,
+            token: str | bool | None = None,
+            revision: str | None = None,
+            create_pr: bool = False,
+            commit_message: str = "Upload a network converted by snnkernels",
+        ) -> Any:
+            """Save to the Hugging Face Hub, see :func:`snnkernels.hub.push_to_hub`."""
+            ...
+
+        def export(
+            self,
+            example: Any,
+            *,
+            T: int | None = None,
+            dynamic_batch: bool = True,
+            operators: str = "snnkernels",
+            strict: bool = False,
+        ) -> ExportedProgram:
+            """The network as ``torch.export`` has it, see :func:`snnkernels.hub.export`."""
+            ...
+
+        def over_time(self, x_seq: Tensor) -> Tensor:
+            """Step by step, see :func:`snnkernels.interop.sequence.over_time`."""
+            ...
 
     def extra_repr(self) -> str:
         """Show T and the number of spiking layers."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,12 @@ from .errors import ConversionError
 from .errors_by_source import Sources, sources, suggestion
 from .spiking import SpikingActivation
 from .verify import leaves, relative_error
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from os import PathLike
+
+    from ..metrics import Operations
 
 __all__ = ["NodeReport", "Report", "measure"]
 
@@ -29,6 +35,8 @@ class NodeReport:
         error: root mean square of SNN - ANN over that of the ANN on the sample, or None.
         clipping, quantisation, unevenness, inherited: where that error enters, each over the root
             mean square of the ANN (:mod:`snnkernels.conversion.errors_by_source`), or None.
+        points: up to 512 values of the sample, evenly spaced: the ANN's activations and what the
+            spikes answer to them, float32 ``[2, n]``; None where no neuron stands or without data.
     """
 
     name: str
@@ -40,6 +48,7 @@ class NodeReport:
     quantisation: float | None = None
     unevenness: float | None = None
     inherited: float | None = None
+    points: Tensor | None = field(default=None, repr=False, compare=False)
 
     def cells(self, split: bool = False) -> list[str]:
         """The row as text; ``split``: with where the error enters."""
@@ -81,6 +90,21 @@ class Report:
 
     HEADER = ("node", "what was done", "threshold", "rate", "error vs ANN")
     SOURCES = ("clipping", "quantisation", "unevenness", "inherited")
+
+    if TYPE_CHECKING:  # from an upper floor, bound in snnkernels/__init__.py
+
+        def to_html(
+            self,
+            path: str | PathLike[str] | None = None,
+            *,
+            title: str = "Conversion report",
+            settings: Mapping[str, Any] | None = None,
+            accuracy: Mapping[int, float] | None = None,
+            ann: float | None = None,
+            operations: Operations | None = None,
+        ) -> str:
+            """The report as one HTML page, see :func:`snnkernels.html_report.to_html`."""
+            ...
 
     def _table(self) -> list[list[str]]:
         """Header and rows; sources of errors have columns where one was measured."""
@@ -124,6 +148,14 @@ class Report:
         raise KeyError(f"{name!r} is not in the report; it has {[r.name for r in self.rows]}")
 
 
+def _some(a: Tensor, answer: Tensor, most: int = 512) -> Tensor | None:
+    """Values of both at the same places; None where their shapes differ."""
+    if a.shape != answer.shape or not a.numel():
+        return None
+    places = torch.linspace(0, a.numel() - 1, min(most, a.numel()), device=a.device).long()
+    return torch.stack([v.detach().reshape(-1)[places].float() for v in (a, answer)]).cpu()
+
+
 @torch.no_grad()
 def measure(snn: nn.Module, graph: nn.Module, x: Tensor, expected: Any, report: Report) -> None:
     """Fill in rates and errors from one run of both networks on ``x`` ``[B, *]``.
@@ -154,6 +186,7 @@ def measure(snn: nn.Module, graph: nn.Module, x: Tensor, expected: Any, report: 
             row.rate = float(module.spikes_per_step(out, T))
             answer = module.answer(out, T, a.dtype)
             row.error = relative_error(answer, a)
+            row.points = _some(a, answer)
             found = sources(module, z, a, args[0], answer, T)
             if found is None:
                 whole.append(module.label)

@@ -74,6 +74,20 @@ class SpikingActivation(nn.Module):
         """Back to the initial potential."""
         self.node.reset()
 
+    @property
+    def step_mode(self) -> str:
+        """``"m"``: a converted network runs all steps of a layer at once."""
+        return "m"
+
+    @step_mode.setter
+    def step_mode(self, value: str) -> None:
+        if value != "m":
+            raise ValueError(f"a converted network has no step_mode={value!r}; it runs in 'm'")
+
+    def supported_step_mode(self) -> tuple[str, ...]:
+        """The step modes there are, as in SpikingJelly."""
+        return ("m",)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SpikingActivation:
         before = self.scale
         super()._apply(fn, recurse)
@@ -179,6 +193,21 @@ class SpikingActivation(nn.Module):
             weight = per_channel_view(self._weight(), self.channel_dim, count.dim())
             return (count / weight).mean()
         return count.mean() / (T - self.clock.steps.first(T))
+
+    def events(self, out: Tensor, T: int) -> Tensor:
+        """Spikes emitted in an output of :meth:`forward` of T steps, elementwise, in its shape.
+
+        Of whichever sign; a value of k times the weight of a spike is k spikes. In a parallel run
+        they are those of all T steps, and so they are where the output is counts.
+        """
+        steps = self.clock.steps
+        if not steps.parallel:
+            if self.counts and not steps.whole:
+                return out.abs()
+            if self.binary:
+                return out != 0
+        weight = per_channel_view(self._weight(), self.channel_dim, out.dim()).to(out)
+        return (out / weight * (T if steps.parallel else 1)).round().abs()
 
     def _channels_of(self, threshold: float | Tensor, dims: int) -> int | None:
         """Where a threshold per channel lies in ``dims`` dimensions; None if it is not one."""

@@ -97,7 +97,7 @@ class _Turn:
 class _Captured:
     """A graph with the memory that it reads and writes."""
 
-    def __init__(self, backend: Backend, inputs: Sequence[Tensor], run: Callable) -> None:
+    def __init__(self, backend: Backend, inputs: Sequence[Tensor], run: Callable[..., Any]) -> None:
         # Calls outside of inference_mode write there as well, whoever made the first ones.
         with torch.inference_mode(False), torch.no_grad():
             self.inputs = [torch.empty_like(x, memory_format=torch.preserve_format) for x in inputs]

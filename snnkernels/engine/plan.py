@@ -118,7 +118,7 @@ def _backend(device: torch.device) -> Backend | None:
 
 
 class Plan(nn.Module):
-    """A converted network lowered by :func:`lower`; call it like the network.
+    """A converted network made fast, made by :func:`lower`; call it like the network.
 
     Attributes:
         snn: the converted network.
@@ -248,7 +248,17 @@ class Plan(nn.Module):
         return out
 
     def predict_curve(self, x: Any, steps: Iterable[int] = (1, 2, 4, 8, 16, 32)) -> dict[int, Any]:
-        """As :meth:`snnkernels.ConvertedNetwork.predict_curve`, from one run."""
+        """The outputs after several numbers of steps, from one run: ``{T: output}``.
+
+        As :meth:`snnkernels.ConvertedNetwork.predict_curve`.
+
+        Args:
+            x: ``[B, *]``; of several inputs a tuple by position or a dict by name.
+            steps: numbers of steps; order and repetitions do not matter.
+
+        Raises:
+            ValueError: ``steps`` is empty, or one is not a whole number of at least 1.
+        """
         ends = sorted({_steps(T) for T in steps})
         if not ends:
             raise ValueError("steps is empty: predict_curve needs at least one number of steps")
@@ -294,7 +304,12 @@ class Plan(nn.Module):
     def peak_memory(self, batch: int, T: int | None = None) -> int:
         """Bytes that a call on so many images takes for spikes, beside weights, as planned.
 
-        Of inputs as in the last call.
+        Args:
+            batch: number of images, of the shape of the last call's.
+            T: number of steps (default: those of the conversion).
+
+        Raises:
+            ValueError: there was no call yet; T < 1 or not a whole number.
         """
         T = self.T if T is None else _steps(T)
         if not self._built:

@@ -20,6 +20,8 @@ SAVES = ("recompute", "trace", "bits")
 
 # How long to look for an element that two tensors share before they are taken to.
 _WORK = 10_000
+# Of a step: float32 counts no further.
+MOST_SPIKES = 2**24
 # Between these every number is positive and finite in float32 as well.
 _SMALLEST, _LARGEST = 1.2e-38, 3.4e38
 
@@ -35,6 +37,8 @@ class Options(NamedTuple):
     mask: Tensor | None = None
     probe: Probe | None = None
     parallel: bool = False
+    reset_delay: bool = False
+    v_min: float | None = None
 
 
 NO_OPTIONS = Options()
@@ -149,12 +153,10 @@ def neuron(
         v_tensor, th, amp, scale, beta, bias, level, v_value, th_value, amp_value, scale_value,
         beta_value, bias_value, level_value, options, spike_dtype, reset,
     )  # fmt: skip
-    return _with_inference_options(given, x, steps, shape, more)
+    return _with_more_options(given, x, steps, shape, more)
 
 
-def _with_inference_options(
-    given: Neuron, x: Tensor, steps: int, shape: Size, more: Options
-) -> Neuron:
+def _with_more_options(given: Neuron, x: Tensor, steps: int, shape: Size, more: Options) -> Neuron:
     options = given.options
     fields: dict[str, Any] = {}
     kinds = {
@@ -167,7 +169,7 @@ def _with_inference_options(
         raise ValueError(f"{' and '.join(chosen)} exclude each other")
     for name in chosen:
         clash = {
-            "v_reset": params.HARD_RESET,
+            **({} if name == "max_spikes" else {"v_reset": params.HARD_RESET}),
             "tie='>'": params.STRICT,
             "fire_level": params.FIRE_LEVEL,
             **({"beta": params.BETA} if name == "parallel" else {}),
@@ -180,8 +182,11 @@ def _with_inference_options(
     if more.max_spikes is not None:
         if type(more.max_spikes) is not int:
             raise TypeError(f"max_spikes={more.max_spikes!r} must be an int or None")
-        if not 1 <= more.max_spikes <= 255:
-            raise ValueError(f"max_spikes={more.max_spikes} is not in 1..255")
+        most = 255 if given.spike_dtype == torch.uint8 else MOST_SPIKES
+        if not 1 <= more.max_spikes <= most:
+            raise ValueError(
+                f"max_spikes={more.max_spikes} is not in 1..{most} (spikes of {given.spike_dtype})"
+            )
         options |= params.BURST
         fields["max_spikes"] = more.max_spikes
     if more.signed is not None:
@@ -205,6 +210,27 @@ def _with_inference_options(
             raise ValueError(f"probe.steps={probe} must be {room} the {steps} steps of x_seq")
         options |= params.PROBE_MASK if kind == "mask" else params.PROBE_SHIFT
         fields |= {"probe": probe, "iterations": iterations, "margin": float(margin)}
+    if more.reset_delay:
+        clash = {"v_reset": params.HARD_RESET, "probe": params.PROBE_MASK | params.PROBE_SHIFT}
+        others = [*chosen, *(other for other, bit in clash.items() if options & bit)]
+        if others:
+            raise ValueError(f"reset_delay cannot be combined with {others[0]}")
+        options |= params.RESET_DELAY
+    if more.v_min is not None:
+        v_min = operands.number("v_min", more.v_min)
+        if math.isinf(v_min):
+            raise ValueError(f"v_min={v_min!r} must be finite or None")
+        clash = {
+            "probe": more.probe is not None,
+            "parallel": more.parallel,
+            "signed": more.signed is not None,
+            "reset_delay": more.reset_delay,
+        }
+        for name, there in clash.items():
+            if there:
+                raise ValueError(f"v_min cannot be combined with {name}")
+        options |= params.CLIP
+        fields["v_min"] = v_min
     if more.mask is not None:
         if not isinstance(more.mask, Tensor) or more.mask.dtype not in (torch.bool, torch.uint8):
             raise TypeError("mask must be a tensor of torch.bool or torch.uint8")

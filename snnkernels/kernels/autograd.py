@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from .. import surrogate as _surrogate
 from . import backward, double_backward, operands, ops, params, run
-from .prepared import Prepared
+from .prepared import How, Prepared
 from .spec import OPERANDS, SPIKES, Asked, Grads, Neuron, Outputs, Saved
 
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -55,8 +56,8 @@ def forward(
 ) -> Outputs:
     """The forward pass without gradients, by the shortest way to a kernel."""
     if not through_operator(x):
-        return run.if_forward(x, T, neuron, asked, -1, alpha, out)
-    made = ops.if_forward(x, T, *neuron, *asked, -1, alpha)
+        return run.if_forward(x, T, neuron, asked, -1, alpha, 1.0, out)
+    made = ops.if_forward(x, T, *neuron, *asked, -1, alpha, 1.0)
     there = (*asked[:3], bool(asked.count_at), True, *asked[3:6])
     outputs = Outputs._make(
         t if is_there else None for t, is_there in zip(made, there, strict=True)
@@ -95,8 +96,8 @@ def plain(
     x: Tensor,
     v_init: Tensor | None,
 ) -> Outputs:
-    """A plain run with a graph behind it."""
-    how = (surrogate.kind, surrogate.alpha, detach_reset)
+    """A plain run with a graph behind it, and a surrogate that the plain kernels know."""
+    how = (surrogate.kind, surrogate.alpha, surrogate.scale, detach_reset)
     return outputs(*_Plain.apply(prepared, how, x, v_init))
 
 
@@ -107,7 +108,7 @@ class _Plain(torch.autograd.Function):
     def forward(
         ctx: Any,
         prepared: Prepared,
-        how: tuple[int, float, bool],
+        how: How,
         x: Tensor,
         v_init: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
@@ -120,7 +121,7 @@ class _Plain(torch.autograd.Function):
     def backward(
         ctx: Any, grad_spikes: Tensor | None, grad_v: Tensor | None
     ) -> tuple[None, None, Tensor, None]:
-        x, v_init = ctx.saved_tensors
+        x, v_init = _saved(ctx, grad_v)
         prepared, how = ctx.prepared, ctx.how
         direct = not torch.is_grad_enabled() and not through_operator(x)
         if direct and prepared.serves(x, v_init, grad_spikes, grad_v):
@@ -197,7 +198,15 @@ class _IntegrateAndFire(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         c: Config = ctx.config
-        kept = ctx.saved_tensors
+        if c.asked is SPIKES:
+            given = Grads(grads[0], False, grads[1])
+        else:
+            each = iter(grads)
+            spikes, _, _, _, v, v_seq, charge_seq, _ = (
+                next(each) if there else None for there in _there(c)
+            )
+            given = Grads(spikes, c.rate, v, v_seq, charge_seq)
+        kept = _saved(ctx, given.v)
         fields: tuple[Tensor | None, ...]
         if ctx.save == "recompute":
             fields, operands_ = (kept[0], None, None, None), kept[1:]
@@ -207,30 +216,55 @@ class _IntegrateAndFire(torch.autograd.Function):
             fields, operands_ = (None, None, kept[0], kept[1]), kept[2:]
         saved = Saved._make((*fields, c.T is not None, ctx.steps, ctx.dtype))
         neuron = c.with_operands(operands_)
-        if c.asked is SPIKES:
-            given = Grads(grads[0], False, grads[1])
-        else:
-            each = iter(grads)
-            spikes, _, _, _, v, v_seq, charge_seq, _ = (
-                next(each) if there else None for there in _there(c)
-            )
-            given = Grads(spikes, c.rate, v, v_seq, charge_seq)
         asked_for = ctx.needs_input_grad
         needs = [asked_for[1]] + [False] * len(OPERANDS)
         for i, operand in enumerate(c.present):
             needs[1 + operand] = asked_for[2 + i]
-        how = (c.surrogate.kind, c.surrogate.alpha, c.detach_reset)
+        how = (c.surrogate.kind, c.surrogate.alpha, c.surrogate.scale, c.detach_reset)
         found = _backward(saved, neuron, given, how, needs)
         wanted = [found[0] if needs[0] else None]
         wanted += [found[1 + i] if needs[1 + i] else None for i in c.present]
         return (None, *wanted)
 
 
+def _saved(ctx: Any, grad_v: Tensor | None) -> tuple[Any, ...]:
+    """What forward saved; where it is gone and a later call's membrane led here, who, and a cure.
+
+    ``ctx.neuron`` is a weak reference that :class:`snnkernels.IFNode` leaves.
+    """
+    try:
+        kept: tuple[Any, ...] = ctx.saved_tensors
+        return kept
+    except RuntimeError as error:
+        if grad_v is None or "second time" not in str(error):
+            raise
+        neuron = ctx.neuron() if hasattr(ctx, "neuron") else None
+        who = "a neuron" if neuron is None else _named(neuron)
+        raise RuntimeError(
+            f"snnkernels: the gradient went through the membrane that {who} kept from an earlier "
+            f"call, v {list(grad_v.shape)}, into the graph of that call, which an earlier "
+            "backward() has freed. Call snnkernels.reset_net(net) before each batch, or "
+            "snnkernels.detach_net(net) to carry the membranes on without their gradient; only if "
+            "gradients shall run through both calls, give the earlier backward() "
+            "retain_graph=True."
+        ) from error
+
+
+def _named(module: torch.nn.Module) -> str:
+    """A module by its name in the network that holds it, which modules themselves do not know."""
+    names = [""]
+    for thing in gc.get_objects():  # slow, but an error is on its way
+        if issubclass(type(thing), torch.nn.Module):
+            names += [name for name, inner in thing.named_modules() if inner is module]
+    name = max(names, key=len)
+    return f"layer {name!r}, {module!r}," if name else f"{module!r}"
+
+
 def _backward(
     saved: Saved,
     neuron: Neuron,
     given: Grads,
-    how: tuple[int, float, bool],
+    how: How,
     needs: list[bool],
 ) -> Sequence[Any]:
     """The backward pass, by the shortest way to a kernel."""

@@ -356,7 +356,11 @@ def get_backend() -> str:
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """:func:`set_backend` for a ``with`` block."""
+    """:func:`set_backend` for a ``with`` block.
+
+    Args:
+        name: as there.
+    """
     before = _forced
     set_backend(name)
     try:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .. import surrogate as _surrogate
 from . import backends, fallback, layouts, operands, packing, params, plan, reference
 from .layouts import Layout, Rows
 from .params import DTYPE_CODES
@@ -24,6 +25,7 @@ def if_backward(
     grads: Grads,
     surrogate: int,
     alpha: float,
+    scale: float,
     detach_reset: bool,
     smooth: bool,
     needs: Sequence[bool],
@@ -36,7 +38,8 @@ def if_backward(
     kernels = backends.choose(like.device)
     shape = like.shape if saved.constant else like.shape[1:]
     if kernels is None or saved.steps == 0:
-        found = fallback.if_backward(saved, neuron, grads, surrogate, alpha, detach_reset, smooth)
+        how = (surrogate, alpha, scale, detach_reset, smooth)
+        found = fallback.if_backward(saved, neuron, grads, *how)
         return _sums(*found, neuron, needs)
     steps, dtype = saved.steps, saved.dtype
     x, charges = saved.x, saved.charges
@@ -100,6 +103,7 @@ def if_backward(
     general = (
         options & ~params.DETACH_RESET
         or smooth
+        or not _surrogate.is_plain(surrogate, scale)
         or grads.v_seq is not None
         or grads.charge_seq is not None
         or True in needs[4:]
@@ -153,6 +157,10 @@ def if_backward(
         *(0 if t is None else t.data_ptr() for t in (grad_v_seq, grad_charge, *per_neuron[3:])),
         *extra,
         neuron.v_reset,
+        scale,
+        neuron.v_min,
+        neuron.max_spikes,
+        0,
     )
     kernels.backward_general(packed + rest, like.device)
     del v_kept, th_kept, amp_kept, extra_kept

@@ -65,9 +65,9 @@ def run(
             arguments.check_no_overlap(out, "x_seq", x)
             if start is not None:
                 arguments.check_no_overlap(out, "v", start)
-        if needs_grad:
+        if needs_grad and surrogate.plain:
             return autograd.plain(known, surrogate, bool(detach_reset), x, start)
-        if out is None or known.fits(out, x.dtype):
+        if not needs_grad and (out is None or known.fits(out, x.dtype)):
             return autograd.outputs(*known.forward(x, start, out))
     if layout != "T,N":
         x, T, out = _time_first(x, T, layout, out)
@@ -102,7 +102,7 @@ def run(
                 if tensor is not None:
                     arguments.check_no_overlap(out, _SPELLED.get(name, name), tensor)
     if save != "recompute" or needs_grad:
-        _check_save(save, neuron, asked, surrogate_function, needs_grad, T)
+        _check_save(save, neuron, asked, surrogate_function, needs_grad, bool(detach_reset))
     if not needs_grad:
         result: Any = autograd.forward(x, T, neuron, asked, 1.0, out)
         if rate:
@@ -131,27 +131,39 @@ def _any_requires_grad(tensors: tuple[Tensor | None, ...]) -> bool:
 
 
 def _check_save(
-    save: str, neuron: Neuron, asked: Asked, surrogate: Any, needs_grad: bool, T: int | None
+    save: str, neuron: Neuron, asked: Asked, surrogate: Any, needs_grad: bool, detach_reset: bool
 ) -> None:
     if save not in arguments.SAVES:
         raise ValueError(f"save={save!r} is unknown; allowed: {', '.join(arguments.SAVES)}")
     if needs_grad and neuron.options & params.INFERENCE_ONLY:
+        raise ValueError("signed, mask, probe and parallel are for inference: use torch.no_grad()")
+    hard = params.BURST | params.HARD_RESET
+    if needs_grad and neuron.options & hard == hard and not detach_reset:
         raise ValueError(
-            "max_spikes, signed, mask, probe and parallel are for inference: use torch.no_grad()"
+            "max_spikes with v_reset: how the reset depends on a number of spikes is undefined; "
+            "use detach_reset=True"
         )
+    if needs_grad and neuron.options & params.RESET_DELAY and not detach_reset:
+        raise ValueError("reset_delay has no gradient through the reset: use detach_reset=True")
     if save == "recompute" or not needs_grad:
         return
     if neuron.options:
         raise ValueError(
             f"save={save!r} is for plain neurons: reset by subtraction, tie='>=', no input_scale, "
-            "beta, bias or fire_level"
+            "beta, bias, fire_level, max_spikes or v_min"
+        )
+    surrogate = surrogate or _surrogate.DEFAULT
+    if not surrogate.plain:
+        raise ValueError(
+            f"save={save!r} is for 'atan', 'sigmoid', 'triangle' and 'rectangle' of scale 1, not "
+            f"{surrogate!r}"
         )
     if asked.v_seq or asked.charge_seq:
         raise ValueError(f"save={save!r} cannot be combined with v_seq or charge_seq")
     if save == "bits" and not isinstance(surrogate, _surrogate.Rectangle):
         raise ValueError(
             "save='bits' keeps where the rectangle surrogate is not 0: it needs "
-            f"surrogate_function='rectangle', not {surrogate or _surrogate.DEFAULT!r}"
+            f"surrogate_function='rectangle', not {surrogate!r}"
         )
 
 

@@ -19,6 +19,7 @@ def if_backward(
     grads: Grads,
     surrogate: int,
     alpha: float,
+    scale: float,
     detach_reset: bool,
     smooth: bool,
     needs: Sequence[bool],
@@ -45,9 +46,12 @@ def if_backward(
             x_leaf,
             **fallback.for_reference(x, inside, x.dtype),
             T=saved.steps if saved.constant else None,
-            surrogate=_surrogate.BY_KIND[surrogate](alpha),
+            surrogate=_surrogate.BY_KIND[surrogate](alpha, scale),
             detach_reset=detach_reset,
             smooth=smooth,
+            max_spikes=neuron.bursts,
+            reset_delay=neuron.delayed,
+            v_min=neuron.clipped,
         )
         spikes = result.spikes.to(x.dtype)
         out = spikes.to(result.v.dtype).mean(0).to(x.dtype) if grads.rate else spikes

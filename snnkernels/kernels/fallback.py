@@ -20,11 +20,12 @@ def if_forward(
     asked: Asked,
     smooth: int,
     alpha: float,
+    scale: float,
     out: Tensor | None,
 ) -> Outputs:
     """:func:`.run.if_forward` by the reference."""
     options = neuron.options
-    surrogate = _surrogate.BY_KIND[max(smooth, 0)](alpha)
+    surrogate = _surrogate.BY_KIND[max(smooth, 0)](alpha, scale)
     with torch.no_grad():
         given = for_reference(x, neuron, x.dtype)
         weight = given["amplitude"]
@@ -37,11 +38,13 @@ def if_forward(
             T=T,
             surrogate=surrogate,
             smooth=smooth >= 0,
-            max_spikes=neuron.max_spikes if options & params.BURST else None,
+            max_spikes=neuron.bursts,
             signed=neuron.signed,
             mask=neuron.mask,
             probe=neuron.probed,
             parallel=bool(options & params.PARALLEL),
+            reset_delay=neuron.delayed,
+            v_min=neuron.clipped,
             count_at=asked.count_at,
         )
         window = None
@@ -95,6 +98,7 @@ def if_backward(
     grads: Grads,
     surrogate: int,
     alpha: float,
+    scale: float,
     detach_reset: bool,
     smooth: bool,
 ) -> tuple[Tensor, Sequence[Tensor]]:
@@ -109,7 +113,7 @@ def if_backward(
             **for_reference(like, neuron, saved.dtype),
             "grad_spikes": spikes,
             "grad_v": grads.v,
-            "surrogate": _surrogate.BY_KIND[surrogate](alpha),
+            "surrogate": _surrogate.BY_KIND[surrogate](alpha, scale),
             "detach_reset": detach_reset,
         }
         if saved.x is None:
@@ -128,6 +132,9 @@ def if_backward(
                 grad_charge_seq=grads.charge_seq,
                 T=steps if saved.constant else None,
                 smooth=smooth,
+                max_spikes=neuron.bursts,
+                reset_delay=neuron.delayed,
+                v_min=neuron.clipped,
             )
     grad_x, *per_neuron = found
     return grad_x.to(saved.dtype), per_neuron

@@ -150,7 +150,9 @@ def written(layout: Layout, out: Tensor, N: int) -> Layout | None:
 def located(x: Tensor, constant: bool) -> tuple[Tensor, Layout]:
     """``x``, copied if kernels cannot read it where it is, and its layout."""
     layout = of(x, constant)
-    if layout is None or x.data_ptr() % x.element_size():
+    # A subclass (a fake tensor of an export) may have no memory.
+    plain = type(x) in (Tensor, torch.nn.Parameter)
+    if layout is None or (plain and x.data_ptr() % x.element_size()):
         x = x.clone(memory_format=torch.contiguous_format)
         layout = of(x, constant)
         assert layout is not None

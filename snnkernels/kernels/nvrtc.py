@@ -248,7 +248,9 @@ def if_backward(packed: bytes, device: torch.device) -> None:
         _launch(backward_name(p), record, int(p["N"]), int(p["vec"]), device)
     else:
         rest = bytes(params.IF_BACKWARD_GENERAL.itemsize - len(packed))
-        if_backward_general(packed + rest, device)
+        general = np.frombuffer(packed + rest, params.IF_BACKWARD_GENERAL).copy()
+        general["surrogate_scale"] = 1.0
+        if_backward_general(general.tobytes(), device)
 
 
 def if_backward_general(packed: bytes, device: torch.device) -> None:

@@ -76,8 +76,10 @@ def share(value: Tensor, shape: Size, dtype: torch.dtype) -> Shared:
 
 def bits(number: float, dtype: torch.dtype) -> int:
     """The bit pattern of ``number`` rounded once to ``dtype``; integer spikes are 0 and 1."""
+    if number or not dtype.is_floating_point:
+        return _bits(number, dtype)
     # 0.0 and -0.0 are the same key.
-    return _bits(number, dtype) if number else _bits.__wrapped__(number, dtype)
+    return 0 if math.copysign(1.0, number) > 0 else _bits.__wrapped__(number, dtype)
 
 
 @lru_cache(maxsize=256)

@@ -21,7 +21,7 @@ _NEURON = ", ".join(
         *(f"Tensor? {name}" for name in OPERANDS),
         *(f"float {name}_value" for name in OPERANDS),
         "int options, ScalarType spike_dtype, float v_reset, Tensor? mask, int max_spikes",
-        "int probe, int iterations, int count_low, int count_high, float margin",
+        "int probe, int iterations, int count_low, int count_high, float margin, float v_min",
     ]
 )
 _ASKED = (
@@ -39,13 +39,12 @@ _SAVED_END = len(Saved._fields)
 # Kept for the life of the process: its end would unregister the operators.
 _LIBRARY = torch.library.Library("snnkernels", "DEF")
 _LIBRARY.define(
-    f"if_forward(Tensor x, SymInt? T, {_NEURON}, {_ASKED}, int smooth, float alpha) -> ("
-    + ", ".join(f"Tensor {name}_out" for name in Outputs._fields)
-    + ")"
+    f"if_forward(Tensor x, SymInt? T, {_NEURON}, {_ASKED}, int smooth, float alpha, "
+    "float scale) -> (" + ", ".join(f"Tensor {name}_out" for name in Outputs._fields) + ")"
 )
 _LIBRARY.define(
-    f"if_backward({_SAVED}, {_NEURON}, {_GRADS}, int surrogate, float alpha, bool detach_reset, "
-    f"bool smooth, bool[{1 + len(OPERANDS)}] needs) -> (Tensor grad_of_x, "
+    f"if_backward({_SAVED}, {_NEURON}, {_GRADS}, int surrogate, float alpha, float scale, "
+    f"bool detach_reset, bool smooth, bool[{1 + len(OPERANDS)}] needs) -> (Tensor grad_of_x, "
     + ", ".join(f"Tensor grad_of_{name}" for name in OPERANDS)
     + ")"
 )
@@ -53,7 +52,8 @@ _LIBRARY.define(
 
 def _if_forward(x: Tensor, T: int | None, *rest: Any) -> tuple[Tensor, ...]:
     neuron, asked = Neuron(*rest[:_NEURON_END]), Asked(*rest[_NEURON_END:_ASKED_END])
-    asked = asked._replace(count_at=tuple(asked.count_at))
+    # AOTInductor hands None over for an empty list.
+    asked = asked._replace(count_at=tuple(asked.count_at or ()))
     outputs = run.if_forward(x, T, neuron, asked, *rest[_ASKED_END:])
     return tuple(
         x.new_empty(0, dtype=dtype) if output is None else output

@@ -7,6 +7,7 @@ passes a structured scalar to a kernel by value. A test compares both with the c
 from __future__ import annotations
 
 import struct
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,10 +16,11 @@ DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloa
 
 STRICT, HARD_RESET, INPUT_SCALE, DETACH_RESET, SMOOTH = 1, 2, 4, 8, 16
 BETA, BIAS, FIRE_LEVEL, BURST, SIGNED, MASK = 32, 64, 128, 256, 512, 1024
-PROBE_MASK, PROBE_SHIFT, PARALLEL = 2048, 4096, 8192
+PROBE_MASK, PROBE_SHIFT, PARALLEL, RESET_DELAY = 2048, 4096, 8192, 16384
+CLIP = 32768
 
 # Options that have no gradient.
-INFERENCE_ONLY = BURST | SIGNED | MASK | PROBE_MASK | PROBE_SHIFT | PARALLEL
+INFERENCE_ONLY = SIGNED | MASK | PROBE_MASK | PROBE_SHIFT | PARALLEL
 
 # Steps whose membranes the GPU backward holds in registers (kChunk).
 CHUNK = 8
@@ -43,7 +45,7 @@ _MORE_OPERANDS = tuple((name, _OPERAND) for name in ("input_scale", "beta", "bia
 _GENERAL_ONLY = (
     *((name, "Q") for name in ("counts", "v_seq", "charge_seq", "mask")),
     *_MORE_OPERANDS,
-    *((name, "d") for name in ("v_reset", "margin")),
+    *((name, "d") for name in ("v_reset", "margin", "surrogate_scale", "v_min")),
     *((name, "i") for name in ("options", "surrogate", "max_spikes", "probe", "iterations")),
     *((name, "i") for name in ("count_low", "count_high", "count_times")),
     ("count_at", f"{COUNT_TIMES}i"),
@@ -64,13 +66,14 @@ _BACKWARD_GENERAL_ONLY = (
     *((name, "Q") for name in ("grad_v_seq", "grad_charge_seq")),
     *((name, "Q") for name in ("grad_input_scale", "grad_beta", "grad_bias", "grad_fire_level")),
     *_MORE_OPERANDS,
-    ("v_reset", "d"),
+    *((name, "d") for name in ("v_reset", "surrogate_scale", "v_min")),
+    *((name, "i") for name in ("max_spikes", "pad")),
 )
 
 _NUMPY = {"Q": "u8", "q": "i8", "d": "f8", "i": "i4", f"{COUNT_TIMES}i": f"{COUNT_TIMES}i4"}
 
 
-def _numpy(fields: tuple) -> np.dtype:
+def _numpy(fields: tuple[Any, ...]) -> np.dtype:
     return np.dtype(
         [
             (name, _numpy(kind) if isinstance(kind, tuple) else _NUMPY[kind])
@@ -80,7 +83,7 @@ def _numpy(fields: tuple) -> np.dtype:
     )
 
 
-def _format(fields: tuple) -> str:
+def _format(fields: tuple[Any, ...]) -> str:
     return "".join(_format(kind) if isinstance(kind, tuple) else kind for _, kind in fields)
 
 

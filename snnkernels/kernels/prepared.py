@@ -27,6 +27,10 @@ _NUMBERS = (float, int, str)
 _MOST = 1024
 
 
+# Of a surrogate the kind, alpha and scale, and detach_reset.
+How = tuple[int, float, float, bool]
+
+
 class Prepared(NamedTuple):
     """What is known of a plain call before its addresses are."""
 
@@ -41,7 +45,7 @@ class Prepared(NamedTuple):
     lead: int  # rows of scratch that the backward pass needs
     v_fields: tuple[int, int, int, float]  # of the operand v_init, its address left out
     forward_rest: bytes
-    backward_rest: dict[tuple[int, float, bool], bytes]
+    backward_rest: dict[How, bytes]
 
     def forward(
         self, x: Tensor, v_init: Tensor | None = None, out: Tensor | None = None
@@ -86,12 +90,14 @@ class Prepared(NamedTuple):
         v_init: Tensor | None,
         grad_spikes: Tensor | None,
         grad_v: Tensor | None,
-        how: tuple[int, float, bool],
+        how: How,
     ) -> Tensor:
-        """The gradient for ``x``; ``how``: the surrogate's kind and alpha, and detach_reset."""
+        """The gradient for ``x``; the scale of ``how`` is 1."""
         rest = self.backward_rest.get(how)
         if rest is None:
-            rest = self.backward_rest[how] = self._packed_backward(*how)
+            surrogate, alpha, _, detach_reset = how
+            rest = self._packed_backward(surrogate, alpha, detach_reset)
+            self.backward_rest[how] = rest
         grad_x = torch.empty_like(x)
         scratch = x.new_empty((self.lead, *self.shape), dtype=self.state) if self.lead else None
         addresses = _BACKWARD(

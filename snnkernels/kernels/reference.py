@@ -30,6 +30,20 @@ class Result(NamedTuple):
     counts: Tensor  # [len(count_at), *shape]
 
 
+class _Weigh(torch.autograd.Function):
+    """``k a``, selected where k is 0; with a gradient for k there as well."""
+
+    @staticmethod
+    def forward(ctx: Any, k: Tensor, a: Tensor) -> Tensor:
+        ctx.save_for_backward(k, a)
+        return torch.where(k != 0, k * a, torch.zeros_like(a))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        k, a = ctx.saved_tensors
+        return (grad * a).expand_as(grad), (grad * k).sum_to_size(a.shape)
+
+
 class _Choose(torch.autograd.Function):
     """``s a + (1 - s) b`` for s in {0, 1}, selected: no rounding, no inf * 0."""
 
@@ -89,21 +103,32 @@ class _Stepper:
         smooth: bool,
         max_spikes: int | None,
         signed: Signed | None,
+        reset_delay: bool,
+        v_min: Tensor | None,
     ) -> None:
         self.threshold, self.beta, self.v_reset = threshold, beta, v_reset
         self.fire_level = threshold if fire_level is None else fire_level
         self.strict, self.surrogate, self.smooth = strict, surrogate, smooth
         self.detach_reset, self.max_spikes, self.signed = detach_reset, max_spikes, signed
+        self.reset_delay, self.v_min = reset_delay, v_min
         self.zero = torch.zeros_like(threshold)
 
     def charge(self, v: Tensor, current: Tensor) -> Tensor:
-        return (v if self.beta is None else self.beta * v) + current
+        m = (v if self.beta is None else self.beta * v) + current
+        if not self.reset_delay:
+            return m
+        fired = self.spike(v, self.zero).detach()
+        return m - (self.threshold * fired if self.smooth else _Weigh.apply(fired, self.threshold))
 
     def spike(self, m: Tensor, count: Tensor) -> Tensor:
         """How many spikes the charged membrane ``m`` emits, after ``count`` so far."""
+        u = m - self.fire_level
+        if self.smooth:
+            return self.surrogate.primitive(u, self.fire_level.detach())
         if self.max_spikes is not None:
             k = torch.floor(m / self.threshold).clamp(max=self.max_spikes)
-            return torch.where(m >= self.threshold, k, self.zero)
+            k = torch.where(m >= self.threshold, k, self.zero)
+            return _surrogate.spike(u, k, self.surrogate, self.fire_level)
         if self.signed is not None:
             low, high, margin = self.signed
             plus = m >= self.threshold
@@ -111,20 +136,25 @@ class _Stepper:
                 plus = plus & (count < high)
             minus = (m <= -margin if margin > 0 else m < 0) & (count > low) & ~plus
             return plus.to(m.dtype) - minus.to(m.dtype)
-        u = m - self.fire_level
-        if self.smooth:
-            return self.surrogate.primitive(u)
         fired = m > self.fire_level if self.strict else m >= self.fire_level
-        return _surrogate.spike(u, fired, self.surrogate)
+        return _surrogate.spike(u, fired, self.surrogate, self.fire_level)
 
     def reset(self, m: Tensor, k: Tensor) -> Tensor:
+        v = self.unclipped(m, k)
+        return v if self.v_min is None else torch.relu(v - self.v_min) + self.v_min
+
+    def unclipped(self, m: Tensor, k: Tensor) -> Tensor:
+        if self.reset_delay:
+            return m
         kept = k.detach() if self.detach_reset else k
-        if self.max_spikes is not None or self.signed is not None:
-            return m - torch.where(k != 0, k * self.threshold, self.zero)
         if self.smooth:
             if self.v_reset is None:
                 return m - self.threshold * kept
             return m * (1 - kept) + self.v_reset * kept
+        if self.v_reset is None and (self.max_spikes is not None or self.signed is not None):
+            return m - _Weigh.apply(kept, self.threshold)
+        if self.max_spikes is not None:
+            kept = (k.detach() != 0).to(m.dtype)
         if self.v_reset is None:
             return m - _Choose.apply(kept, self.threshold, self.zero)
         return _Choose.apply(kept, self.v_reset, m)
@@ -152,6 +182,8 @@ def if_forward(
     mask: Tensor | None = None,
     probe: Probe | None = None,
     parallel: bool = False,
+    reset_delay: bool = False,
+    v_min: float | None = None,
     count_at: Sequence[int] = (),
 ) -> Result:
     """Runs integrate-and-fire neurons over all time steps.
@@ -164,12 +196,16 @@ def if_forward(
             threshold).
         strict: fire at ``m > level`` instead of ``m >= level``.
         smooth: spikes become the surrogate's primitive (for gradcheck).
-        max_spikes: burst: ``floor(m / threshold)`` spikes a step, at most so many (GN, AdaFire).
+        max_spikes: burst: ``floor(m / threshold)`` spikes a step, at most so many (GN, AdaFire);
+            their derivative is the surrogate's. With ``v_reset`` the reset is detached.
         signed: spikes of -1 too.
         mask: bool ``[*shape]``; where False nothing is emitted while the membrane goes on.
         probe: probe steps of SRP or COS.
         parallel: all currents first, then ``clip(floor(v / threshold), 0, T)`` spikes in the first
             steps (Hao et al., ICML 2025). No traces.
+        reset_delay: the threshold is subtracted after the next charge (snnTorch); the reset is
+            detached, and membranes are those that are not reset yet.
+        v_min: membranes are clipped after the reset: ``relu(v - v_min) + v_min`` (Sinabs).
         count_at: times whose counts are returned; after the probe with ``Probe(kind="mask")``.
 
     Returns:
@@ -195,6 +231,8 @@ def if_forward(
         None if fire_level is None else fire_level.to(state),
         None if v_reset is None else x.new_full((), v_reset, dtype=state),
         strict, surrogate, detach_reset, smooth, max_spikes, signed,
+        reset_delay,
+        None if v_min is None else x.new_full((), v_min, dtype=state),
     )  # fmt: skip
     none = torch.zeros(shape, dtype=torch.int32, device=x.device)
 
@@ -232,7 +270,7 @@ def if_forward(
         if smooth:
             spikes.append(weight * k)
         elif max_spikes is not None or signed is not None:
-            spikes.append(torch.where(k != 0, k * weight, torch.zeros_like(weight)))
+            spikes.append(_Weigh.apply(k, weight))
         else:
             spikes.append(_Choose.apply(k, weight, torch.zeros_like(weight)))
         fired = k.detach()
@@ -299,6 +337,9 @@ def if_backward(
     surrogate: _surrogate.Surrogate = _surrogate.DEFAULT,
     detach_reset: bool = False,
     smooth: bool = False,
+    max_spikes: int | None = None,
+    reset_delay: bool = False,
+    v_min: float | None = None,
 ) -> tuple[Tensor, ...]:
     """The adjoint of :func:`if_forward`, step by step from the last.
 
@@ -312,7 +353,8 @@ def if_backward(
     run = if_forward(
         x, v, threshold, amplitude, T=T, input_scale=input_scale, beta=beta, bias=bias,
         fire_level=fire_level, v_reset=v_reset, strict=strict, spike_dtype=spike_dtype,
-        surrogate=surrogate, smooth=smooth,
+        surrogate=surrogate, smooth=smooth, max_spikes=max_spikes, reset_delay=reset_delay,
+        v_min=v_min,
     )  # fmt: skip
     state = state_dtype(x.dtype)
     start = v.to(state).expand(run.v.shape)
@@ -329,24 +371,40 @@ def if_backward(
     for t in reversed(range(run.charge_seq.shape[0])):
         m = run.charge_seq[t]
         u = m - level
-        s = surrogate.primitive(u) if smooth else (m > level if strict else m >= level)
+        s = surrogate.primitive(u, level) if smooth else (m > level if strict else m >= level)
+        if max_spikes is not None and not smooth:
+            s = torch.where(s, torch.floor(m / threshold).clamp(max=max_spikes), zero)
         s = s.to(state)
         grad_out = torch.zeros_like(m) if grad_spikes is None else grad_spikes[t].to(state)
         if grad_v_seq is not None:
             carry = carry + grad_v_seq[t]
+        if v_min is not None:
+            kept = (
+                m * (1 - s) + v_reset * s if smooth and v_reset is not None else m - threshold * s
+            )
+            if v_reset is not None and not smooth:
+                kept = torch.where(s != 0, m.new_full((), v_reset), m)
+            carry = torch.where(kept - m.new_full((), v_min) > 0, carry, zero)
         through_reset = -carry * threshold if v_reset is None else carry * (v_reset - m)
-        if detach_reset:
+        if detach_reset or reset_delay:
             through_reset = torch.zeros_like(carry)
-        grad_u = (weight * grad_out + through_reset) * surrogate.derivative(u)
+        grad_u = (weight * grad_out + through_reset) * surrogate.derivative(u, level)
         grad_amplitude = grad_amplitude + s * grad_out
-        subtracted = carry * s if v_reset is None else zero
+        subtracted = carry * s if v_reset is None and not reset_delay else zero
         if fire_level is None:
             grad_threshold = grad_threshold - (grad_u + subtracted)
         else:
             grad_threshold, grad_level = grad_threshold - subtracted, grad_level - grad_u
-        carry = grad_u + (carry if v_reset is None else carry * (1 - s))
+        resets = s if smooth else s.clamp(max=1)
+        carry = grad_u + (carry if v_reset is None else carry * (1 - resets))
         if grad_charge_seq is not None:
             carry = carry + grad_charge_seq[t]
+        if reset_delay:
+            before = run.v_seq[t - 1] if t else start
+            fired = before > level if strict else before >= level
+            if smooth:
+                fired = surrogate.primitive(before - level, level)
+            grad_threshold = grad_threshold - carry * fired
         grad_bias = grad_bias + carry
         if scale is not None:
             grad_scale = grad_scale + carry * (x if T is not None else x[t]).to(state)

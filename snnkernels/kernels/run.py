@@ -24,17 +24,19 @@ def if_forward(
     asked: Asked = SPIKES,
     smooth: int = -1,
     alpha: float = 1.0,
+    scale: float = 1.0,
     out: Tensor | None = None,
 ) -> Outputs:
     """Runs all steps of ``x``: ``[T, *shape]``, or ``[*shape]`` held for ``T`` steps.
 
     ``smooth``: the surrogate whose primitive replaces the spike (float64, tests), or -1.
-    ``alpha``: of that surrogate, or of the rectangle whose window is asked for.
+    ``alpha``, ``scale``: of that surrogate; ``alpha`` also of the rectangle whose window is asked
+    for.
     ``out``: where spikes go, ``[T, *shape]``.
     """
     kernels = backends.choose(x.device)
     if kernels is None:
-        return fallback.if_forward(x, T, neuron, asked, smooth, alpha, out)
+        return fallback.if_forward(x, T, neuron, asked, smooth, alpha, scale, out)
     constant = T is not None
     x, layout = layouts.located(x, constant)
     shape = x.shape if constant else x.shape[1:]
@@ -43,7 +45,7 @@ def if_forward(
     if out is not None:
         into = layouts.written(layout, out, shape.numel())
         if into is None:
-            made = if_forward(x, T, neuron, asked, smooth, alpha)
+            made = if_forward(x, T, neuron, asked, smooth, alpha, scale)
             return made._replace(spikes=out.copy_(made.spikes))  # type: ignore[arg-type]
         layout = into
     state = torch.float64 if dtype == torch.float64 else torch.float32
@@ -105,6 +107,8 @@ def if_forward(
         *extra,
         neuron.v_reset,
         neuron.margin,
+        scale,
+        neuron.v_min,
         neuron.options | (params.SMOOTH if smooth >= 0 else 0),
         max(smooth, 0),
         neuron.max_spikes,

@@ -46,6 +46,7 @@ class Neuron(NamedTuple):
     count_low: int = 0
     count_high: int = 0
     margin: float = 0.0
+    v_min: float = 0.0
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
@@ -55,6 +56,21 @@ class Neuron(NamedTuple):
     def with_tensors(self, tensors: Sequence[Tensor | None]) -> Neuron:
         """The same numbers and options with other operands."""
         return Neuron._make((*tensors, *self[7:]))
+
+    @property
+    def bursts(self) -> int | None:
+        """``max_spikes`` as the user said it."""
+        return self.max_spikes if self.options & params.BURST else None
+
+    @property
+    def delayed(self) -> bool:
+        """``reset_delay`` as the user said it."""
+        return bool(self.options & params.RESET_DELAY)
+
+    @property
+    def clipped(self) -> float | None:
+        """``v_min`` as the user said it."""
+        return self.v_min if self.options & params.CLIP else None
 
     @property
     def signed(self) -> Signed | None:

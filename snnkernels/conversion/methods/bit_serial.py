@@ -81,6 +81,14 @@ class BitSerialActivation(ImpulseActivation):
         scale = per_channel_view(scale, self.channel_dim, count.dim())
         return (scale * count / (2**T - 1)).to(dtype)
 
+    def events(self, out: Tensor, T: int) -> Tensor:
+        """Ones of all planes, elementwise; of a plane where it runs in planes."""
+        if not self.clock.steps.parallel:
+            return out != 0
+        weight = per_channel_view(self._weight(), self.channel_dim, out.dim())
+        q = (out / weight * (2**T - 1)).round().to(torch.int32)
+        return popcount(q[None])
+
     def spikes_per_step(self, out: Tensor, T: int) -> Tensor:
         """Ones of a neuron and plane, averaged."""
         if not self.clock.steps.parallel:

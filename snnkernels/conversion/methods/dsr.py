@@ -67,6 +67,10 @@ class DSRActivation(SpikingActivation):
             total = step_weights(T, "lif", self.how.tau, self.how.dt, weight).sum()
         return (weight * count / total).to(dtype)
 
+    def events(self, out: Tensor, T: int) -> Tensor:
+        """Spikes, elementwise; those of LIF neurons weigh differently from step to step."""
+        return out != 0
+
     def spikes_per_step(self, out: Tensor, T: int) -> Tensor:
         """Spikes of a neuron and step, averaged."""
         return (split_time(out, T) != 0).double().mean()

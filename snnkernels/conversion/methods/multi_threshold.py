@@ -76,6 +76,10 @@ class MultiThresholdActivation(SpikingActivation):
             spikes.append(fired.to(x.dtype))
         return torch.cat(spikes)
 
+    def events(self, out: Tensor, T: int) -> Tensor:
+        """Spikes of any size and sign, elementwise: one is one."""
+        return out != 0
+
     def spikes_per_step(self, out: Tensor, T: int) -> Tensor:
         """Spikes of any size and sign of a neuron and step, averaged."""
         return (split_time(out, T) != 0).double().mean()

@@ -55,6 +55,10 @@ class TTFSActivation(SpikingActivation):
         smooth = qcfs(x, threshold, steps, 0.5 if self.round else 0.0, "floor_clip", dim)
         return value + (smooth - smooth.detach())
 
+    def events(self, out: Tensor, T: int) -> Tensor:
+        """The spikes of the window, elementwise: at most one."""
+        return out != 0
+
     def spikes_per_step(self, out: Tensor, T: int) -> Tensor:
         """Spikes of a neuron and step of its window, averaged: at most one in T."""
         return (out != 0).double().mean() / T

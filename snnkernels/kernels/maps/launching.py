@@ -16,10 +16,12 @@ _LIBRARY = torch.library.Library("snnkernels", "FRAGMENT")
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def operator(schema: str, fake: Callable) -> Callable[[Callable], Callable]:
+def operator(
+    schema: str, fake: Callable[..., Any]
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Registers a function as an operator; calls of the result go through it where that matters."""
 
-    def register(run: Callable) -> Callable:
+    def register(run: Callable[..., Any]) -> Callable[..., Any]:
         name = schema.partition("(")[0]
         _LIBRARY.define(schema)
         _LIBRARY.impl(name, run, "CompositeExplicitAutograd")

@@ -3,30 +3,35 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
-__all__ = ["add_parser"]
+from .datasets import add_data, data_options, load_data
+from .output import add_command, print_table, progress_bar
+
+__all__ = ["add_parser", "draw_curves"]
 
 
 def add_parser(commands: Any) -> None:
     """Add the command to the subparsers of ``snnkernels``."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "sweep",
-        help="accuracy of conversion methods against the number of steps",
-        description="Converts a trained network with one method after the other and measures each "
-        "after several numbers of steps. Rows go to OUT/sweep.csv as they are measured; the same "
-        "command again measures what is missing. A table and OUT/sweep.png come last.",
+        "accuracy of conversion methods against the number of steps",
+        "Converts a trained network with one method after the other and measures each after "
+        "several numbers of steps. Rows go to OUT/sweep.csv as they are measured; the same command "
+        "again measures what is missing. A table and OUT/sweep.png come last.",
+        """
+        snnkernels sweep small_cnn.safetensors --methods opi srp parallel --T 1 2 4 8
+        snnkernels sweep vgg9.safetensors --data cifar10.npz --images 1000 --engine
+        snnkernels sweep vgg9.safetensors --methods opi:v_init=zero,threshold=max srp:probe=8
+        """,
     )
     parser.add_argument(
         "checkpoint", type=Path, nargs="+", help="safetensors with its architecture"
     )
-    parser.add_argument(
-        "--data", type=Path, metavar="PATH",
-        help="CIFAR-10: a .npz bundle or the official archives; by default scikit-learn's digits",
-    )  # fmt: skip
+    add_data(parser, default="digits")
     parser.add_argument(
         "--methods", nargs="+", metavar="METHOD", help="such as opi srp:probe=8 "
         "opi:v_init=zero,threshold=max (`snnkernels methods` lists them); by default all that the "
@@ -41,32 +46,26 @@ def add_parser(commands: Any) -> None:
         "--engine", action="store_true", help="run lowered: faster, the same up to rounding"
     )
     parser.add_argument("--out", type=Path, default=Path("snnkernels_sweep"), metavar="DIR")
-    parser.add_argument("--json", action="store_true", help="print rows as JSON, no table")
     parser.add_argument("--no-plot", action="store_true")
     parser.set_defaults(run=_run)
 
 
-def _run(args: argparse.Namespace) -> None:
-    from . import data, models
-    from .cli import print_table, progress_bar
-    from .conversion import ACTIVATIONS
-    from .sweep import curves, parse_trial, sweep, table
+def _run(args: argparse.Namespace) -> dict[str, Any]:
+    from .. import models
+    from ..conversion import ACTIVATIONS
+    from ..sweep import curves, parse_trial, sweep, table
 
     if min([*args.T, args.for_T, args.calibration, args.batch_size, args.images or 1]) < 1:
         raise ValueError("numbers of steps and of images must be at least 1")
     trials = [parse_trial(text) for text in args.methods or _default_methods()]
-    if args.data is None:
-        train, test = data.digits(train=True), data.digits(train=False)
-        if args.images:
-            test = _first(test, args.images)
-        train = _first(train, args.calibration)
-    else:
-        train = data.load_cifar10(args.data, train=True, limit=args.calibration)
-        test = data.load_cifar10(args.data, train=False, limit=args.images)
+    source, options = args.data or "digits", data_options(args)
+    train = load_data(source, True, limit=args.calibration, options=options)
+    test = load_data(source, False, limit=args.images, options=options)
     size = max(args.batch_size, 64)
     calibration = [train[i : i + size][0] for i in range(0, len(train), size)]
     everything = []
     figures = {}
+    refusals = {}
     for path in args.checkpoint:
         checkpoint = models.load_checkpoint(path, activations=ACTIVATIONS)
         # What was asked for by name must work; of all there are, some need another network.
@@ -80,65 +79,62 @@ def _run(args: argparse.Namespace) -> None:
         )  # fmt: skip
         everything += rows
         for name, why in (refused or {}).items():
+            refusals[f"{path.stem}: {name}"] = why
             print(f"{path.stem} is not converted by {name}: {why}", file=sys.stderr)
         if not rows:
             continue
         ann = float(rows[0]["ANN"])
-        if not args.json:
-            header, lines = table(rows)
-            title = (
-                f"{path.stem}: accuracy (%) on {len(test)} test images of {test.name}; ANN "
-                f"{100 * ann:.2f}; thresholds from data are for T = {args.for_T}"
-            )
-            print_table(title, header, lines)
+        header, lines = table(rows)
+        title = (
+            f"{path.stem}: accuracy (%) on {len(test)} test images of {test.name}; ANN "
+            f"{100 * ann:.2f}; thresholds from data are for T = {args.for_T}"
+        )
+        print_table(title, header, lines)
         figures[path.stem] = (curves(rows), ann)
-    if args.json:
-        print(json.dumps(everything, indent=2))
-    if figures and not args.no_plot:
-        _picture(figures, args.out / "sweep.png")
-    if not args.json:
-        print(f"Rows: {args.out / 'sweep.csv'}")
+    picture = args.out / "sweep.png" if figures and not args.no_plot else None
+    if picture is not None:
+        _picture(figures, picture)
+        print(f"Picture: {picture}")
+    print(f"Rows: {args.out / 'sweep.csv'}")
+    return {
+        "rows": everything, "refused": refusals, "csv": args.out / "sweep.csv", "picture": picture,
+    }  # fmt: skip
 
 
 def _default_methods() -> list[str]:
-    from .conversion.methods import METHODS
+    from ..conversion.methods import METHODS
 
     return list(METHODS)
 
 
-def _first(images: Any, count: int) -> Any:
-    """The first ``count`` images of a set."""
-    import copy
-
-    part = copy.copy(images)
-    part.images, part.labels = images.images[:count], images.labels[:count]
-    return part
-
-
-def _picture(figures: dict[str, tuple[dict, float]], path: Path) -> None:
+def _picture(figures: dict[str, tuple[dict[Any, Any], float]], path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as e:
         raise ImportError(
             "the picture needs matplotlib (pip install matplotlib), or pass --no-plot"
         ) from e
-    from . import plots
-    from .sweep import added
-
     figure = Figure(figsize=(8.2 * len(figures), 4.6), layout="constrained")
     axes = figure.subplots(1, len(figures), squeeze=False)[0]
     for ax, (name, (found, ann)) in zip(axes, figures.items(), strict=True):
-        steps = sorted({T for curve in found.values() for T in curve})
-        lines = {}
-        for trial, curve in found.items():
-            first = next(iter(curve.values()))
-            label = trial if str(first["binary"]) == "True" else f"{trial} (not binary)"
-            extra = added(curve)
-            label += f" + {extra} steps" if extra != "0" else ""
-            known = {T: float(row["accuracy"]) for T, row in curve.items()}
-            lines[label] = [known.get(T, float("nan")) for T in steps]
-        plots.accuracy_curve(steps, lines, ann=ann, ax=ax)
-        ax.set_title(name, fontsize=10)
+        draw_curves(ax, found, ann, name)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
-    print(f"Picture: {path}")
+
+
+def draw_curves(ax: Any, found: dict[str, Any], ann: float, name: str) -> None:
+    """The curves of one network (:func:`snnkernels.sweep.curves`)."""
+    from .. import plots
+    from ..sweep import added
+
+    steps = sorted({T for curve in found.values() for T in curve})
+    lines = {}
+    for trial, curve in found.items():
+        first = next(iter(curve.values()))
+        label = trial if str(first["binary"]) == "True" else f"{trial} (not binary)"
+        extra = added(curve)
+        label += f" + {extra} steps" if extra != "0" else ""
+        known = {T: float(row["accuracy"]) for T, row in curve.items()}
+        lines[label] = [known.get(T, float("nan")) for T in steps]
+    plots.accuracy_curve(steps, lines, ann=ann, ax=ax)
+    ax.set_title(name, fontsize=10)

@@ -1,0 +1,89 @@
+"""Files and folders that appear only when they are complete."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+__all__ = ["check_new_folder", "new_folder", "write_text"]
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write ``text`` in UTF-8 to ``path``: the old file or the whole new one, never a part.
+
+    Raises:
+        OSError: the folder does not exist or cannot be written to.
+    """
+    target = Path(path)
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".new")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o666 & ~_umask())  # mkstemp's are for the owner alone
+        os.replace(name, target)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def new_folder(path: str | os.PathLike[str], *, force: bool = False) -> Iterator[Path]:
+    """Yield an empty folder that becomes ``path`` when the block ends without an error.
+
+    Args:
+        path: the folder to be; its parents are made.
+        force: replace what is there, once the new one is complete.
+
+    Raises:
+        FileExistsError: ``path`` exists and ``force`` is False.
+        ValueError: ``force`` would replace a file, a link, or the current folder or one above it.
+    """
+    target = Path(path)
+    check_new_folder(target, force=force)
+    target = target.absolute()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    new = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".new"))
+    old = new.with_suffix(".old")
+    try:
+        yield new
+        new.chmod(0o777 & ~_umask())
+        for file in new.rglob("*"):
+            if file.is_file():
+                with file.open("rb") as stream:
+                    os.fsync(stream.fileno())
+        if target.exists():
+            target.rename(old)
+        try:
+            new.rename(target)
+        except OSError:
+            if old.exists():
+                old.rename(target)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+
+
+def check_new_folder(path: Path, *, force: bool) -> None:
+    """Raise what :func:`new_folder` would, before the work is done."""
+    if not (path.exists() or path.is_symlink()):
+        return
+    if not force:
+        raise FileExistsError(f"{path} exists: name another folder, or pass --force to replace it")
+    if path.is_symlink() or not path.is_dir():
+        raise ValueError(f"{path} is not a folder: --force replaces folders only")
+    if Path.cwd().resolve().is_relative_to(path.resolve()):
+        raise ValueError(f"{path} is the current folder or holds it: --force does not replace it")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,272 @@
+"""Sinabs' leaky neurons on our kernels: when the numbers are the same, and the call.
+
+Sinabs computes, one rounded operation after the other: ``m = alpha * v + current`` (with
+``norm_input`` a current of ``(1 - alpha) * x``), ``trunc(m / threshold)`` spikes where m is
+positive, or one where ``m - threshold >= 0``, ``v = m - spikes * threshold``, and with
+``min_v_mem`` ``relu(v - min) + min``. These are our numbers for finite float32 currents, and for
+float16 and bfloat16 ones of IAF, which Sinabs widens. What differs: Sinabs' silent neurons emit
+-0.0 where the membrane is negative, ours 0.0; more than 2**24 spikes in one step; NaN and
+infinities.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import surrogate as _surrogate
+from .. import surrogate_foreign
+from ..kernels import call
+from ..kernels.arguments import MOST_SPIKES, NO_OPTIONS, Options
+from ..kernels.spec import SPIKES, Asked
+from .patching import Refused
+from .sj_run import say
+
+__all__ = ["forward", "lif_forward", "why_not"]
+
+_WITH_V_SEQ = Asked(v_seq=True)
+_PLAIN = (Tensor, nn.Parameter)
+_HALVES = (torch.float16, torch.bfloat16)
+OWN = "a Sinabs neuron runs Sinabs' own code"
+
+
+def _number(threshold: Any) -> float | None:
+    """The one number in a threshold, None where there are several."""
+    if not isinstance(threshold, Tensor):
+        return float(threshold)
+    held = threshold.detach().reshape(-1)
+    return float(held[0]) if held.numel() and bool((held == held[0]).all()) else None
+
+
+def _finite(value: Any) -> bool:
+    number = _number(value)
+    return number is not None and math.isfinite(number)
+
+
+def why_not(module: Any, look: bool = True) -> str | None:
+    """Why the numbers of a neuron of Sinabs would not be the same, or None.
+
+    ``look``: also at numbers, for which a GPU has to be waited for.
+    """
+    return _why_not(
+        module.tau_syn if not module.train_alphas else module.alpha_syn,
+        module.spike_threshold,
+        module.spike_fn,
+        module.reset_fn,
+        module.surrogate_grad_fn,
+        module.min_v_mem,
+        look,
+    )
+
+
+def _why_not(
+    alpha_syn: Any,
+    threshold: Any,
+    spike_fn: Any,
+    reset_fn: Any,
+    surrogate_grad_fn: Any,
+    min_v_mem: Any,
+    look: bool,
+) -> str | None:
+    if alpha_syn is not None:
+        return "it has a synaptic current (tau_syn)"
+    if min_v_mem is not None:
+        if isinstance(min_v_mem, Tensor) and min_v_mem.requires_grad:
+            return "its min_v_mem is learned"
+        if look and not _finite(min_v_mem):
+            return "min_v_mem is not one finite number"
+    if threshold is None or spike_fn is None:
+        return "it gives membranes, not spikes (no spike_fn)"
+    if isinstance(threshold, Tensor):
+        if threshold.requires_grad:
+            return "its threshold is learned, and Sinabs' gradient leaves the spikes out of it"
+        held = threshold.detach()
+        if (look or not held.is_cuda) and not bool((torch.isfinite(held) & (held > 0)).all()):
+            return "a threshold is not positive and finite"
+    try:
+        most_spikes(spike_fn)
+        resets(reset_fn)
+        if look:
+            surrogate_of(surrogate_grad_fn, threshold)
+    except Refused as refused:
+        return str(refused)
+    return None
+
+
+def most_spikes(spike_fn: Any) -> int | None:
+    """``max_spikes`` of a spike function, None for one spike.
+
+    Raises:
+        Refused: a function that is not Sinabs'.
+    """
+    cls = spike_fn if isinstance(spike_fn, type) else type(spike_fn)
+    if cls.__module__.startswith("sinabs."):
+        if cls.__name__ == "SingleSpike":
+            return None
+        if cls.__name__ == "MultiSpike":
+            return MOST_SPIKES
+        if cls.__name__ == "MaxSpike" and not isinstance(spike_fn, type):
+            most = spike_fn.max_num_spikes_per_bin
+            if most is None:
+                return MOST_SPIKES
+            if isinstance(most, int) and 1 <= most <= MOST_SPIKES:
+                return most
+            raise Refused(f"max_num_spikes_per_bin={most!r} is not a number of spikes we know")
+    raise Refused(f"its spike_fn {cls.__name__} is not one of MultiSpike, MaxSpike, SingleSpike")
+
+
+def resets(reset_fn: Any) -> float | None:
+    """``v_reset`` of a reset function.
+
+    Raises:
+        Refused: where ours differ.
+    """
+    cls = type(reset_fn)
+    if cls.__module__.startswith("sinabs."):
+        if cls.__name__ == "MembraneSubtract":
+            if reset_fn.subtract_value is None:
+                return None
+            raise Refused("subtract_value: it subtracts something other than its threshold")
+        if cls.__name__ == "MembraneReset":
+            if reset_fn.reset_value == 0:
+                return 0.0
+            raise Refused(
+                f"reset_value={reset_fn.reset_value}: Sinabs adds it to the neurons that did not "
+                "fire as well"
+            )
+    raise Refused(f"its reset_fn {cls.__name__} is not MembraneSubtract or MembraneReset")
+
+
+def surrogate_of(theirs: Any, threshold: Any) -> _surrogate.Surrogate:
+    """Ours with the same derivative.
+
+    Raises:
+        Refused: there is none.
+    """
+    number = _number(threshold)
+    name = type(theirs).__name__
+    if name == "SingleExponential" and number is None:
+        raise Refused("its thresholds differ, and with them the width of its SingleExponential")
+    try:
+        found = surrogate_foreign.of_sinabs(theirs, number)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise Refused(f"its surrogate {theirs!r}: {error}") from None
+    if found is None:
+        raise Refused(
+            f"its surrogate {theirs!r} is not one of our kernels' (SingleExponential, "
+            "PeriodicExponential, Gaussian around 0)"
+        )
+    return found
+
+
+def _why_not_now(x: Any, v: Any, shape: Any, leaks: bool) -> str | None:
+    """What only a call can tell."""
+    if type(x) not in _PLAIN or type(v) not in _PLAIN:
+        return "the current is no plain tensor"
+    if x.dtype in _HALVES:
+        if leaks:
+            return f"with {x.dtype} currents a leaky neuron rounds to {x.dtype} on the way"
+    elif x.dtype != torch.float32:
+        return f"currents are {x.dtype}, ours are float32, float16 or bfloat16"
+    if v.dtype != torch.float32 or v.shape != shape or v.device != x.device:
+        return f"the membrane is {v.dtype} {tuple(v.shape)} on {v.device}"
+    if torch._C._are_functorch_transforms_active():
+        return "a transform of torch.func is active"
+    return None
+
+
+def forward(
+    x: Tensor,
+    v: Tensor,
+    threshold: Any,
+    spike_fn: Any,
+    reset_fn: Any,
+    surrogate_grad_fn: Any,
+    min_v_mem: Any,
+    alpha: Tensor | None,
+    norm_input: bool,
+    record: bool,
+) -> tuple[Tensor, Tensor, Tensor | None] | None:
+    """All steps of ``[B, T, *]``: spikes, the last membrane, and all of them if asked.
+
+    None, and a warning the first time, where Sinabs' own code must run.
+    """
+    if x.dim() < 2 or not x.shape[1]:
+        return None
+    shape = (x.shape[0], *x.shape[2:])
+    reason = _why_not_now(x, v, shape, alpha is not None)
+    if reason is not None:
+        say(reason, OWN)
+        return None
+    v_reset, most = resets(reset_fn), most_spikes(spike_fn)
+    scale = None
+    more = NO_OPTIONS
+    v_min = None if min_v_mem is None else _number(min_v_mem)
+    if alpha is not None or most is not None or v_min is not None:
+        more = Options(beta=alpha, max_spikes=most, v_min=v_min)
+    if alpha is not None and norm_input:
+        scale = 1 - alpha
+    surrogate = None
+    leaves = (x, v) if alpha is None else (x, v, alpha)
+    if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves):
+        try:
+            surrogate = surrogate_of(surrogate_grad_fn, threshold)
+        except Refused as refused:
+            say(str(refused), OWN)
+            return None
+    held = threshold.detach() if isinstance(threshold, Tensor) else threshold
+    result = call.run(
+        x.float(), _WITH_V_SEQ if record else SPIKES, v, held, v_reset, surrogate,
+        # MembraneReset asks where there is no spike: no gradient passes through that.
+        v_reset is not None, None, None, None, scale, ">=", None, False, None, "recompute", "N,T",
+        more,
+    )  # fmt: skip
+    return result[0], result[4], result[5] if record else None
+
+
+def lif_forward(theirs: Any) -> Any:
+    """``sinabs.layers.functional.lif_forward`` on our kernels, where the numbers are the same."""
+
+    def ours(
+        input_data: Tensor,
+        alpha_mem: Any,
+        alpha_syn: Any,
+        state: dict[str, Any],
+        spike_threshold: Any,
+        spike_fn: Any,
+        reset_fn: Any,
+        surrogate_grad_fn: Any,
+        min_v_mem: Any,
+        norm_input: bool,
+        record_states: bool = False,
+    ) -> Any:
+        reason = _why_not(
+            alpha_syn, spike_threshold, spike_fn, reset_fn, surrogate_grad_fn, min_v_mem, False
+        )
+        if reason is None and set(state) == {"v_mem"}:
+            # IAF has an alpha of 1 on the CPU.
+            fixed = isinstance(alpha_mem, Tensor) and not alpha_mem.requires_grad
+            one = fixed and alpha_mem.dim() == 0 and not alpha_mem.is_cuda and alpha_mem == 1
+            leaks = norm_input or not one
+            found = forward(
+                input_data, state["v_mem"], spike_threshold, spike_fn, reset_fn,
+                surrogate_grad_fn, min_v_mem, alpha_mem if leaks else None, norm_input,
+                record_states,
+            )  # fmt: skip
+            if found is not None:
+                spikes, v, v_seq = found
+                record = {"v_mem": v_seq} if record_states else {}
+                return spikes, {"v_mem": v, "i_syn": input_data[:, -1]}, record
+        elif reason is not None:
+            say(reason, OWN)
+        return theirs(
+            input_data=input_data, alpha_mem=alpha_mem, alpha_syn=alpha_syn, state=state,
+            spike_threshold=spike_threshold, spike_fn=spike_fn, reset_fn=reset_fn,
+            surrogate_grad_fn=surrogate_grad_fn, min_v_mem=min_v_mem, norm_input=norm_input,
+            record_states=record_states,
+        )  # fmt: skip
+
+    return ours

@@ -1,0 +1,397 @@
+"""NIR: there and back with the same spikes; what others write; what is refused."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import nir_roundtrip
+import numpy as np
+import pytest
+import torch
+from conversion_helpers import dyadic, images, make_dyadic, randomize
+from support import optional
+from torch import Tensor, nn
+
+import snnkernels
+from snnkernels.conversion.errors import ConversionError
+from snnkernels.interop.nir_export import WARNING
+
+nir = optional("nir")
+T = 8
+
+
+def to_nir(*args: Any, **kwargs: Any) -> Any:
+    with pytest.warns(UserWarning, match="NIR's IF resets to a value"):
+        return snnkernels.to_nir(*args, **kwargs)
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return randomize(
+        nn.Sequential(
+            *(nn.Conv2d(3, 6, 3, padding=1, groups=3), nn.BatchNorm2d(6), nn.ReLU()),
+            *(nn.AvgPool2d(2), nn.Conv2d(6, 4, 3, stride=2, padding=1), nn.ReLU()),
+            *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 8), nn.ReLU()),
+            nn.Linear(8, 5),
+        )
+    )
+
+
+class Residual(nn.Module):
+    """A shortcut between neurons and one around a convolution, a mean for a pool."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.c, self.act, self.out = nn.Conv2d(4, 4, 1), nn.ReLU(), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.act(self.a(x))
+        g = self.act(self.b(h) + h)
+        g = self.act(self.c(g) - 0.5 * h + g)
+        return self.out(g.mean((2, 3)))
+
+
+X = images(4, size=6)
+
+
+@torch.no_grad()
+def spikes(snn: Any, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """The answer, and which neurons fired when, by layer."""
+    seen: dict[str, Tensor] = {}
+    hooks = [
+        layer.register_forward_hook(lambda m, a, out, name=name: seen.__setitem__(name, out != 0))
+        for name, layer in snn.neurons()
+    ]
+    answer = snn(x)
+    for hook in hooks:
+        hook.remove()
+    return answer, seen
+
+
+def same_spikes(snn: Any, again: Any, x: Tensor) -> None:
+    want, fired = spikes(snn, x)
+    got, found = spikes(again, x)
+    assert list(fired) == list(found)
+    assert all(torch.equal(fired[name], found[name]) for name in fired)
+    assert any(bool(f.any()) for f in fired.values())
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+    assert again.T == snn.T
+
+
+# ---- there and back ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("net", [network, Residual])
+@pytest.mark.parametrize("v_init", ["half", "zero", "uniform"])
+def test_folded_thresholds_stay_as_they_are(net: Any, v_init: str, tmp_path: Path) -> None:
+    """Thresholds that are 1 already: nothing is rounded again, through a file and back."""
+    options = {} if net is network else {"threshold": 0.5}
+    normalize = "weights" if net is network else "threshold"
+    snn = snnkernels.convert(
+        net().eval(), X, T=T, v_init=v_init, normalize=normalize, progress=False, **options
+    )
+    nir.write(tmp_path / "net.nir", to_nir(snn, X))
+    same_spikes(snn, snnkernels.from_nir(tmp_path / "net.nir"), X)
+
+
+@pytest.mark.parametrize("net", [network, Residual])
+@pytest.mark.parametrize("method", ["opi", "light", "ltb", "mmse"])
+def test_unfolded_thresholds_are_exact(net: Any, method: str, tmp_path: Path) -> None:
+    if method == "light" and net is Residual:
+        method = "opi"
+    snn = snnkernels.convert(net().eval(), X, T=T, method=method, fold=False, progress=False)
+    graph = to_nir(snn, X, fold_thresholds=False)
+    nir.write(tmp_path / "net.nir", graph)
+    same_spikes(snn, snnkernels.from_nir(tmp_path / "net.nir"), X)
+    assert any(isinstance(node, nir.Scale) for node in graph.nodes.values())
+
+
+def test_any_threshold_folds_to_one() -> None:
+    snn = snnkernels.convert(network(), X, T=T, progress=False)
+    graph = to_nir(snn, X)
+    neurons = [node for node in graph.nodes.values() if isinstance(node, nir.IF)]
+    assert len(neurons) == 3
+    for node in neurons:
+        assert (node.v_threshold == 1).all()
+        assert (node.r == 1).all()
+        assert (node.v_reset == 0).all()
+        about = {k: node.metadata[k] for k in ("reset", "tie", "T", "v_init")}
+        assert about == {"reset": "subtract", "tie": ">=", "T": T, "v_init": 0.5}
+    assert not any(isinstance(node, nir.Scale) for node in graph.nodes.values())
+    again = snnkernels.from_nir(graph)
+    want, fired = spikes(snn, X)
+    got, found = spikes(again, X)
+    off = [(fired[n] != found[n]).float().mean().item() for n in fired]
+    assert max(off) < 0.01  # rounding at a threshold at most
+    torch.testing.assert_close(got, want, atol=0.05, rtol=0)
+
+
+@torch.no_grad()
+def test_dyadic_networks_with_any_power_of_two() -> None:
+    net = make_dyadic(
+        nn.Sequential(
+            *(nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), nn.AvgPool2d(2), nn.Flatten()),
+            *(nn.Linear(16, 6), nn.ReLU(), nn.Linear(6, 3)),
+        )
+    )
+    x = dyadic(8, 2, 4, 4)
+    theta = {"1": torch.tensor([0.5, 2.0, 4.0, 1.0]), "5": torch.tensor(2.0)}
+    snn = snnkernels.convert(net, threshold=theta, T=T)
+    again = snnkernels.from_nir(to_nir(snn, x))
+    same_spikes(snn, again, x)
+    assert torch.equal(snn(x), again(x))
+
+
+@torch.no_grad()
+def test_networks_from_nir_are_networks_of_ours(tmp_path: Path) -> None:
+    optional("safetensors")
+    snn = snnkernels.convert(Residual().eval(), X, T=T, threshold=1.0, progress=False)
+    again = snnkernels.from_nir(to_nir(snn, X))
+    assert again.report.method == "nir"
+    loaded = snnkernels.load_pretrained(again.save_pretrained(tmp_path))
+    assert torch.equal(loaded(X, T=3), again(X, T=3))
+    torch.testing.assert_close(snnkernels.lower(again)(X), again(X), atol=1e-4, rtol=1e-4)
+    assert set(again.predict_curve(X, [1, 4])) == {1, 4}
+
+
+# ---- inputs that change --------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_over_time_of_a_constant_input_is_the_call() -> None:
+    for normalize in ("threshold", "weights"):
+        snn = snnkernels.convert(network(), X, T=T, normalize=normalize, progress=False)
+        out = snn.over_time(X.expand(T, *X.shape))
+        assert out.shape == (T, 4, 5)
+        torch.testing.assert_close(out.mean(0), snn(X), atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_over_time_is_the_neurons_step_by_step() -> None:
+    net = make_dyadic(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)))
+    snn = snnkernels.convert(net, threshold=2.0, T=T)
+    x_seq = dyadic(T, 5, 6)
+    v, answers = torch.full((5, 8), 1.0), []
+    for x in x_seq:
+        v = v + net[0](x)
+        fired = (v >= 2).float()
+        v = v - 2 * fired
+        answers.append(net[2](2 * fired))
+    assert torch.equal(snn.over_time(x_seq), torch.stack(answers))
+    assert torch.equal(snn.over_time(x_seq), torch.stack(answers))  # no state is left
+    with pytest.raises(ValueError, match="T of at least 1"):
+        snn.over_time(x_seq[:0])
+    srp = snnkernels.convert(net, x_seq[0], method="srp", T=T)
+    with pytest.raises(ConversionError, match="each step as it comes"):
+        srp.over_time(x_seq)
+
+
+# ---- graphs of others ----------------------------------------------------------------------------
+
+
+def foreign(**given: Any) -> Any:
+    ones = np.ones(3, dtype=np.float32)
+    neuron = nir.IF(**{"r": ones, "v_threshold": ones, "v_reset": 0 * ones, **given})
+    weight = np.eye(3, dtype=np.float32)
+    return nir.NIRGraph.from_list(nir.Linear(weight=weight), neuron)
+
+
+def loop(x_seq: Tensor, r: float = 1.0, threshold: float = 1.0, beta: float = 1.0) -> Tensor:
+    """NIR's own words: reset to 0, firing above the threshold."""
+    v, fired = torch.zeros_like(x_seq[0]), []
+    for x in x_seq:
+        v = beta * v + r * x
+        spikes = (v > threshold).float()
+        v = v * (1 - spikes)
+        fired.append(spikes)
+    return torch.stack(fired)
+
+
+@torch.no_grad()
+def test_the_standard_is_a_hard_reset_above_the_threshold() -> None:
+    x_seq = dyadic(16, 4, 3, low=0)
+    net = snnkernels.from_nir(foreign())
+    assert torch.equal(net.over_time(x_seq), loop(x_seq))
+    assert not torch.equal(loop(x_seq), (x_seq.cumsum(0) >= 1).float())
+    assert "reset to a value" in str(net.report)
+    assert net.T == 16
+    assert snnkernels.from_nir(foreign(), T=3).T == 3
+
+
+@torch.no_grad()
+def test_resistances_and_the_length_of_a_step() -> None:
+    x_seq = dyadic(16, 4, 3, low=0)
+    graph = foreign(r=np.full(3, 1e4, dtype=np.float32), v_threshold=np.full(3, 0.5, np.float32))
+    net = snnkernels.from_nir(graph, dt=1e-4)
+    assert torch.equal(net.over_time(x_seq), loop(x_seq, threshold=0.5))
+    r = np.array([1.0, 2.0, 0.5], dtype=np.float32)
+    net = snnkernels.from_nir(foreign(r=r))
+    assert torch.equal(net.over_time(x_seq), loop(x_seq * torch.tensor(r)))
+
+
+@torch.no_grad()
+def test_leaky_neurons_by_euler_steps() -> None:
+    ones = np.ones(3, dtype=np.float32)
+    neuron = nir.LIF(tau=4 * ones, r=4 * ones, v_leak=0 * ones, v_threshold=ones, v_reset=0 * ones)
+    graph = nir.NIRGraph.from_list(nir.Linear(weight=np.eye(3, dtype=np.float32)), neuron)
+    x_seq = dyadic(12, 4, 3, low=0)
+    assert torch.equal(snnkernels.from_nir(graph).over_time(x_seq), loop(x_seq, beta=0.75))
+
+
+@pytest.mark.parametrize(
+    ("graph", "words"),
+    [
+        (lambda: foreign(v_threshold=np.array([1, np.nan, 1], np.float32)), "if: .*v_threshold"),
+        (lambda: foreign(metadata={"reset": "never"}), "metadata reset='never'"),
+        (lambda: foreign(metadata={"reset": "subtract", "tie": "<"}), "metadata tie='<'"),
+        (lambda: foreign(v_reset=np.array([0, 1, 0], np.float32)), "v_reset differs"),
+        (
+            lambda: nir.NIRGraph.from_list(
+                nir.Linear(weight=np.eye(3, dtype=np.float32)),
+                nir.Threshold(threshold=np.ones(3, dtype=np.float32)),
+            ),
+            r"threshold: nir\.Threshold is not imported",
+        ),
+        (
+            lambda: nir.NIRGraph.from_list(nir.Linear(weight=np.eye(3, dtype=np.float32))),
+            "the graph has no neurons",
+        ),
+    ],
+)
+def test_graphs_that_are_refused(graph: Any, words: str) -> None:
+    with pytest.raises(ConversionError, match=words):
+        snnkernels.from_nir(graph())
+
+
+def test_cycles_edges_and_files(tmp_path: Path) -> None:
+    graph = foreign()
+    graph.edges.append(("if", "linear"))
+    with pytest.raises(ConversionError, match=r"the graph has a cycle, .*recurrent"):
+        snnkernels.from_nir(graph)
+    graph = foreign()
+    graph.edges.append(("if", "nowhere"))
+    with pytest.raises(ConversionError, match="if -> nowhere names a node"):
+        snnkernels.from_nir(graph)
+    with pytest.raises(FileNotFoundError, match="is no file"):
+        snnkernels.from_nir(tmp_path / "none.nir")
+    (tmp_path / "bad.nir").write_text("no HDF5")
+    with pytest.raises(ValueError, match="is no NIR file"):
+        snnkernels.from_nir(tmp_path / "bad.nir")
+    with pytest.raises(TypeError, match=r"must be a nir\.NIRGraph or a path, got int"):
+        snnkernels.from_nir(3)
+    for dt in (0, -1.0, float("nan"), True):
+        with pytest.raises(ValueError, match="must be a positive finite number"):
+            snnkernels.from_nir(foreign(), dt=dt)
+    with pytest.raises(ValueError, match="T must be a whole number"):
+        snnkernels.from_nir(foreign(), T=0)
+
+
+# ---- what NIR cannot say -------------------------------------------------------------------------
+
+
+class Cat(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.out = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(8 * 36, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(self.a(x))
+        return self.out(torch.relu(torch.cat([h, h], 1)).flatten(1))
+
+
+class Softmax(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = network()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x).softmax(-1)
+
+
+@pytest.mark.parametrize(
+    ("net", "options", "words"),
+    [
+        (
+            nn.Sequential(
+                *(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 4, 1), nn.ReLU()),
+                *(nn.Flatten(), nn.Linear(16, 3)),
+            ),
+            {},
+            "2 cannot be written as NIR: NIR has no max-pool",
+        ),
+        (Cat(), {}, "cat cannot be written as NIR: cat has no node"),
+        (Softmax(), {}, "softmax cannot be written as NIR: softmax has no node"),
+        (network(), {"method": "srp"}, "method 'srp.*cannot be written as NIR: .*probe"),
+        (network(), {"method": "parallel"}, "its neurons do not run step by step"),
+        (network(), {"method": "burst"}, "max_spikes"),
+    ],
+)
+def test_what_is_refused(net: nn.Module, options: Any, words: str) -> None:
+    snn = snnkernels.convert(net.eval(), X, T=4, progress=False, **options)
+    with pytest.raises(ConversionError, match=words):
+        snnkernels.to_nir(snn, X)
+
+
+def test_wrong_types_and_a_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    snn = snnkernels.convert(network(), X, T=4, progress=False)
+    with pytest.raises(TypeError, match="must be a ConvertedNetwork, got Linear"):
+        snnkernels.to_nir(nn.Linear(2, 2), X)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"example must be a tensor \[B, \*\], got list"):
+        snnkernels.to_nir(snn, [1])  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "nir", None)
+    for call in (lambda: snnkernels.to_nir(snn, X), lambda: snnkernels.from_nir("x")):
+        with pytest.raises(ImportError, match=r"pip install 'snnkernels\[nir\]'"):
+            call()
+    assert "docs/nir.md" in WARNING
+
+
+# ---- other libraries -----------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("library", ["nirtorch", "spikingjelly", "snntorch", "sinabs"])
+def test_other_libraries_run_our_files(library: str, tmp_path: Path) -> None:
+    """What each reads out of a file of ours; docs/nir.md has the table."""
+    optional("nirtorch")
+    if library != "nirtorch":
+        optional(library)
+    conv = library not in ("sinabs", "snntorch")
+    layers = [nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3)]
+    if conv:
+        layers = [
+            *(nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), nn.AvgPool2d(2), nn.Flatten()),
+            *(nn.Linear(16, 6), nn.ReLU(), nn.Linear(6, 3)),
+        ]
+    x = dyadic(5, 2, 4, 4) if conv else dyadic(5, 8)
+    # Sinabs fires several spikes a step and holds membranes above -θ: neither happens at 64.
+    threshold = 64.0 if library == "sinabs" else 2.0
+    v_init = "half" if library == "nirtorch" else "zero"
+    snn = snnkernels.convert(
+        make_dyadic(nn.Sequential(*layers)), threshold=threshold, v_init=v_init, T=32
+    )
+    graph, x_seq = to_nir(snn, x), x.expand(32, *x.shape)
+    path = str(tmp_path / "net.nir")
+    nir.write(path, graph)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if library == "snntorch":
+            with pytest.raises(TypeError, match="not tuple"):  # of 1.0.0: docs/nir.md
+                nir_roundtrip.run_snntorch(path, x_seq)
+            return
+        got = nir_roundtrip.RUN[library](path, x_seq)
+    if library == "spikingjelly":
+        # It reads the standard, fires at the threshold and knows no metadata.
+        for node in graph.nodes.values():
+            if isinstance(node, nir.IF):
+                node.metadata.update(reset="value", tie=">=", v_init=0.0)
+        want = snnkernels.from_nir(graph).over_time(x_seq)
+        assert not torch.equal(want, snn.over_time(x_seq))
+    else:
+        want = snn.over_time(x_seq)
+    assert torch.equal(got, want)
+    assert want.unique().numel() > 3
