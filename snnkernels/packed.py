@@ -163,9 +163,13 @@ class PackedSpikes:
 
         Raises:
             ValueError: no parts, or parts of other neurons or on other devices.
+            TypeError: a part that is no PackedSpikes.
         """
         if not parts:
-            raise ValueError("parts is empty: there is nothing to put together")
+            raise ValueError("parts is empty: there is nothing to put together; allowed: one or more")
+        for i, part in enumerate(parts):
+            if not isinstance(part, PackedSpikes):
+                raise TypeError(f"parts[{i}] must be PackedSpikes, got {type(part).__name__}")
         first = parts[0]
         for part in parts[1:]:
             if part.words.shape[1:] != first.words.shape[1:] or part.device != first.device:

@@ -22,6 +22,7 @@ SAVES = ("recompute", "trace", "bits")
 _WORK = 10_000
 # Of a step: float32 counts no further.
 MOST_SPIKES = 2**24
+MOST_STEPS = 2**31 - 1
 # Between these every number is positive and finite in float32 as well.
 _SMALLEST, _LARGEST = 1.2e-38, 3.4e38
 
@@ -54,6 +55,8 @@ def steps_and_shape(x: Any, T: Any) -> tuple[int, Size]:
         raise TypeError(
             f"x_seq has dtype {x.dtype}; allowed are float32, float64, float16 and bfloat16"
         )
+    if x.layout is not torch.strided:
+        raise TypeError(f"x_seq has layout {x.layout}; allowed is torch.strided (x_seq.to_dense())")
     if T is None:
         if x.dim() == 0:
             raise ValueError("x_seq has no dimensions; it is [T, *shape], or [*shape] with T=n")
@@ -68,6 +71,8 @@ def check_steps(T: Any) -> None:
         raise TypeError(f"T={T!r} must be an int")
     if T < 1:
         raise ValueError(f"T={T} must be at least 1")
+    if type(T) is int and T > MOST_STEPS:
+        raise ValueError(f"T={T} must be at most {MOST_STEPS}: spikes are counted in 32 bits")
 
 
 def neuron(
@@ -235,7 +240,8 @@ def _with_more_options(given: Neuron, x: Tensor, steps: int, shape: Size, more: 
         fields["v_min"] = v_min
     if more.mask is not None:
         if not isinstance(more.mask, Tensor) or more.mask.dtype not in (torch.bool, torch.uint8):
-            raise TypeError("mask must be a tensor of torch.bool or torch.uint8")
+            kind = more.mask.dtype if isinstance(more.mask, Tensor) else type(more.mask).__name__
+            raise TypeError(f"mask must be a tensor of torch.bool or torch.uint8, got {kind}")
         if more.mask.device != x.device:
             raise ValueError(f"mask is on {more.mask.device} but x_seq is on {x.device}")
         fields["mask"] = operands.for_broadcast("mask", more.mask, shape, None)
