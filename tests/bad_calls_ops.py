@@ -133,7 +133,6 @@ RAISES: tuple[Row, ...] = (
     *rows("PackedSpikes.unpack", "dtype", "complex64", "packed.unpack(torch.complex64)", ValueError),
     *rows("PackedSpikes.to", "args", "complex64", "packed.to(torch.complex64)", ValueError, names="dtype"),
     *rows("PackedSpikes.to", "kwargs", "place", "packed.to(place='cpu')", TypeError, names="place"),
-    *rows("PackedSpikes.cuda", "device", "'tpu'", "packed.cuda('tpu')", ValueError),
     *rows("PackedSpikes.cat", "parts", "empty", "PackedSpikes.cat(())", ValueError),
     *rows("PackedSpikes.cat", "parts", "Tensor", "PackedSpikes.cat([packed, x])", TypeError),
     *rows("PackedSpikes.cat", "parts", "(4, 5)", "PackedSpikes.cat([packed, functional.if_packed(torch.rand(4, 5))[0]])", ValueError),

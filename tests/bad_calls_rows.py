@@ -7,6 +7,10 @@ from dataclasses import dataclass
 __all__ = ["Row", "rows"]
 
 
+OBJECTS = {"ConvertedNetwork": "snn", "Plan": "plan", "ConvertedModules": "partly"}
+MODULES = ("convert_modules",)
+
+
 @dataclass(frozen=True)
 class Row:
     """A call that must fail, and what its message must hold.
@@ -34,8 +38,16 @@ def rows(
     of: str, parameter: str, value: str, call: str,
     error: type[Exception] | tuple[type[Exception], ...], **more: str,
 ) -> list[Row]:  # fmt: skip
-    """The same bad call of several functions; ``{f}`` in ``call`` is the function."""
-    return [
-        Row(name, parameter, value, call.replace("{f}", name.rpartition(".")[2]), error, **more)
-        for name in of.split()
-    ]
+    """The same bad call of several functions.
+
+    In ``call`` ``{f}`` is the function, ``{c}`` its class and ``{o}`` an object of that class.
+    """
+    found = []
+    for name in of.split():
+        words = {"{f}": name.rpartition(".")[2], "{c}": name.partition(".")[0]}
+        words |= {"{o}": OBJECTS.get(words["{c}"], ""), "{m}": "['0'], " * (name in MODULES)}
+        text = call
+        for word, meant in words.items():
+            text = text.replace(word, meant)
+        found.append(Row(name, parameter, value, text, error, **more))
+    return found

@@ -3,14 +3,57 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import nn
 
 import snnkernels
-from snnkernels import functional, maps, options, scan, surrogate
+from snnkernels import conversion, data, functional, hub, maps, models, options, scan, surrogate
+
+
+def ann() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 3)).eval()
+
+
+def scripted() -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.jit.script(ann())
+
+
+def half_moved() -> nn.Module:
+    net = ann()
+    net[2].to("meta")
+    return net
+
+
+def with_nan() -> nn.Module:
+    net = ann()
+    net[0].weight.data[0, 0] = float("nan")
+    return net
+
+
+def failing_loader() -> Iterator[torch.Tensor]:
+    yield torch.rand(8, 6)
+    raise OSError("the disk is gone")
+
+
+class Writer:
+    """Takes what TensorBoard's writer takes."""
+
+    def __init__(self) -> None:
+        self.told: list[Any] = []
+
+    def add_scalar(self, *args: Any) -> None:
+        self.told.append(args)
+
+    add_histogram = add_scalar
+
 
 _MAKERS: dict[str, Callable[[], Any]] = {
     "x": lambda: torch.rand(4, 3, 2),
@@ -23,6 +66,26 @@ _MAKERS: dict[str, Callable[[], Any]] = {
     "moved_in_part": lambda: snnkernels.IFNode(torch.ones(3), channel_dim=0),
     "words": lambda: torch.zeros(1, 3, dtype=torch.uint8),
     "times": lambda: torch.ones(3, 2, dtype=torch.uint8),
+    "net": lambda: ann(), "data": lambda: torch.rand(8, 6),
+    "nested": lambda: nn.Sequential(ann(), nn.Softmax(1)),
+    "no_activation": lambda: nn.Sequential(nn.Linear(6, 3), nn.GELU()),
+    "recurrent": lambda: nn.Sequential(nn.ReLU(), nn.LSTM(6, 3)),
+    "scripted": scripted, "half_moved": half_moved, "with_nan": with_nan,
+    "failing_loader": lambda: failing_loader,
+    "snn": lambda: snnkernels.convert(ann(), torch.rand(8, 6), T=4, progress=False),
+    "plan": lambda: snnkernels.lower(world("snn")["snn"]),
+    "partly": lambda: snnkernels.convert_modules(
+        nn.Sequential(ann(), nn.Softmax(1)), ["0"], torch.rand(8, 6), T=4, progress=False
+    ),
+    "labelled": lambda: [(torch.rand(8, 6), torch.zeros(8, dtype=torch.int64))],
+    "operations": lambda: snnkernels.metrics.synaptic_operations(
+        world("snn")["snn"], torch.rand(8, 6)
+    ),
+    "writer": lambda: Writer(),
+    "methods": lambda: import_module("snnkernels.conversion.methods"), "conversion": lambda: conversion,
+    "metrics": lambda: snnkernels.metrics, "plots": lambda: snnkernels.plots,
+    "distributed": lambda: snnkernels.distributed, "hub": lambda: hub, "data_": lambda: data,
+    "models": lambda: models, "interop": lambda: snnkernels.interop,
     "functional": lambda: functional, "options": lambda: options, "surrogate": lambda: surrogate,
     "compat": lambda: snnkernels.compat, "snnkernels": lambda: snnkernels, "maps": lambda: maps,
     "lif_scan": lambda: scan.lif_scan, "torch": lambda: torch, "nn": lambda: nn,

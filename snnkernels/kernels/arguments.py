@@ -48,13 +48,11 @@ NO_OPTIONS = Options()
 def steps_and_shape(x: Any, T: Any) -> tuple[int, Size]:
     """The number of steps and the neurons' shape of a current; checks both arguments."""
     if not isinstance(x, Tensor):
-        raise TypeError(f"x_seq must be a torch.Tensor, got {type(x).__name__}")
+        raise no_current("x_seq", x)
     if type(x) is not Tensor:
         operands.check_local("x_seq", x)
     if x.dtype not in FLOATS:
-        raise TypeError(
-            f"x_seq has dtype {x.dtype}; allowed are float32, float64, float16 and bfloat16"
-        )
+        raise no_current("x_seq", x)
     if x.layout is not torch.strided:
         raise TypeError(f"x_seq has layout {x.layout}; allowed is torch.strided (x_seq.to_dense())")
     if T is None:
@@ -63,6 +61,14 @@ def steps_and_shape(x: Any, T: Any) -> tuple[int, Size]:
         return x.shape[0], x.shape[1:]
     check_steps(T)
     return T, x.shape
+
+
+def no_current(name: str, x: Any) -> TypeError:
+    """The error of a current that is no tensor, or of a dtype that is not offered."""
+    if not isinstance(x, Tensor):
+        return TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    allowed = "float32, float64, float16 and bfloat16"
+    return TypeError(f"{name} has dtype {x.dtype}; allowed are {allowed}")
 
 
 def check_steps(T: Any) -> None:
