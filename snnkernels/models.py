@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .files import write_bytes
+
 __all__ = [
     "ARCHITECTURES",
     "VGG",
@@ -366,21 +368,25 @@ def save_checkpoint(
 
     Args:
         model: the network.
-        path: of the file; an older one is replaced.
+        path: of the file; an older one is replaced once the new one is complete.
         architecture: its key in :data:`ARCHITECTURES`.
         metadata: stored as text (``activation="qcfs", L=8``).
 
     Raises:
         ImportError: safetensors is not installed.
         ValueError: :data:`ARCHITECTURES` does not know the architecture.
+        TypeError: ``model`` is no module.
+        OSError: the folder does not exist, or cannot be written to.
     """
     if architecture not in ARCHITECTURES:
-        raise ValueError(f"unknown architecture {architecture!r}; known: {_names()}")
+        raise ValueError(f"architecture={architecture!r} is unknown; allowed are {_names()}")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     # Copies: safetensors refuses parameters that share memory.
     layout = torch.contiguous_format
     state = {k: v.detach().cpu().clone(memory_format=layout) for k, v in model.state_dict().items()}
     stored = {"architecture": architecture, **{key: str(value) for key, value in metadata.items()}}
-    _safetensors().torch.save_file(state, str(path), stored)
+    write_bytes(path, _safetensors().torch.save(state, stored))
 
 
 def load_checkpoint(
@@ -422,7 +428,7 @@ def load_checkpoint(
             f"one of {_names()}"
         )
     if name not in ARCHITECTURES:
-        raise ValueError(f"{path} names the unknown architecture {name!r}; known: {_names()}")
+        raise ValueError(f"{path}: architecture {name!r} is unknown; allowed are {_names()}")
 
     options: dict[str, Any] = {"activation": _activation_factory(path, metadata, activations)}
     pool = pool or metadata.get("pool")

@@ -38,8 +38,9 @@ def with_nan() -> nn.Module:
     return net
 
 
-def failing_loader() -> Iterator[torch.Tensor]:
-    yield torch.rand(8, 6)
+def failing_loader(parts: int = 1) -> Iterator[Any]:
+    x = torch.rand(8, 6)
+    yield x if parts == 1 else (x, torch.zeros(8, dtype=torch.int64))
     raise OSError("the disk is gone")
 
 

@@ -135,6 +135,11 @@ def batch_of(item: Any, inputs: Any = None) -> Any:
         )
     if isinstance(given, Tensor) and given.dim() == 0:
         raise TypeError("loader yields scalars; it must yield batches of inputs, [B, *]")
+    if isinstance(given, Tensor) and given.is_meta:
+        raise ValueError(
+            f"loader yields {tuple(given.shape)} on the meta device, which holds no values; it must "
+            "yield inputs on the CPU or on the network's device"
+        )
     return given
 
 
@@ -150,11 +155,6 @@ def batches(loader: Any, device: torch.device | None, inputs: Any = None) -> Ite
     check_loader(loader, inputs)
     for item in [loader] if isinstance(loader, Tensor) else loader:
         given = batch_of(item, inputs)
-        if isinstance(given, Tensor) and given.is_meta:
-            raise ValueError(
-                f"loader gives {tuple(given.shape)} on the meta device, which holds no values; it "
-                "must yield inputs on the CPU or on the network's device"
-            )
         yield given.to(device) if device is not None else given
 
 
