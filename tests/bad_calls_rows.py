@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["Row", "rows"]
+__all__ = ["CommandError", "Row", "rows"]
 
 
 OBJECTS = {"ConvertedNetwork": "snn", "Plan": "plan", "ConvertedModules": "partly"}
 MODULES = ("convert_modules",)
+
+
+class CommandError(Exception):
+    """The command line ended with an exit code other than 0; the last line of stderr."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +47,12 @@ def rows(
     In ``call`` ``{f}`` is the function, ``{c}`` its class and ``{o}`` an object of that class.
     """
     found = []
-    for name in of.split():
+    for name in [of] if of.startswith("cli ") else of.split():
         words = {"{f}": name.rpartition(".")[2], "{c}": name.partition(".")[0]}
         words |= {"{o}": OBJECTS.get(words["{c}"], ""), "{m}": "['0'], " * (name in MODULES)}
         text = call
         for word, meant in words.items():
             text = text.replace(word, meant)
-        found.append(Row(name, parameter, value, text, error, **more))
+        which = "root" if name == "cifar10" else "path"
+        found.append(Row(name, parameter.replace("{p}", which), value, text, error, **more))
     return found

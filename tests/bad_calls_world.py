@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from importlib import import_module
 from typing import Any
 
+import bad_calls_disk as disk
 import torch
 from torch import nn
 
@@ -18,6 +19,22 @@ from snnkernels import conversion, data, functional, hub, maps, models, options,
 def ann() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 3)).eval()
+
+
+DISK = (
+    "saved", "checkpoint", "evil_pickle", "evil_archive", "network_file", "with_full_disk",
+    "killed_at_rename", "cli", "convert_command",
+)  # fmt: skip
+
+
+def with_metadata() -> nn.Module:
+    snn = snnkernels.convert(ann(), torch.rand(8, 6), T=4, progress=False)
+    snn.metadata["object"] = object()
+    return snn
+
+
+def nir_graph() -> Any:
+    return snnkernels.to_nir(world("snn")["snn"], torch.rand(8, 6))
 
 
 def scripted() -> nn.Module:
@@ -83,6 +100,11 @@ _MAKERS: dict[str, Callable[[], Any]] = {
         world("snn")["snn"], torch.rand(8, 6)
     ),
     "writer": lambda: Writer(),
+    "small": disk.small, "images": lambda: torch.zeros(2, 1, 2, 2, dtype=torch.uint8),
+    "labels": lambda: torch.zeros(2, dtype=torch.int64),
+    "names_": lambda: {"name": "x", "classes": ["a"], "mean": [0.0], "std": [1.0]},
+    "snn_with_metadata": with_metadata, "nir_graph": lambda: nir_graph,
+    **{name: (lambda name=name: getattr(disk, name)) for name in DISK},
     "methods": lambda: import_module("snnkernels.conversion.methods"), "conversion": lambda: conversion,
     "metrics": lambda: snnkernels.metrics, "plots": lambda: snnkernels.plots,
     "distributed": lambda: snnkernels.distributed, "hub": lambda: hub, "data_": lambda: data,
