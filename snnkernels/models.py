@@ -40,12 +40,21 @@ __all__ = [
 Activation = Callable[[], nn.Module]
 
 
+def _check(activation: object, **sizes: object) -> None:
+    """Raise unless ``activation`` makes something and ``sizes`` are whole numbers from 1."""
+    for name, value in sizes.items():
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
+    if not callable(activation):
+        raise TypeError(f"activation={activation!r} must be nn.ReLU or a function that makes one")
+
+
 def _pool(kind: str) -> nn.Module:
     if kind == "avg":
         return nn.AvgPool2d(2)
     if kind == "max":
         return nn.MaxPool2d(2)
-    raise ValueError(f"pool must be 'avg' or 'max', got {kind!r}")
+    raise ValueError(f"pool={kind!r} is unknown; pool must be 'avg' or 'max'")
 
 
 def _conv_bn(cin: int, cout: int, kernel: int = 3, stride: int = 1) -> list[nn.Module]:
@@ -63,8 +72,10 @@ def _conv_stack(
         if isinstance(item, int):
             layers += [*_conv_bn(channels, item), activation()]
             channels = item
-        else:
+        elif item == "P":
             layers.append(_pool(pool))
+        else:
+            raise ValueError(f"plan holds {item!r}; it must hold numbers of channels and 'P'")
     return layers, channels
 
 
@@ -80,6 +91,7 @@ class SmallCNN(nn.Module):
         pool: str = "avg",
     ) -> None:
         super().__init__()
+        _check(activation, num_classes=num_classes, in_channels=in_channels)
         layers, channels = _conv_stack([32, 32, "P", 64, 64, "P"], in_channels, activation, pool)
         self.features = nn.Sequential(*layers, nn.Flatten())
         self.hidden = nn.Sequential(nn.Linear(channels * 2 * 2, 128), activation())
@@ -103,7 +115,8 @@ class VGG(nn.Module):
         pool: ``"avg"`` or ``"max"``.
 
     Raises:
-        ValueError: a ``pool`` that is neither.
+        ValueError: a ``pool`` that is neither, or a size below 1.
+        TypeError: ``activation`` is no function.
     """
 
     def __init__(
@@ -116,6 +129,7 @@ class VGG(nn.Module):
         pool: str = "avg",
     ) -> None:
         super().__init__()
+        _check(activation, num_classes=num_classes, in_channels=in_channels)
         layers, channels = _conv_stack(plan, in_channels, activation, pool)
         self.features = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1))
         self.classifier = nn.Linear(channels, num_classes)
@@ -133,12 +147,17 @@ class BasicBlock(nn.Module):
         cout: channels of the output.
         stride: of the first convolution and the shortcut.
         activation: makes an activation.
+
+    Raises:
+        ValueError: a size below 1.
+        TypeError: ``activation`` is no function.
     """
 
     def __init__(
         self, cin: int, cout: int, stride: int = 1, *, activation: Activation = nn.ReLU
     ) -> None:
         super().__init__()
+        _check(activation, cin=cin, cout=cout, stride=stride)
         self.conv1, self.bn1 = _conv_bn(cin, cout, stride=stride)
         self.relu1 = activation()
         self.conv2, self.bn2 = _conv_bn(cout, cout)
@@ -163,6 +182,10 @@ class ResNet(nn.Module):
         num_classes: number of logits.
         in_channels: channels of the images.
         activation: makes an activation.
+
+    Raises:
+        ValueError: a size below 1, or no blocks.
+        TypeError: ``activation`` is no function.
     """
 
     def __init__(
@@ -175,6 +198,9 @@ class ResNet(nn.Module):
         activation: Activation = nn.ReLU,
     ) -> None:
         super().__init__()
+        _check(activation, stem=stem, num_classes=num_classes, in_channels=in_channels)
+        if not blocks:
+            raise ValueError(f"blocks={blocks!r} must hold at least one (channels, stride)")
         self.stem = nn.Sequential(*_conv_bn(in_channels, stem), activation())
         layers = []
         channels = stem
@@ -206,7 +232,8 @@ def small_cnn(
         pool: ``"avg"`` or ``"max"``.
 
     Raises:
-        ValueError: a ``pool`` that is neither.
+        ValueError: a ``pool`` that is neither, or a size below 1.
+        TypeError: ``activation`` is no function.
     """
     return SmallCNN(num_classes, in_channels, activation=activation, pool=pool)
 
@@ -232,7 +259,8 @@ def vgg9(
         pool: ``"avg"`` or ``"max"``.
 
     Raises:
-        ValueError: a ``pool`` that is neither.
+        ValueError: a ``pool`` that is neither, or a size below 1.
+        TypeError: ``activation`` is no function.
     """
     return VGG(_VGG9, num_classes, in_channels, activation=activation, pool=pool)
 
@@ -253,7 +281,8 @@ def vgg11(
         pool: ``"avg"`` or ``"max"``.
 
     Raises:
-        ValueError: a ``pool`` that is neither.
+        ValueError: a ``pool`` that is neither, or a size below 1.
+        TypeError: ``activation`` is no function.
     """
     return VGG(_VGG11, num_classes, in_channels, activation=activation, pool=pool)
 
@@ -274,7 +303,8 @@ def vgg16(
         pool: ``"avg"`` or ``"max"``.
 
     Raises:
-        ValueError: a ``pool`` that is neither.
+        ValueError: a ``pool`` that is neither, or a size below 1.
+        TypeError: ``activation`` is no function.
     """
     return VGG(_VGG16, num_classes, in_channels, activation=activation, pool=pool)
 

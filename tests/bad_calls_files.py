@@ -28,7 +28,7 @@ RAISES: tuple[Row, ...] = (
     *rows("save_checkpoint", "model", "int", "models.save_checkpoint(3, 'm.safetensors', 'small_cnn')", TypeError),
     # ---- loading: nothing in a folder is trusted, nothing of it is run
     *rows("load_pretrained", "name", "'nowhere'", "load_pretrained('nowhere')", OSError),
-    *rows("load_pretrained", "name", "'../../etc'", "load_pretrained('../../etc')", OSError),
+    *rows("load_pretrained", "name", "'../nowhere'", "load_pretrained('../nowhere')", OSError),
     *rows("load_pretrained", "name", "int", "load_pretrained(3)", TypeError),
     *rows("load_pretrained", "device", "'gpu'", "load_pretrained('saved', device='gpu')", (ValueError, RuntimeError), given="saved('saved')"),
     *rows("load_pretrained", "model.safetensors", "bytes", "load_pretrained('saved')", ValueError, given="saved('saved', cut='model.safetensors')"),
@@ -43,7 +43,7 @@ RAISES: tuple[Row, ...] = (
     *rows("load_pretrained", "T", "'-1'", "load_pretrained('saved')", ValueError, given="saved('saved', config={'T': -1})"),
     *rows("load_pretrained", "T", "'99999999999'", "load_pretrained('saved')", ValueError, given="saved('saved', config={'T': 99999999999})"),
     *rows("load_pretrained", "format_version", "'99'", "load_pretrained('saved')", ValueError, given="saved('saved', config={'format_version': 99})"),
-    *rows("load_pretrained", "files", "'{}'", "load_pretrained('saved')", ValueError, given="saved('saved', config={'files': {}})"),
+    *rows("load_pretrained", "files", "'None'", "load_pretrained('saved')", ValueError, given="saved('saved', config={'files': {}})"),
     *rows("load_pretrained", "v_threshold", "nan", "load_pretrained('saved')", ValueError, given="saved('saved', theta={'float': 'nan'})"),
     *rows("load_pretrained", "v_threshold", "-1.0", "load_pretrained('saved')", ValueError, given="saved('saved', theta=-1.0)"),
     # ---- exporting
@@ -57,7 +57,7 @@ RAISES: tuple[Row, ...] = (
     *rows("to_onnx", "path", "'no/such/n.onnx'", "to_onnx(snn, 'no/such/n.onnx', data)", OSError, needs="onnxscript"),
     *rows("to_onnx", "example", "1.0", "to_onnx(snn, 'n.onnx', [1.0])", ValueError, names="input", needs="onnxscript"),
     *rows("to_onnx", "T", "0", "to_onnx(snn, 'n.onnx', data, T=0)", ValueError, needs="onnxscript"),
-    *rows("to_onnx", "opset_version", "1", "to_onnx(snn, 'n.onnx', data, opset_version=1)", ValueError, needs="onnxscript"),
+    *rows("to_onnx", "opset_version", "99", "to_onnx(snn, 'n.onnx', data, opset_version=99)", ValueError, needs="onnxscript"),
     *rows("to_nir", "snn", "Sequential", "to_nir(net, data)", TypeError, needs="nir"),
     *rows("to_nir", "example", "list", "to_nir(snn, [1.0])", (TypeError, ValueError), needs="nir"),
     *rows("from_nir", "graph", "int", "from_nir(3)", TypeError, needs="nir"),
@@ -70,7 +70,7 @@ RAISES: tuple[Row, ...] = (
     *rows("patch", "on_refused", "'ignore'", "patch(net, on_refused='ignore')", ValueError),
     *rows("patched", "libraries", "no library", "enter(patched())", ValueError, names="patched"),
     *rows("patched", "libraries", "'brian'", "enter(patched('brian'))", ValueError, names="library"),
-    *rows("from_snntorch", "net", "int", "from_snntorch(3)", TypeError),
+    *rows("from_snntorch", "net", "3", "from_snntorch(3)", TypeError),
     *rows("PatchReport.of", "status", "'lost'", "interop.patch(net).of('lost')", ValueError),
     *rows("register", "adapter", "3", "interop.register(3)", TypeError),
     # ---- data
@@ -83,7 +83,7 @@ RAISES: tuple[Row, ...] = (
     *rows("cifar10 cifar10_jpeg load_cifar10", "{p}", "nowhere", "data_.{f}('nowhere')", OSError, names="nowhere"),
     *rows("cifar10_jpeg load_cifar10", "path", "bad.npz", "data_.{f}('bad.npz')", ValueError, names="bad.npz", given="open('bad.npz', 'w').write('x')", needs="PIL"),
     *rows("cifar10 load_cifar10", "{p}", "bad.tar.gz", "data_.{f}('bad.tar.gz')", (ValueError, OSError), names="bad.tar.gz", given="open('bad.tar.gz', 'w').write('x')"),
-    *rows("cifar10 load_cifar10", "{p}", "escape", "data_.{f}('evil.tar.gz')", (ValueError, OSError), names="evil.tar.gz", given="evil_archive('evil.tar.gz')"),
+    *rows("cifar10 load_cifar10", "{p}", "not allowed", "data_.{f}('evil.tar.gz')", (ValueError, OSError), names="evil.tar.gz", given="evil_archive('evil.tar.gz')"),
     *rows("cifar10 cifar10_jpeg load_cifar10", "limit", "0", "data_.{f}('nowhere', limit=0)", ValueError),
     # ---- models
     *rows(MODELS, "num_classes", "0", "models.{f}(num_classes=0)", ValueError),
@@ -98,7 +98,7 @@ RAISES: tuple[Row, ...] = (
     *rows("VGG", "num_classes", "0", "models.VGG([8], num_classes=0)", ValueError),
     *rows("VGG", "in_channels", "0", "models.VGG([8], in_channels=0)", ValueError),
     *rows("VGG", "activation", "3", "models.VGG([8], activation=3)", TypeError),
-    *rows("VGG", "pool", "'sum'", "models.VGG([8, 'M'], pool='sum')", ValueError),
+    *rows("VGG", "pool", "'sum'", "models.VGG([8, 'P'], pool='sum')", ValueError),
     *rows("ResNet", "stem", "0", "models.ResNet(0, [(8, 1)])", ValueError),
     *rows("ResNet", "blocks", "[]", "models.ResNet(8, [])", ValueError),
     *rows("ResNet", "num_classes", "0", "models.ResNet(8, [(8, 1)], num_classes=0)", ValueError),
