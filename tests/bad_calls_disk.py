@@ -9,7 +9,6 @@ import io
 import json
 import os
 import pickle
-import shutil
 import tarfile
 import tempfile
 from collections.abc import Callable
@@ -154,8 +153,3 @@ def files(folder: str | Path = ".") -> dict[str, str]:
         data = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
         found[str(path)] = data
     return found
-
-
-def cleared() -> None:
-    for path in Path().iterdir():
-        shutil.rmtree(path) if path.is_dir() else path.unlink()

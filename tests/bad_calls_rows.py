@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 __all__ = ["CommandError", "Row", "rows"]
 
@@ -21,7 +22,8 @@ class Row:
 
     ``name`` is what is called, as ``test_public`` lists it; ``parameter`` is what is bad, which the
     message names by ``names`` where that is another word; ``value`` is how the message shows what
-    was given. ``given`` runs first: the state of the world that the call meets.
+    was given. ``given`` runs first: the state of the world that the call meets. ``needs`` names
+    packages. ``foreign``: part of the message is another library's, and may change with it.
     """
 
     name: str
@@ -32,6 +34,7 @@ class Row:
     names: str = ""
     given: str = ""
     needs: str = ""
+    foreign: bool = False
 
     @property
     def kinds(self) -> tuple[type[Exception], ...]:
@@ -40,7 +43,7 @@ class Row:
 
 def rows(
     of: str, parameter: str, value: str, call: str,
-    error: type[Exception] | tuple[type[Exception], ...], **more: str,
+    error: type[Exception] | tuple[type[Exception], ...], **more: Any,
 ) -> list[Row]:  # fmt: skip
     """The same bad call of several functions.
 
