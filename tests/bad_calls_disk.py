@@ -101,6 +101,10 @@ def evil_archive(path: str) -> None:
             tar.addfile(entry, io.BytesIO(data))
 
 
+def write(path: str, text: str) -> None:
+    Path(path).write_text(text)
+
+
 def network_file(path: str) -> None:
     Path(path).write_text(
         "from torch import nn\ndef build():\n    return nn.Sequential(nn.Linear(6, 3), nn.ReLU())\n"

@@ -9,7 +9,7 @@ HUB = "snnkernels[hub]"
 MODELS = "resnet10 resnet18 resnet20 small_cnn vgg9 vgg11 vgg16"
 RAISES: tuple[Row, ...] = (
     # ---- saving
-    *rows("ConvertedNetwork.save_pretrained", "folder", "'taken'", "snn.save_pretrained('taken')", OSError, given="open('taken', 'w').write('mine')"),
+    *rows("ConvertedNetwork.save_pretrained", "folder", "'taken'", "snn.save_pretrained('taken')", OSError, given="write('taken', 'mine')"),
     *rows("ConvertedNetwork.save_pretrained", "folder", "int", "snn.save_pretrained(3)", TypeError),
     *rows("ConvertedNetwork.save_pretrained", "folder", "No space left", "with_full_disk(lambda: snn.save_pretrained('new'))", OSError, names="disk"),
     *rows("ConvertedNetwork.save_pretrained", "folder", "No space left", "with_full_disk(lambda: snn.save_pretrained('saved'))", OSError, given="saved('saved')", names="disk"),
@@ -18,11 +18,11 @@ RAISES: tuple[Row, ...] = (
     *rows("save_pretrained", "snn", "Sequential", "hub.save_pretrained(net, 'new')", TypeError),
     *rows("save_pretrained", "folder", "int", "hub.save_pretrained(snn, 3)", TypeError),
     *rows("ConvertedModules.save_pretrained", "folder", "module by module", "partly.save_pretrained('new')", ConversionError, names="module"),
-    *rows("ConvertedNetwork.push_to_hub push_to_hub", "repo_id", "'a/b/c'", "hub.push_to_hub(snn, 'a/b/c')", ValueError),
+    *rows("ConvertedNetwork.push_to_hub ConvertedModules.push_to_hub push_to_hub", "repo_id", "'a/b/c'", "hub.push_to_hub(snn, 'a/b/c')", ValueError),
     *rows("push_to_hub", "snn", "Sequential", "hub.push_to_hub(net, 'a/b')", TypeError),
     *rows("Report.to_html", "path", "No space left", "with_full_disk(lambda: snn.report.to_html('r.html'))", OSError, names="disk"),
-    *rows("Report.to_html", "path", "No space left", "with_full_disk(lambda: snn.report.to_html('r.html'))", OSError, given="open('r.html', 'w').write('old')", names="disk"),
-    *rows("save_checkpoint", "path", "No space left", "with_full_disk(lambda: models.save_checkpoint(small, 'm.safetensors', 'small_cnn'))", OSError, given="open('m.safetensors', 'w').write('old')", names="disk"),
+    *rows("Report.to_html", "path", "No space left", "with_full_disk(lambda: snn.report.to_html('r.html'))", OSError, given="write('r.html', 'old')", names="disk"),
+    *rows("save_checkpoint", "path", "No space left", "with_full_disk(lambda: models.save_checkpoint(small, 'm.safetensors', 'small_cnn'))", OSError, given="write('m.safetensors', 'old')", names="disk"),
     *rows("save_checkpoint", "path", "no/such", "models.save_checkpoint(small, 'no/such/m.safetensors', 'small_cnn')", OSError, names="no/such"),
     *rows("save_checkpoint", "architecture", "'alexnet'", "models.save_checkpoint(small, 'm.safetensors', 'alexnet')", ValueError),
     *rows("save_checkpoint", "model", "int", "models.save_checkpoint(3, 'm.safetensors', 'small_cnn')", TypeError),
@@ -53,6 +53,8 @@ RAISES: tuple[Row, ...] = (
     *rows("ConvertedNetwork.export", "operators", "'onnx'", "snn.export(data, operators='onnx')", ValueError),
     *rows("export", "snn", "Sequential", "hub.export(net, data)", TypeError),
     *rows("export", "operators", "'c'", "hub.export(snn, data, operators='c')", ValueError),
+    *rows("export", "example", "batch of 1", "hub.export(snn, data[:1])", ValueError),
+    *rows("export", "T", "0", "hub.export(snn, data, T=0)", ValueError),
     *rows("to_onnx", "snn", "Sequential", "to_onnx(net, 'n.onnx', data)", TypeError, needs="onnx"),
     *rows("to_onnx", "path", "'no/such/n.onnx'", "to_onnx(snn, 'no/such/n.onnx', data)", OSError, needs="onnxscript"),
     *rows("to_onnx", "example", "1.0", "to_onnx(snn, 'n.onnx', [1.0])", ValueError, names="input", needs="onnxscript"),
@@ -62,7 +64,7 @@ RAISES: tuple[Row, ...] = (
     *rows("to_nir", "example", "list", "to_nir(snn, [1.0])", (TypeError, ValueError), needs="nir"),
     *rows("from_nir", "graph", "int", "from_nir(3)", TypeError, needs="nir"),
     *rows("from_nir", "graph", "'nowhere.nir'", "from_nir('nowhere.nir')", OSError, needs="nir"),
-    *rows("from_nir", "graph", "'bad.nir'", "from_nir('bad.nir')", ValueError, needs="nir", given="open('bad.nir', 'w').write('x')"),
+    *rows("from_nir", "graph", "'bad.nir'", "from_nir('bad.nir')", ValueError, needs="nir", given="write('bad.nir', 'x')"),
     *rows("from_nir", "T", "0", "from_nir(nir_graph(), T=0)", ValueError, needs="nir"),
     *rows("from_nir", "dt", "-1.0", "from_nir(nir_graph(), dt=-1.0)", ValueError, needs="nir"),
     # ---- other libraries
@@ -81,8 +83,8 @@ RAISES: tuple[Row, ...] = (
     *rows("ImageSet", "mean", "2 values", "data_.ImageSet(images, labels, **{**names_, 'mean': [0.0, 1.0]})", ValueError),
     *rows("ImageSet", "full_scale", "0", "data_.ImageSet(images, labels, full_scale=0, **names_)", ValueError),
     *rows("cifar10 cifar10_jpeg load_cifar10", "{p}", "nowhere", "data_.{f}('nowhere')", OSError, names="nowhere"),
-    *rows("cifar10_jpeg load_cifar10", "path", "bad.npz", "data_.{f}('bad.npz')", ValueError, names="bad.npz", given="open('bad.npz', 'w').write('x')", needs="PIL"),
-    *rows("cifar10 load_cifar10", "{p}", "bad.tar.gz", "data_.{f}('bad.tar.gz')", (ValueError, OSError), names="bad.tar.gz", given="open('bad.tar.gz', 'w').write('x')"),
+    *rows("cifar10_jpeg load_cifar10", "path", "bad.npz", "data_.{f}('bad.npz')", ValueError, names="bad.npz", given="write('bad.npz', 'x')", needs="PIL"),
+    *rows("cifar10 load_cifar10", "{p}", "bad.tar.gz", "data_.{f}('bad.tar.gz')", (ValueError, OSError), names="bad.tar.gz", given="write('bad.tar.gz', 'x')"),
     *rows("cifar10 load_cifar10", "{p}", "not allowed", "data_.{f}('evil.tar.gz')", (ValueError, OSError), names="evil.tar.gz", given="evil_archive('evil.tar.gz')"),
     *rows("cifar10 cifar10_jpeg load_cifar10", "limit", "0", "data_.{f}('nowhere', limit=0)", ValueError),
     # ---- models
@@ -119,7 +121,7 @@ RAISES: tuple[Row, ...] = (
     *rows("cli info", "--x", "--x", "cli('info', '--x')", CommandError),
     *rows("cli methods", "--x", "--x", "cli('methods', '--x')", CommandError),
     *rows("cli demo", "--epochs", "'0'", "cli('demo', '--epochs', '0')", CommandError),
-    *rows("cli demo", "--out", "taken", "cli('demo', '--epochs', '1', '--out', 'taken')", CommandError, given="open('taken', 'w').write('mine')", names="taken"),
+    *rows("cli demo", "--out", "taken", "cli('demo', '--epochs', '1', '--out', 'taken')", CommandError, given="write('taken', 'mine')", names="taken"),
     *rows("cli convert", "model", "'nothing'", "cli('convert', 'nothing')", CommandError, names="entry"),
     *rows("cli convert", "model", "cut.safetensors", "cli('convert', 'cut.safetensors', '--data', 'digits', '--out', 'new')", CommandError, given="checkpoint('cut.safetensors', cut=True)", names="safetensors"),
     *rows("cli convert", "--T", "'0'", "cli('convert', 'm.safetensors', '--T', '0')", CommandError),
@@ -141,5 +143,5 @@ RAISES: tuple[Row, ...] = (
     *rows("cli bench", "--batch", "'0'", "cli('bench', '--neuron', '--batch', '0')", CommandError),
     *rows("cli plot", "source", "nowhere.csv", "cli('plot', 'nowhere.csv')", CommandError, names="nowhere.csv"),
     *rows("cli plot", "--kind", "nothing", "cli('plot', 'saved', '--kind', 'nothing')", CommandError),
-    *rows("cli plot", "source", "bad.csv", "cli('plot', 'bad.csv')", CommandError, given="open('bad.csv', 'w').write('a,b\\n1')", names="bad.csv"),
+    *rows("cli plot", "source", "bad.csv", "cli('plot', 'bad.csv')", CommandError, given="write('bad.csv', 'a,b\\n1')", names="bad.csv"),
 )

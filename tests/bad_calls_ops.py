@@ -82,7 +82,10 @@ RAISES: tuple[Row, ...] = (
     *rows("Signed.check", "low", "1.5", "options.Signed(low=1.5).check()", TypeError),
     *rows("Signed.check", "high", "-1", "options.Signed(high=-1).check()", ValueError),
     *rows("Signed.check", "margin", "nan", "options.Signed(margin=float('nan')).check()", ValueError),
+    *rows("Probe.check", "margin", "nan", "options.Probe(2, margin=float('nan')).check()", ValueError),
+    *rows("Probe.check", "iterations", "0", "options.Probe(2, iterations=0).check()", ValueError),
     # ---- neurons as modules
+    *rows("IFNode.forward", "T", "0", "node(x, T=0)", ValueError),
     *rows("IFNode LIFNode", "v_threshold", "0.0", "{f}(v_threshold=0.0)", ValueError),
     *rows("IFNode LIFNode", "v_threshold", "nan", "{f}(v_threshold=float('nan'))", ValueError),
     *rows("IFNode", "v_threshold", "-1.0", "{f}(v_threshold=torch.tensor([1.0, -1.0]), channel_dim=0)", ValueError),

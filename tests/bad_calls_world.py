@@ -22,7 +22,7 @@ def ann() -> nn.Sequential:
 
 
 DISK = (
-    "saved", "checkpoint", "evil_pickle", "evil_archive", "network_file", "with_full_disk",
+    "write", "saved", "checkpoint", "evil_pickle", "evil_archive", "network_file", "with_full_disk",
     "killed_at_rename", "cli", "convert_command",
 )  # fmt: skip
 

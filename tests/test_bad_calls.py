@@ -21,11 +21,10 @@ from snnkernels import options
 
 # Says what is allowed or what helps, or names the state in which the call cannot be done.
 REMEDY = re.compile(
-    r"\b(must|allowed|offered|expected|needs?|takes?|use|give|pass|name|only|at least|at most|but|"
-    r"cannot|exclude|convert|broadcast|must have|is empty|missing|damaged|within|does not|known|"
-    r"holds|choose|invalid|unrecognized|No space|killed|there is|there are|is a|is no|is not|"
-    r"it is|it has|outside|has no|not in|is for|below|no such|No such|again|NaN|"
-    r"shares memory)\b",
+    r"\b(must|allowed|offered|expected|needs?|takes?|use|give|pass|name|names|only|at least|but|"
+    r"at most|cannot|exclude|convert|broadcast|is empty|missing|damaged|within|does not|known|ask|"
+    r"holds|choose|invalid|unrecognized|No space|killed|there is|is no|is not|outside|Replace|"
+    r"has no|not in|is for|below|No such|Check|shares memory|disk is gone|is a file|is a folder)\b",
 )
 
 
@@ -74,7 +73,28 @@ ANYWHERE = {
     "drawn or printed as it is": "title settings classes metadata",
     "axes of matplotlib, used as they are": "ax",
 }
-HERE: dict[str, str] = {}
+_MODULE = "a layer, whose input torch checks as it does that of nn.ReLU"
+_ADAPTER = "of the base class that an adapter overrides; patch calls it"
+_MADE = "made by from_snntorch"
+HERE: dict[str, str] = {
+    **{f"{name}.forward x": _MODULE for name in (
+        "QCFS", "ClipReLU", "RateNorm", "ThresholdReLU", "VGG", "BasicBlock", "ResNet", "SmallCNN",
+    )},
+    **{f"Adapter.{rest}": _ADAPTER for rest in (
+        "recognises module", "replace module", "replace path", "groups model", "restore module",
+        "restore ours",
+    )},
+    **{f"SnnTorchNetwork{rest}": _MADE for rest in (" net", " steps", ".forward x_seq")},
+    "ConvertedModules.forward named": "handed to the network's own forward",
+    "ConvertedModules.forward inputs": "handed to the network's own forward",
+    "PackedSpikes.cuda device": "torch refuses what is no device, as for Tensor.cuda",
+    "from_snntorch stateless": "classes to isinstance, which refuses others",
+    "is_plain kind": "any number has an answer",
+    "is_plain scale": "any number has an answer",
+    "ImageSet name": "printed as it is",
+    "rate_activation ceiling": "a line drawn where it is told",
+    "compat.IFNode backend": "kept and without effect, as SpikingJelly's scripts pass it",
+}  # fmt: skip
 
 
 def parameters() -> Iterator[tuple[str, str]]:

@@ -106,7 +106,10 @@ def evaluate(
     if device is None:
         found = next((t.device for t in (*network.parameters(), *network.buffers())), None)
     else:
-        found = torch.device(device)
+        try:
+            found = torch.device(device)
+        except RuntimeError as error:
+            raise ValueError(f"device={device!r} is unknown; it must be one of torch's") from error
     counts = torch.zeros(len(ends) + 1, dtype=torch.int64)
 
     def work(i: int, batch: _Pair) -> None:

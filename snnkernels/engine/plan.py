@@ -283,7 +283,7 @@ class Plan(nn.Module):
         if self.why_not():
             return Explanation(self.why_not(), {}, [], 0, 0)
         if inputs or named:
-            one = len(inputs) == 1 and isinstance(inputs[0], (Tensor, Inputs))
+            one = len(inputs) == 1 and not named and isinstance(inputs[0], (Tensor, Inputs))
             x = self.snn._ports.bind(inputs[0] if one else Inputs(inputs, named))
             with self._lock, torch.no_grad():
                 built = self._plan(x)

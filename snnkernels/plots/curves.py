@@ -34,6 +34,7 @@ def accuracy_curve(
 
     Raises:
         ValueError: lengths differ, or ``ts`` is empty or holds less than 1.
+        TypeError: ``ann`` is no number.
         ImportError: matplotlib is not installed.
     """
     curves = dict(acc) if isinstance(acc, Mapping) else {"": acc}
@@ -46,6 +47,8 @@ def accuracy_curve(
             raise ValueError(
                 f"{name} has {len(values)} values, ts has {len(steps)}: there must be as many"
             )
+    if ann is not None and not isinstance(ann, (int, float)):
+        raise TypeError(f"ann={ann!r} must be a number, the accuracy of the ANN, or None")
     ax = axes_of(ax, (5.2, 3.6))
     if ann is not None:
         ax.axhline(

@@ -110,7 +110,7 @@ def membrane(
         raise ValueError(f"labels={labels!r} must have {neurons} names")
     theta = None if threshold is None else _array(threshold).reshape(-1)
     if theta is not None and theta.size not in (1, neurons):
-        raise ValueError(f"threshold has {theta.size} values for {neurons} neurons")
+        raise ValueError(f"threshold has {theta.size} values; v takes one, or {neurons}")
     ax = axes_of(ax, (6.4, 3.2))
     t = np.arange(1, steps + 1)
     if theta is not None:
