@@ -80,7 +80,10 @@ class ImageSet(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         std: Sequence[float],
         full_scale: float = 255.0,
     ) -> None:
-        for name, tensor, dtype in (("images", images, torch.uint8), ("labels", labels, torch.int64)):
+        for name, tensor, dtype in (
+            ("images", images, torch.uint8),
+            ("labels", labels, torch.int64),
+        ):
             got = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
             if got != dtype:
                 raise TypeError(f"{name} must be a tensor of {dtype}, got {got}")

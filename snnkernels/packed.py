@@ -170,7 +170,9 @@ class PackedSpikes:
             TypeError: a part that is no PackedSpikes.
         """
         if not parts:
-            raise ValueError("parts is empty: there is nothing to put together; allowed: one or more")
+            raise ValueError(
+                "parts is empty: there is nothing to put together; allowed: one or more"
+            )
         for i, part in enumerate(parts):
             if not isinstance(part, PackedSpikes):
                 raise TypeError(f"parts[{i}] must be PackedSpikes, got {type(part).__name__}")

@@ -16,7 +16,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ def missing(row: Row) -> str:
     return next((m for m in row.needs.split() if importlib.util.find_spec(m) is None), "")
 
 
-@lru_cache(maxsize=None)
+@cache
 def run(row: Row) -> Outcome:
     """The row's call, in a new folder."""
     names = world(f"{row.given}\n{row.call}")
@@ -103,7 +103,12 @@ def _state(names: dict[str, Any]) -> dict[str, Any]:
                     kept = isinstance(tensor, Tensor) and not tensor.is_meta
                     found[f"{at}.{key}"] = tensor.detach().clone() if kept else str(tensor)
                 hooks = (len(module._forward_hooks), len(module._forward_pre_hooks))
-                found[f"{at} itself"] = (type(module), module.training, vars(module).get("T"), hooks)
+                found[f"{at} itself"] = (
+                    type(module),
+                    module.training,
+                    vars(module).get("T"),
+                    hooks,
+                )
     return found
 
 

@@ -1,12 +1,15 @@
+# ruff: noqa: E501 - a row is a line
 """Bad calls of what reads and writes files, of other libraries, and of the command line."""
 
 from __future__ import annotations
 
 from bad_calls_rows import CommandError, Row, rows
+
 from snnkernels import ConversionError
 
 HUB = "snnkernels[hub]"
 MODELS = "resnet10 resnet18 resnet20 small_cnn vgg9 vgg11 vgg16"
+# fmt: off
 RAISES: tuple[Row, ...] = (
     # ---- saving
     *rows("ConvertedNetwork.save_pretrained", "folder", "'taken'", "snn.save_pretrained('taken')", OSError, given="write('taken', 'mine')"),
@@ -31,12 +34,12 @@ RAISES: tuple[Row, ...] = (
     *rows("load_pretrained", "name", "'../nowhere'", "load_pretrained('../nowhere')", OSError),
     *rows("load_pretrained", "name", "int", "load_pretrained(3)", TypeError),
     *rows("load_pretrained", "device", "'gpu'", "load_pretrained('saved', device='gpu')", (ValueError, RuntimeError), given="saved('saved')"),
-    *rows("load_pretrained", "model.safetensors", "bytes", "load_pretrained('saved')", ValueError, given="saved('saved', cut='model.safetensors')"),
-    *rows("load_pretrained", "model.safetensors", "damaged", "load_pretrained('saved')", ValueError, given="saved('saved', cut='model.safetensors', trusted=True)"),
-    *rows("load_pretrained", "model.safetensors", "SHA-256", "load_pretrained('saved')", ValueError, given="saved('saved', flip='model.safetensors')"),
+    *rows("load_pretrained", "model.safetensors", "bytes", "load_pretrained('saved')", ValueError, given="saved('saved', cut='model.safetensors')", foreign=True),
+    *rows("load_pretrained", "model.safetensors", "damaged", "load_pretrained('saved')", ValueError, given="saved('saved', cut='model.safetensors', trusted=True)", foreign=True),
+    *rows("load_pretrained", "model.safetensors", "SHA-256", "load_pretrained('saved')", ValueError, given="saved('saved', flip='model.safetensors')", foreign=True),
     *rows("load_pretrained", "graph.json", "missing", "load_pretrained('saved')", OSError, given="saved('saved', gone='graph.json')"),
     *rows("load_pretrained", "config.json", "holds no", "load_pretrained('saved')", OSError, given="saved('saved', gone='config.json')"),
-    *rows("load_pretrained", "config.json", "JSON", "load_pretrained('saved')", ValueError, given="saved('saved', cut='config.json')"),
+    *rows("load_pretrained", "config.json", "JSON", "load_pretrained('saved')", ValueError, given="saved('saved', cut='config.json')", foreign=True),
     *rows("load_pretrained", "target", "'os.system'", "load_pretrained('saved')", ValueError, given="saved('saved', call='os.system')"),
     *rows("load_pretrained", "target", "'torch.load'", "load_pretrained('saved')", ValueError, given="saved('saved', call='torch.load')"),
     *rows("load_pretrained", "kind", "'subprocess.Popen'", "load_pretrained('saved')", ValueError, given="saved('saved', kind='subprocess.Popen')"),
@@ -59,12 +62,12 @@ RAISES: tuple[Row, ...] = (
     *rows("to_onnx", "path", "'no/such/n.onnx'", "to_onnx(snn, 'no/such/n.onnx', data)", OSError, needs="onnxscript"),
     *rows("to_onnx", "example", "1.0", "to_onnx(snn, 'n.onnx', [1.0])", ValueError, names="input", needs="onnxscript"),
     *rows("to_onnx", "T", "0", "to_onnx(snn, 'n.onnx', data, T=0)", ValueError, needs="onnxscript"),
-    *rows("to_onnx", "opset_version", "99", "to_onnx(snn, 'n.onnx', data, opset_version=99)", ValueError, needs="onnxscript"),
+    *rows("to_onnx", "opset_version", "99", "to_onnx(snn, 'n.onnx', data, opset_version=99)", ValueError, needs="onnxscript", foreign=True),
     *rows("to_nir", "snn", "Sequential", "to_nir(net, data)", TypeError, needs="nir"),
     *rows("to_nir", "example", "list", "to_nir(snn, [1.0])", (TypeError, ValueError), needs="nir"),
     *rows("from_nir", "graph", "int", "from_nir(3)", TypeError, needs="nir"),
     *rows("from_nir", "graph", "'nowhere.nir'", "from_nir('nowhere.nir')", OSError, needs="nir"),
-    *rows("from_nir", "graph", "'bad.nir'", "from_nir('bad.nir')", ValueError, needs="nir", given="write('bad.nir', 'x')"),
+    *rows("from_nir", "graph", "'bad.nir'", "from_nir('bad.nir')", ValueError, needs="nir", given="write('bad.nir', 'x')", foreign=True),
     *rows("from_nir", "T", "0", "from_nir(nir_graph(), T=0)", ValueError, needs="nir"),
     *rows("from_nir", "dt", "-1.0", "from_nir(nir_graph(), dt=-1.0)", ValueError, needs="nir"),
     # ---- other libraries
@@ -83,9 +86,9 @@ RAISES: tuple[Row, ...] = (
     *rows("ImageSet", "mean", "2 values", "data_.ImageSet(images, labels, **{**names_, 'mean': [0.0, 1.0]})", ValueError),
     *rows("ImageSet", "full_scale", "0", "data_.ImageSet(images, labels, full_scale=0, **names_)", ValueError),
     *rows("cifar10 cifar10_jpeg load_cifar10", "{p}", "nowhere", "data_.{f}('nowhere')", OSError, names="nowhere"),
-    *rows("cifar10_jpeg load_cifar10", "path", "bad.npz", "data_.{f}('bad.npz')", ValueError, names="bad.npz", given="write('bad.npz', 'x')", needs="PIL"),
-    *rows("cifar10 load_cifar10", "{p}", "bad.tar.gz", "data_.{f}('bad.tar.gz')", (ValueError, OSError), names="bad.tar.gz", given="write('bad.tar.gz', 'x')"),
-    *rows("cifar10 load_cifar10", "{p}", "not allowed", "data_.{f}('evil.tar.gz')", (ValueError, OSError), names="evil.tar.gz", given="evil_archive('evil.tar.gz')"),
+    *rows("cifar10_jpeg load_cifar10", "path", "bad.npz", "data_.{f}('bad.npz')", ValueError, names="bad.npz", given="write('bad.npz', 'x')", needs="PIL", foreign=True),
+    *rows("cifar10 load_cifar10", "{p}", "bad.tar.gz", "data_.{f}('bad.tar.gz')", (ValueError, OSError), names="bad.tar.gz", given="write('bad.tar.gz', 'x')", foreign=True),
+    *rows("cifar10 load_cifar10", "{p}", "not allowed", "data_.{f}('evil.tar.gz')", (ValueError, OSError), names="evil.tar.gz", given="evil_archive('evil.tar.gz')", foreign=True),
     *rows("cifar10 cifar10_jpeg load_cifar10", "limit", "0", "data_.{f}('nowhere', limit=0)", ValueError),
     # ---- models
     *rows(MODELS, "num_classes", "0", "models.{f}(num_classes=0)", ValueError),
@@ -111,8 +114,8 @@ RAISES: tuple[Row, ...] = (
     *rows("BasicBlock", "stride", "0", "models.BasicBlock(8, 8, stride=0)", ValueError),
     *rows("BasicBlock", "activation", "3", "models.BasicBlock(8, 8, activation=3)", TypeError),
     *rows("load_checkpoint", "path", "nowhere.safetensors", "models.load_checkpoint('nowhere.safetensors')", OSError, names="checkpoint"),
-    *rows("load_checkpoint", "path", "cut.safetensors", "models.load_checkpoint('cut.safetensors')", ValueError, given="checkpoint('cut.safetensors', cut=True)", names="cut.safetensors"),
-    *rows("load_checkpoint", "path", "pickle.safetensors", "models.load_checkpoint('pickle.safetensors')", ValueError, given="evil_pickle('pickle.safetensors')", names="pickle.safetensors"),
+    *rows("load_checkpoint", "path", "cut.safetensors", "models.load_checkpoint('cut.safetensors')", ValueError, given="checkpoint('cut.safetensors', cut=True)", names="cut.safetensors", foreign=True),
+    *rows("load_checkpoint", "path", "pickle.safetensors", "models.load_checkpoint('pickle.safetensors')", ValueError, given="evil_pickle('pickle.safetensors')", names="pickle.safetensors", foreign=True),
     *rows("load_checkpoint", "architecture", "'alexnet'", "models.load_checkpoint('m.safetensors', architecture='alexnet')", ValueError, given="checkpoint('m.safetensors')"),
     *rows("load_checkpoint", "architecture", "vgg9", "models.load_checkpoint('m.safetensors', architecture='vgg9')", ValueError, given="checkpoint('m.safetensors')", names="m.safetensors"),
     *rows("load_checkpoint", "activations", "'gelu'", "models.load_checkpoint('m.safetensors')", ValueError, given="checkpoint('m.safetensors', activation='gelu')"),
@@ -123,11 +126,11 @@ RAISES: tuple[Row, ...] = (
     *rows("cli demo", "--epochs", "'0'", "cli('demo', '--epochs', '0')", CommandError),
     *rows("cli demo", "--out", "taken", "cli('demo', '--epochs', '1', '--out', 'taken')", CommandError, given="write('taken', 'mine')", names="taken"),
     *rows("cli convert", "model", "'nothing'", "cli('convert', 'nothing')", CommandError, names="entry"),
-    *rows("cli convert", "model", "cut.safetensors", "cli('convert', 'cut.safetensors', '--data', 'digits', '--out', 'new')", CommandError, given="checkpoint('cut.safetensors', cut=True)", names="safetensors"),
+    *rows("cli convert", "model", "cut.safetensors", "cli('convert', 'cut.safetensors', '--data', 'digits', '--out', 'new')", CommandError, given="checkpoint('cut.safetensors', cut=True)", names="safetensors", foreign=True),
     *rows("cli convert", "--T", "'0'", "cli('convert', 'm.safetensors', '--T', '0')", CommandError),
     *rows("cli convert", "--data", "nowhere", "cli('convert', 'm.safetensors', '--data', 'nowhere')", CommandError, given="checkpoint('m.safetensors')"),
     *rows("cli convert", "--method", "opy", "cli('convert', 'm.safetensors', '--data', 'digits', '--method', 'opy')", CommandError, given="checkpoint('m.safetensors')", names="method"),
-    *rows("cli convert", "--weights", "bad.pt", "cli('convert', 'net.py:build', '--weights', 'bad.pt', '--data', 'digits')", CommandError, given="network_file('net.py'); evil_pickle('bad.pt')", names="bad.pt"),
+    *rows("cli convert", "--weights", "bad.pt", "cli('convert', 'net.py:build', '--weights', 'bad.pt', '--data', 'digits')", CommandError, given="network_file('net.py'); evil_pickle('bad.pt')", names="bad.pt", foreign=True),
     *rows("cli convert", "--out", "saved", "cli('convert', 'm.safetensors', '--data', 'digits', '--out', 'saved')", CommandError, given="checkpoint('m.safetensors'); saved('saved')", names="force"),
     *rows("cli convert", "--device", "gpu", "cli('convert', 'm.safetensors', '--data', 'digits', '--device', 'gpu')", CommandError, given="checkpoint('m.safetensors')", names="device"),
     *rows("cli convert", "--out", "killed", "killed_at_rename(lambda: convert_command('new'))", KeyboardInterrupt, given="checkpoint('m.safetensors')", names="killed"),
@@ -136,12 +139,13 @@ RAISES: tuple[Row, ...] = (
     *rows("cli eval", "--data", "needed", "cli('eval', 'saved')", CommandError, given="saved('saved')"),
     *rows("cli eval", "--predict", "no/such/p.csv", "cli('eval', 'saved', '--data', 'digits', '--predict', 'no/such/p.csv')", CommandError, given="saved('saved')"),
     *rows("cli explain", "folder", "nowhere", "cli('explain', 'nowhere')", CommandError, names="folder"),
-    *rows("cli explain", "folder", "config.json", "cli('explain', 'saved')", CommandError, given="saved('saved', cut='config.json')", names="config.json"),
+    *rows("cli explain", "folder", "config.json", "cli('explain', 'saved')", CommandError, given="saved('saved', cut='config.json')", names="config.json", foreign=True),
     *rows("cli sweep", "checkpoint", "nowhere", "cli('sweep', 'nowhere.safetensors')", CommandError),
     *rows("cli sweep", "--methods", "opy", "cli('sweep', 'm.safetensors', '--methods', 'opy')", CommandError, given="checkpoint('m.safetensors')", names="method"),
     *rows("cli bench", "target", "--neuron", "cli('bench')", CommandError, names="network"),
     *rows("cli bench", "--batch", "'0'", "cli('bench', '--neuron', '--batch', '0')", CommandError),
     *rows("cli plot", "source", "nowhere.csv", "cli('plot', 'nowhere.csv')", CommandError, names="nowhere.csv"),
-    *rows("cli plot", "--kind", "nothing", "cli('plot', 'saved', '--kind', 'nothing')", CommandError),
+    *rows("cli plot", "--kind", "nothing", "cli('plot', 'saved', '--kind', 'nothing')", CommandError, foreign=True),
     *rows("cli plot", "source", "bad.csv", "cli('plot', 'bad.csv')", CommandError, given="write('bad.csv', 'a,b\\n1')", names="bad.csv"),
 )
+# fmt: on

@@ -1,17 +1,20 @@
+# ruff: noqa: E501 - a row is a line
 """Bad calls of conversion, converted networks and what looks at them."""
 
 from __future__ import annotations
 
 from bad_calls_rows import Row, rows
+
 from snnkernels import ConversionError
 
 METHOD = "convert(net, data, method=methods.{f}({a}))"
+# fmt: off
 RAISES: tuple[Row, ...] = (
     # ---- convert
     *rows("convert", "ann", "function", "convert(torch.relu, data)", TypeError),
     *rows("convert", "ann", "scripted", "convert(scripted, data)", ConversionError, names="network"),
     *rows("convert", "ann", "gelu", "convert(no_activation, data)", ConversionError, names="activation"),
-    *rows("convert", "ann", "meta", "convert(half_moved, data)", ConversionError),
+    *rows("convert", "ann", "meta", "convert(half_moved, data)", ConversionError, foreign=True),
     *rows("convert", "ann", "nan", "convert(with_nan, data)", ConversionError, names="1"),
     *rows("convert", "loader", "empty", "convert(net, [])", ValueError),
     *rows("convert", "loader", "None", "convert(net)", ValueError),
@@ -20,9 +23,9 @@ RAISES: tuple[Row, ...] = (
     *rows("convert", "loader", "disk is gone", "convert(net, failing_loader())", OSError, names="disk"),
     *rows("convert", "loader", "nan", "convert(net, data * float('nan'))", ConversionError),
     *rows("convert", "loader", "NaN", "convert(net, data / 0)", ConversionError),
-    *rows("convert", "loader", "(8, 5)", "convert(net, torch.rand(8, 5))", (ValueError, RuntimeError)),
+    *rows("convert", "loader", "(8, 5)", "convert(net, torch.rand(8, 5))", (ValueError, RuntimeError), foreign=True),
     *rows("convert", "loader", "meta", "convert(net, data.to('meta'))", ValueError),
-    *rows("convert", "loader", "int64", "convert(net, torch.ones(8, 6, dtype=torch.int64))", (ValueError, TypeError, RuntimeError)),
+    *rows("convert", "loader", "int64", "convert(net, torch.ones(8, 6, dtype=torch.int64))", (ValueError, TypeError, RuntimeError), foreign=True),
     *rows("convert", "loader", "empty", "convert(net, torch.rand(0, 6))", ValueError),
     *rows("convert", "inputs", "int", "convert(net, data, inputs=3)", TypeError),
     *rows("convert", "method", "'opy'", "convert(net, data, method='opy')", ValueError),
@@ -50,14 +53,14 @@ RAISES: tuple[Row, ...] = (
     *rows("convert", "normalize", "'w'", "convert(net, data, normalize='w')", ValueError),
     *rows("convert", "process_group", "str", "convert(net, data, process_group='gloo')", TypeError),
     *rows("convert", "checkpoint", "'no/such/file'", "convert(net, data, checkpoint='no/such/file')", (FileNotFoundError, ValueError)),
-    *rows("convert", "checkpoint", "'bad.pt'", "convert(net, data, checkpoint='bad.pt')", ValueError, given="write('bad.pt', 'x')"),
+    *rows("convert", "checkpoint", "'bad.pt'", "convert(net, data, checkpoint='bad.pt')", ValueError, given="write('bad.pt', 'x')", foreign=True),
     *rows("convert_modules", "ann", "function", "convert_modules(torch.relu, ['0'], data)", TypeError),
     *rows("convert_modules", "modules", "'nothing'", "convert_modules(net, ['nothing'], data)", (ValueError, ConversionError)),
     *rows("convert_modules", "modules", "empty", "convert_modules(net, [], data)", ValueError),
     *rows("convert_modules", "modules", "int", "convert_modules(net, 3, data)", TypeError),
     *rows("convert_modules", "loader", "empty", "convert_modules(nested, ['0'], [])", ValueError),
     *rows("convert_modules", "inputs", "int", "convert_modules(nested, ['0'], data, inputs=3)", TypeError),
-    *rows("convert_modules", "options", "tresh", "convert_modules(nested, ['0'], data, tresh=1)", TypeError, names="tresh"),
+    *rows("convert_modules", "options", "tresh", "convert_modules(nested, ['0'], data, tresh=1)", TypeError, names="tresh", foreign=True),
     # ---- methods' options
     *rows("methods.Burst", "max_spikes", "0", METHOD.replace("{a}", "max_spikes=0"), ValueError),
     *rows("methods.Burst", "max_spikes", "1.5", METHOD.replace("{a}", "max_spikes=1.5"), TypeError),
@@ -195,7 +198,8 @@ RAISES: tuple[Row, ...] = (
     *rows("evaluate", "steps", "[4]", "distributed.evaluate(net, labelled, [4])", TypeError),
     *rows("evaluate", "steps", "0", "distributed.evaluate(snn, labelled, [0])", ValueError),
     *rows("evaluate", "process_group", "str", "distributed.evaluate(net, labelled, process_group='gloo')", TypeError),
-    *rows("evaluate", "checkpoint", "'bad.pt'", "distributed.evaluate(net, labelled, checkpoint='bad.pt')", ValueError, given="write('bad.pt', 'x')"),
+    *rows("evaluate", "checkpoint", "'bad.pt'", "distributed.evaluate(net, labelled, checkpoint='bad.pt')", ValueError, given="write('bad.pt', 'x')", foreign=True),
     *rows("Split", "loader", "int", "distributed.Split(3)", TypeError),
     *rows("shardable", "network", "int", "distributed.shardable(3)", TypeError),
 )
+# fmt: on

@@ -1,3 +1,4 @@
+# ruff: noqa: E501 - a row is a line
 """Bad calls of neurons and kernels; :mod:`bad_calls` says how a row reads."""
 
 from __future__ import annotations
@@ -6,6 +7,7 @@ from bad_calls_rows import Row, rows
 
 STEPS = "if_count if_multi_step if_packed if_rate if_run lif_multi_step"
 NEURONS = f"{STEPS} if_step"
+# fmt: off
 RAISES: tuple[Row, ...] = (
     # ---- what every function of neurons takes
     *rows(STEPS, "x_seq", "list", "{f}([0.5, 1.0])", TypeError),
@@ -210,3 +212,4 @@ RAISES: tuple[Row, ...] = (
     *rows("use_backend", "name", "'gpu'", "enter(snnkernels.use_backend('gpu'))", ValueError),
     *rows("set_backend", "name", "3", "snnkernels.set_backend(3)", (TypeError, ValueError)),
 )
+# fmt: on

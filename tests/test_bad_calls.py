@@ -66,8 +66,8 @@ ANYWHERE = {
     "read as a truth value, as Python does": (
         "detach_reset store_v_seq store_charge_seq store_count learn_threshold learn_v_init "
         "learn_beta planes round ceil_mode progress fold split mode shared input_every_step merged "
-        "fold_thresholds dynamic_batch strict train group unrolled potentials spiking_output private "
-        "create_pr"
+        "fold_thresholds dynamic_batch strict train group unrolled potentials spiking_output "
+        "private create_pr"
     ),
     "handed to huggingface_hub as it is": "token revision cache_dir commit_message",
     "drawn or printed as it is": "title settings classes metadata",

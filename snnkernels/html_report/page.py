@@ -54,7 +54,10 @@ def to_html(
     """
     if not isinstance(report, Report):
         raise TypeError(f"report must be a Report (snn.report), got {type(report).__name__}")
-    for name, value in (("ann", ann), *((f"accuracy[{T!r}]", a) for T, a in (accuracy or {}).items())):
+    for name, value in (
+        ("ann", ann),
+        *((f"accuracy[{T!r}]", a) for T, a in (accuracy or {}).items()),
+    ):
         if value is not None and not isinstance(value, (int, float)):
             raise TypeError(f"{name}={value!r} must be a fraction, a number")
     if path is not None and not isinstance(path, (str, PathLike)):

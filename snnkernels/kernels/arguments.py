@@ -246,8 +246,8 @@ def _with_more_options(given: Neuron, x: Tensor, steps: int, shape: Size, more: 
         fields["v_min"] = v_min
     if more.mask is not None:
         if not isinstance(more.mask, Tensor) or more.mask.dtype not in (torch.bool, torch.uint8):
-            kind = more.mask.dtype if isinstance(more.mask, Tensor) else type(more.mask).__name__
-            raise TypeError(f"mask must be a tensor of torch.bool or torch.uint8, got {kind}")
+            got = more.mask.dtype if isinstance(more.mask, Tensor) else type(more.mask).__name__
+            raise TypeError(f"mask must be a tensor of torch.bool or torch.uint8, got {got}")
         if more.mask.device != x.device:
             raise ValueError(f"mask is on {more.mask.device} but x_seq is on {x.device}")
         fields["mask"] = operands.for_broadcast("mask", more.mask, shape, None)

@@ -104,7 +104,9 @@ def membrane(
     fired = None if spikes is None else _array(spikes) != 0
     if fired is not None:
         if fired.size != lines.size or fired.shape[:1] != (steps,):
-            raise ValueError(f"spikes has shape {fired.shape}; it must have that of v, {lines.shape}")
+            raise ValueError(
+                f"spikes has shape {fired.shape}; it must have that of v, {lines.shape}"
+            )
         fired = fired.reshape(lines.shape)
     if labels is not None and len(labels) != neurons:
         raise ValueError(f"labels={labels!r} must have {neurons} names")
