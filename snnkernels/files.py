@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["check_new_folder", "new_folder", "write_bytes", "write_text"]
+__all__ = ["check_new_folder", "new_folder", "unwritten", "write_bytes", "write_text"]
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -24,6 +24,24 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
     """As :func:`write_text`, of bytes."""
     target = Path(path)
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"{target} cannot be written: there is no folder {target.parent}")
+    with unwritten(target):
+        _write(target, data)
+
+
+@contextmanager
+def unwritten(target: Path) -> Iterator[None]:
+    """Has an OSError say which file or folder is as it was, and not the name of a temporary one."""
+    try:
+        yield
+    except OSError as error:
+        why = error.strerror or str(error)
+        said = f"{target} is not written, what was there is as it was: {why}"
+        raise (OSError(error.errno, said) if error.errno else OSError(said)) from error
+
+
+def _write(target: Path, data: bytes) -> None:
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".new")
     try:
         with os.fdopen(handle, "wb") as file:

@@ -115,9 +115,18 @@ def with_full_disk(call: Callable[[], Any]) -> None:
     """What is written cannot be flushed."""
 
     def full(handle: int) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device, the disk is full")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     with mock.patch.object(os, "fsync", full):
+        call()
+
+
+def with_full_safetensors(call: Callable[[], Any]) -> None:
+    """The same, noticed by the library that writes the weights, in its own words."""
+    import safetensors.torch
+
+    error = safetensors.SafetensorError("I/O error: No space left on device (os error 28)")
+    with mock.patch.object(safetensors.torch, "save_file", side_effect=error):
         call()
 
 

@@ -23,6 +23,7 @@ def ann() -> nn.Sequential:
 
 DISK = (
     "write", "saved", "checkpoint", "evil_pickle", "evil_archive", "network_file", "with_full_disk",
+    "with_full_safetensors",
     "killed_at_rename", "cli", "convert_command",
 )  # fmt: skip
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..files import unwritten
 from .values import FormatError
 
 __all__ = ["CONFIG", "GRAPH", "README", "WEIGHTS", "Checked", "digest", "find", "load_json", "put"]
@@ -43,12 +44,13 @@ def put(folder: Path, write: Mapping[str, Callable[[Path], object]]) -> None:
     partial, complete = folder / _PARTIAL, folder / _COMPLETE
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        partial.mkdir()
-        for name, into in write.items():
-            into(partial / name)
-            _sync(partial / name)
-        _sync(partial)
-        os.replace(partial, complete)
+        with unwritten(folder):
+            partial.mkdir()
+            for name, into in write.items():
+                into(partial / name)
+                _sync(partial / name)
+            _sync(partial)
+            os.replace(partial, complete)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         if new:

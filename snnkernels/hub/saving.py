@@ -52,7 +52,8 @@ def save_pretrained(snn: ConvertedNetwork, folder: str | Path) -> Path:
     Raises:
         ConversionError: something in the network is code of yours, which could not be loaded
             without it; names it.
-        TypeError: ``folder`` is no path, ``snn`` is not a converted network, or ``snn.metadata`` is not plain JSON.
+        TypeError: ``folder`` is no path, ``snn`` is not a converted network, or ``snn.metadata`` is
+            not plain JSON.
         ImportError: safetensors is not installed.
         OSError: the folder cannot be written.
     """
@@ -65,6 +66,14 @@ def save_pretrained(snn: ConvertedNetwork, folder: str | Path) -> Path:
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"folder={str(folder)!r} is a file: give a folder")
 
+    def write_weights(path: Path) -> None:
+        try:
+            safetensors.torch.save_file(
+                tensors, path, metadata={"format": "pt", "snnkernels": str(VERSION)}
+            )
+        except safetensors.SafetensorError as error:  # what it makes of a full disk
+            raise OSError(str(error)) from error
+
     def write_config(path: Path) -> None:
         there = {name: files.digest(path.parent / name) for name in (WEIGHTS, GRAPH)}
         path.write_text(_json({**config, "files": there}, 1), encoding="utf-8")
@@ -72,9 +81,7 @@ def save_pretrained(snn: ConvertedNetwork, folder: str | Path) -> Path:
     files.put(
         folder,
         {
-            WEIGHTS: lambda path: safetensors.torch.save_file(
-                tensors, path, metadata={"format": "pt", "snnkernels": str(VERSION)}
-            ),
+            WEIGHTS: write_weights,
             GRAPH: lambda path: path.write_text(_json(graph), encoding="utf-8"),
             CONFIG: write_config,
             README: lambda path: path.write_text(model_card(snn, folder.name), encoding="utf-8"),
