@@ -80,22 +80,22 @@ class ImageSet(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         std: Sequence[float],
         full_scale: float = 255.0,
     ) -> None:
-        for name, tensor, dtype in (
+        for what, tensor, dtype in (
             ("images", images, torch.uint8),
             ("labels", labels, torch.int64),
         ):
             got = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
             if got != dtype:
-                raise TypeError(f"{name} must be a tensor of {dtype}, got {got}")
+                raise TypeError(f"{what} must be a tensor of {dtype}, got {got}")
         if images.dim() != 4 or tuple(labels.shape) != (len(images),):
             raise ValueError(
                 f"images is {tuple(images.shape)} and labels {tuple(labels.shape)}; they must be "
                 "[N, C, H, W] and [N]"
             )
-        for name, values in (("mean", mean), ("std", std)):
+        for what, values in (("mean", mean), ("std", std)):
             if len(values) != images.shape[1]:
                 raise ValueError(
-                    f"{name} has {len(values)} values for {images.shape[1]} channels of images; "
+                    f"{what} has {len(values)} values for {images.shape[1]} channels of images; "
                     "it must have one for each"
                 )
         if not all(0 < s < float("inf") for s in std):

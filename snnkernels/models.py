@@ -54,7 +54,7 @@ def _pool(kind: str) -> nn.Module:
         return nn.AvgPool2d(2)
     if kind == "max":
         return nn.MaxPool2d(2)
-    raise ValueError(f"pool={kind!r} is unknown; pool must be 'avg' or 'max'")
+    raise ValueError(f"pool must be 'avg' or 'max', got {kind!r}")
 
 
 def _conv_bn(cin: int, cout: int, kernel: int = 3, stride: int = 1) -> list[nn.Module]:
@@ -409,7 +409,7 @@ def save_checkpoint(
         OSError: the folder does not exist, or cannot be written to.
     """
     if architecture not in ARCHITECTURES:
-        raise ValueError(f"architecture={architecture!r} is unknown; allowed are {_names()}")
+        raise ValueError(f"unknown architecture {architecture!r}; known: {_names()}")
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     # Copies: safetensors refuses parameters that share memory.
@@ -458,7 +458,7 @@ def load_checkpoint(
             f"one of {_names()}"
         )
     if name not in ARCHITECTURES:
-        raise ValueError(f"{path}: architecture {name!r} is unknown; allowed are {_names()}")
+        raise ValueError(f"{path} names the unknown architecture {name!r}; known: {_names()}")
 
     options: dict[str, Any] = {"activation": _activation_factory(path, metadata, activations)}
     pool = pool or metadata.get("pool")

@@ -77,9 +77,9 @@ def test_membrane(ax: Any, tmp_path: Path) -> None:
     for wrong, says in (
         ({"v": torch.zeros(2, 2, 2)}, r"v must be \[T\] or \[T, neurons\]"),
         ({"v": torch.zeros(3, 40)}, "1 to 12 neurons"),
-        ({"v": v, "threshold": torch.ones(3)}, "threshold has 3 values for 2 neurons"),
+        ({"v": v, "threshold": torch.ones(3)}, "threshold has 3 values; v takes one, or 2"),
         ({"v": v, "labels": ["a"]}, "must have 2 names"),
-        ({"v": v, "spikes": torch.zeros(3, 1)}, "spikes have shape"),
+        ({"v": v, "spikes": torch.zeros(3, 1)}, "spikes has shape"),
     ):
         with pytest.raises(ValueError, match=says):
             plots.membrane(**wrong, ax=ax)
