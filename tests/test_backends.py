@@ -68,7 +68,7 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize("name", ["cpus", "", "AUTO", "triton", None])
 def test_unknown_back_ends(name: Any) -> None:
     before = snnkernels.get_backend()
-    with pytest.raises(ValueError, match=r"back end .* is unknown; allowed are 'auto', 'cpu'"):
+    with pytest.raises(ValueError, match=r"name=.* is no back end; allowed are 'auto', 'cpu'"):
         snnkernels.set_backend(name)
     assert snnkernels.get_backend() == before
 

@@ -310,7 +310,7 @@ def test_accuracy_curve(plots) -> None:
 
 
 def test_accuracy_curve_refuses(plots) -> None:
-    with pytest.raises(ValueError, match="2 values for 3"):
+    with pytest.raises(ValueError, match="acc has 2 values, ts has 3"):
         plots.accuracy_curve([1, 2, 4], [0.1, 0.5])
     for ts in ([], [0, 1]):
         with pytest.raises(ValueError, match="at least 1"):

@@ -339,7 +339,7 @@ class _OwnLayer(OPI):
 @pytest.mark.parametrize(
     ("make", "error", "says"),
     [
-        (lambda: Light(base="lihgt"), ValueError, "method='lihgt' is not known"),
+        (lambda: Light(base="lihgt"), ValueError, "base='lihgt' is not known"),
         (lambda: Light(base=Light()), ValueError, "base=light is a calibration itself"),
         (lambda: Light(images=0), ValueError, "images=0 must be at least 1"),
         (lambda: Advanced(iterations=-1), ValueError, "iterations=-1 must be at least 0"),

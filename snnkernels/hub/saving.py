@@ -68,9 +68,8 @@ def save_pretrained(snn: ConvertedNetwork, folder: str | Path) -> Path:
 
     def write_weights(path: Path) -> None:
         try:
-            safetensors.torch.save_file(
-                tensors, path, metadata={"format": "pt", "snnkernels": str(VERSION)}
-            )
+            # One entry only: safetensors writes several in an order that changes from call to call.
+            safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
         except safetensors.SafetensorError as error:  # what it makes of a full disk
             raise OSError(str(error)) from error
 
