@@ -16,6 +16,7 @@
 #include "bind.h"
 #include "kernels_cpu_api.h"
 #include "maps_cpu_api.h"
+#include "threads.h"
 
 namespace py = pybind11;
 using namespace snn;
@@ -140,10 +141,7 @@ template <class Run>
 void over_neurons(i64 T, i64 N, i64 scratch_bytes, Run run) {
   const i64 loops = (N + kLanes - 1) / kLanes;
   if (!loops) return;
-  i64 threads = 1;
-#if defined(_OPENMP)
-  if (T * N >= kParallelSteps) threads = std::min<i64>(omp_get_max_threads(), loops);
-#endif
+  const i64 threads = T * N >= kParallelSteps ? std::min<i64>(max_threads(), loops) : 1;
   scratch_bytes = (scratch_bytes + 63) / 64 * 64;
   const std::unique_ptr<char, void (*)(void*)> scratch(
       scratch_bytes ? static_cast<char*>(std::aligned_alloc(64, threads * scratch_bytes)) : nullptr,
@@ -246,13 +244,9 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
         throw std::invalid_argument("set_isa: '" + name + "' is not one of isas()");
       },
       "For tests: run another SIMD level.");
-  m.def("threads", [] {
-#if defined(_OPENMP)
-    return omp_get_max_threads();
-#else
-    return 1;
-#endif
-  });
+  m.def("threads", &max_threads);
+  m.def("before_fork", &Fork::before, "Ends OpenMP's threads, which a child would wait for.");
+  m.def("after_fork_in_child", &Fork::in_child);
   m.attr("LAYOUT") = layout();
   bind_maps(m);
   bind_spike_conv(m);

@@ -11,6 +11,7 @@
 
 #include "bind.h"
 #include "bind_maps.h"
+#include "threads.h"
 
 namespace py = pybind11;
 using namespace snn;
@@ -43,7 +44,7 @@ void over_units(void (*run)(const Params&, i64, i64), const Params& p) {
   py::gil_scoped_release nogil;
 #if defined(_OPENMP)
   const i64 pieces = (w.units + w.granule - 1) / w.granule;
-  const i64 threads = std::min<i64>(omp_get_max_threads(), pieces);
+  const i64 threads = std::min<i64>(max_threads(), pieces);
   if (threads > 1 && w.elements >= kParallelElements) {
     const i64 each = (pieces + threads - 1) / threads * w.granule;
 #pragma omp parallel num_threads(int(threads))

@@ -18,6 +18,7 @@
 #include "bind.h"
 #include "maps_cpu_api.h"
 #include "spike_conv_api.h"
+#include "threads.h"
 
 namespace py = pybind11;
 using namespace snn;
@@ -114,12 +115,9 @@ void run_spike_conv(const py::bytes& bytes, const py::bytes& branch_bytes) {
   const auto run = baseline::spike_conv;
 #endif
   py::gil_scoped_release nogil;
-  i64 threads = 1;
-#if defined(_OPENMP)
-  threads = omp_get_max_threads();
-#endif
-  const Split s = split(p, threads);
-  threads = std::min(threads, s.units);
+  const i64 most = max_threads();
+  const Split s = split(p, most);
+  const i64 threads = std::min(most, s.units);
   const i64 n = i64(branches.size());
   const i64 bytes_each =
       round_up(spike_scratch_bytes(p, branches.data(), n, s.band, s.group), 4096);

@@ -9,12 +9,23 @@ from typing import Any
 import hypothesis
 import pytest
 import torch
-from support import PACKAGE, PURE, Backend, HostShim, build_host_shim, compiler, extension
+from support import (
+    HYPOTHESIS,
+    PACKAGE,
+    PURE,
+    Backend,
+    HostShim,
+    build_host_shim,
+    compiler,
+    extension,
+)
 
 import snnkernels
 from snnkernels import ConvertedNetwork, Plan
 from snnkernels.kernels import backends, plan
 
+# Tests of test_fuzz*.py draw support.FUZZ examples, the other property tests 50, or 20,000 each by
+# night: SNNKERNELS_HYPOTHESIS=nightly (or HYPOTHESIS_PROFILE).
 hypothesis.settings.register_profile(
     "default",
     deadline=None,
@@ -23,10 +34,11 @@ hypothesis.settings.register_profile(
     # The `backend` fixture is one thing for all examples of a test.
     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
 )
-hypothesis.settings.register_profile(
-    "thorough", hypothesis.settings.get_profile("default"), max_examples=500
-)
-hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+for _name, _examples in (("ci", 50), ("thorough", 500), ("nightly", 20_000)):
+    hypothesis.settings.register_profile(
+        _name, hypothesis.settings.get_profile("default"), max_examples=_examples
+    )
+hypothesis.settings.load_profile(HYPOTHESIS)
 
 
 def pytest_configure(config: pytest.Config) -> None:

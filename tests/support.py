@@ -37,6 +37,12 @@ PURE = os.environ.get("SNNKERNELS_TEST_PURE") == "1"
 # Set where everything optional is installed, so that nothing is left out unseen.
 ALL = os.environ.get("SNNKERNELS_TEST_ALL") == "1"
 
+# The profile of hypothesis (conftest.py), and how many examples a fuzz test draws.
+HYPOTHESIS = (
+    os.environ.get("SNNKERNELS_HYPOTHESIS") or os.environ.get("HYPOTHESIS_PROFILE") or "default"
+)
+FUZZ = {"ci": 200, "thorough": 2000, "nightly": 20_000}.get(HYPOTHESIS, 50)
+
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 # With kernels of their own in the plain neuron, and those of the general kernel.
 PLAIN_SURROGATES = ("atan", "sigmoid", "triangle", "rectangle")

@@ -175,3 +175,27 @@ def test_a_pool_module_used_twice_keeps_two_running_sums() -> None:
     snn = convert(net, x, threshold="max", T=512)
     assert sum(isinstance(m, CumulativeMaxPool) for m in snn.modules()) == 2
     assert relative(snn(x), net(x)) < 0.02
+
+
+class OfPieces(nn.Module):
+    """A max-pool behind a concatenation of what another operation returned as one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.relu = nn.Conv2d(2, 4, 1), nn.ReLU()
+        self.pool, self.fc = nn.MaxPool2d(2), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.relu(self.conv(x))
+        return self.fc(self.pool(torch.cat(h.chunk(2, 1)[::-1], 1)).flatten(1))
+
+
+@pytest.mark.parametrize("normalize", ["threshold", "weights"])
+def test_a_pool_behind_a_concatenation_of_pieces(normalize: str) -> None:
+    """Found by test_fuzz_networks.py: it was a TypeError."""
+    ann = OfPieces().eval()
+    x = images(4, 2, 4)
+    snn = convert(ann, x, T=256, threshold="max", normalize=normalize, progress=False)
+    with torch.no_grad():
+        assert (snn(x) - ann(x)).abs().max() < 0.02

@@ -359,6 +359,13 @@ def test_pool_edges(backend: Backend) -> None:
     assert math.copysign(1, maps.cumulative_max_pool(signed, 2).item()) == -1
 
 
+def test_an_empty_map_has_no_maximum(backend: Backend) -> None:
+    """Found by test_fuzz.py: padding made windows for it, and the kernel answered -inf."""
+    for size in ((0, 0), (0, 4), (4, 0)):
+        with pytest.raises(ValueError, match="H and W must be at least 1"):
+            maps.cumulative_max_pool(torch.zeros(1, 1, 1, *size, device=backend.device), 4, 1, 2)
+
+
 def test_pool_gradient(backend: Backend) -> None:
     x = torch.randn(4, 2, 3, 6, 6, generator=generator(2)).to(backend.device).requires_grad_()
     out = maps.cumulative_max_pool(x, 3, 2, 1)

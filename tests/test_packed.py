@@ -72,6 +72,37 @@ def test_spikes_words_and_counts_of_one_run_agree(level: Backend) -> None:
     assert_same_bits(run.packed.count(), run.count)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("amplitude", [0.0, -0.0, 1e-9])
+def test_a_spike_that_weighs_nothing_is_a_spike(
+    level: Backend, dtype: torch.dtype, amplitude: float
+) -> None:
+    """1e-9 is 0 in float16. Found by test_fuzz.py."""
+    x = moved(currents(9, 130, dtype=dtype), level.device)
+    run = if_run(x, outputs=("spikes", "packed", "count"), amplitude=amplitude)
+    plain = if_run(x, outputs="packed")
+    assert run.packed is not None
+    assert plain.packed is not None
+    assert_same_bits(run.packed.words, plain.packed.words)
+    assert run.count is not None
+    assert int(run.count.sum()) == int(run.packed.count().sum()) > 0
+    assert run.spikes is not None
+    weight = torch.tensor(amplitude, dtype=torch.float64).to(dtype)
+    fired = run.packed.unpack(torch.bool)
+    assert_same_bits(run.spikes, torch.where(fired.cpu(), weight, torch.zeros_like(weight)))
+
+
+def test_the_gradient_of_an_amplitude_of_zero(backend: Backend) -> None:
+    found = []
+    for save in ("recompute", "bits"):
+        x = moved(currents(9, 130), backend.device)
+        weight = torch.zeros((), device=x.device, requires_grad=True)
+        spikes = if_multi_step(x, amplitude=weight, surrogate_function="rectangle", save=save)[0]
+        found += torch.autograd.grad(spikes.sum(), weight)
+    assert found[0].item() > 0
+    assert_same_bits(found[1], found[0])
+
+
 @pytest.mark.parametrize("T", [3, 20, 70])
 def test_indexing(T: int) -> None:
     x = currents(T, 4, 5, 6)

@@ -193,8 +193,10 @@ def _concatenates_activations(net: nn.Module, node: Any) -> bool:
         return False
     dim = node.kwargs.get("dim", node.kwargs.get("axis", node.args[1] if node.args[1:] else 0))
     parts = node.args[0] if node.args else node.kwargs["tensors"]
+    if not isinstance(parts, (list, tuple)):
+        return False  # what another operation returned, such as the pieces of a chunk
     # Along channels only: along a pooled dimension the windows would not be the same.
-    return dim == 1 and all(_ends_in_activation(net, part) for part in parts)  # type: ignore
+    return bool(dim == 1) and all(_ends_in_activation(net, part) for part in parts)
 
 
 def _ends_in_activation(net: nn.Module, node: Any) -> bool:

@@ -7,6 +7,7 @@ import dis
 import linecache
 import operator
 import sys
+import threading
 import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from ..distributed.dealing import SHARDED, sharded
 from ..neurons import IFNode
 from .errors import ConversionError
 from .graphs import first_input, module_of
@@ -50,11 +52,22 @@ class _Proxy(fx.Proxy):
         return self.tracer.create_proxy("call_function", operator.itruediv, (self, other), {})
 
 
+# torch.fx traces by replacing methods of nn.Module for the whole process: two traces at once would
+# put each other's back.
+_TRACING = threading.RLock()
+
+
 class _Tracer(fx.Tracer):
     def __init__(self, ports: Ports | None = None) -> None:
         super().__init__()
         self.ports = ports
         self.stack: list[str] = []
+        self.thread = threading.get_ident()
+
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        """One at a time."""
+        with _TRACING:
+            return super().trace(root, concrete_args)
 
     def create_args_for_root(
         self, root_fn: Any, is_module: bool, concrete_args: Any = None
@@ -86,11 +99,19 @@ class _Tracer(fx.Tracer):
         return super().to_bool(obj)
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
-        """Remember where we are, so that an error can say it."""
+        """Remember where we are, so that an error can say it; other threads just run."""
+        if threading.get_ident() != self.thread:
+            return forward(*args, **kwargs)
         self.stack.append(f"{self.path_of_module(m)} ({type(m).__name__})")
         out = super().call_module(m, forward, args, kwargs)
         self.stack.pop()
         return out
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """Proxies of parameters are for this trace only."""
+        if threading.get_ident() != self.thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """Hand out proxies that record in-place arithmetic."""
@@ -171,6 +192,8 @@ def own_copy(ann: nn.Module, *, share: bool = False) -> tuple[nn.Module, list[st
                 f"{path or 'the network'} is an IFNode: the network spikes already, in whole or in "
                 "part. Convert the ANN it was made from"
             )
+    if sharded(ann):
+        raise ConversionError(SHARDED)
     memo: dict[int, Any] = {}
     for module in ann.modules():
         # What a hook computed is no leaf of autograd, so it cannot be copied as it is.

@@ -128,6 +128,24 @@ def extension(name: str) -> ModuleType:
         ) from error
 
 
+def _at_fork(step: str) -> None:
+    """A step of csrc/threads.h around a fork: OpenMP's threads do not come along."""
+    try:
+        module = extension("_cpu")
+    except Missing:
+        return
+    getattr(module, step)()
+
+
+if hasattr(os, "register_at_fork"):
+    # The extension is loaded then if it was not: torch's own layers may have made the threads that
+    # the child's kernels would wait for.
+    os.register_at_fork(
+        before=partial(_at_fork, "before_fork"),
+        after_in_child=partial(_at_fork, "after_fork_in_child"),
+    )
+
+
 def _need_device() -> None:
     if torch.version.cuda is None:
         raise Missing(

@@ -28,6 +28,10 @@ def if_forward(
     surrogate = _surrogate.BY_KIND[max(smooth, 0)](alpha, scale)
     with torch.no_grad():
         given = for_reference(x, neuron, x.dtype)
+        weight = given["amplitude"]
+        if asked.words:
+            # Weighed afterwards: a spike that weighs 0 is a spike.
+            given["amplitude"] = torch.ones_like(weight)
         result = reference.if_forward(
             x,
             **given,
@@ -49,9 +53,12 @@ def if_forward(
             u = result.charge_seq - level.to(result.v.dtype)
             window = reference.pack(_surrogate.Rectangle(alpha).derivative(u) != 0)
     spikes = result.spikes
+    fired = spikes != 0 if asked.words else None
+    if fired is not None and spikes.is_floating_point():
+        spikes = torch.where(fired, weight.to(spikes.dtype), torch.zeros_like(spikes))
     outputs = Outputs(
         spikes if asked.spikes else None,
-        reference.pack(spikes != 0) if asked.words else None,
+        None if fired is None else reference.pack(fired),
         result.count if asked.count else None,
         result.counts if asked.count_at else None,
         result.v.clone(memory_format=torch.contiguous_format),

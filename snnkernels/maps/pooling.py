@@ -40,6 +40,11 @@ def cumulative_max_pool(
     checks.tensor("x_seq", x_seq)
     if x_seq.dim() != 5:
         raise ValueError(f"x_seq has shape {tuple(x_seq.shape)}; it must be [T, B, C, H, W]")
+    if 0 in x_seq.shape[3:]:
+        raise ValueError(
+            f"x_seq has shape {tuple(x_seq.shape)}; H and W must be at least 1: an empty map has "
+            "no maximum"
+        )
     geometry = pool_geometry(kernel_size, stride, padding, dilation)
     kernel, steps, around, apart = geometry
     for n, k, s, p, d in zip(x_seq.shape[3:], *geometry, strict=True):
