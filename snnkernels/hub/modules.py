@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -330,6 +331,11 @@ def _read_node(given: Any, field: str, of: Reader) -> IFNode:
     if bad:
         raise of.fail(f"{field}.v_threshold", threshold, "positive finite numbers")
     arguments = {name: plain(name) for name in _OPTIONS}
+    defaults = inspect.signature(IFNode).parameters
+    for name, value in arguments.items():
+        flag = name in defaults and isinstance(defaults[name].default, bool)
+        if flag and not isinstance(value, bool):
+            raise of.fail(f"{field}.{name}", value, "true or false")
     for name, value in operands.items():
         if name not in ("mask", "beta"):
             arguments[name] = 1.0 if name in tensors else value
