@@ -201,7 +201,7 @@ def test_flags_of_a_neuron_are_flags(saved: Path, tmp_path: Path, value: Any) ->
         "sha256": hashlib.sha256(content).hexdigest(),
     }
     (folder / CONFIG).write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="store_v_seq.*true or false"):
+    with pytest.raises(ValueError, match=r"store_v_seq.*true or false"):
         snnkernels.load_pretrained(folder)
 
 
