@@ -272,8 +272,8 @@ def certify(snn: ConvertedNetwork, x: Any, T: int | None = None) -> Certificate:
         )
     if not answer.low.shape[1]:
         raise ConversionError(
-            f"certify: the answer has shape {tuple(answer.low.shape)}; it must be [B, C, *] with at "
-            "least one class"
+            f"certify: the answer has shape {tuple(answer.low.shape)}; it must be [B, C, *] with "
+            "at least one class"
         )
     with _quantised(snn):
         quantised = snn(x, T=T)
