@@ -13,7 +13,7 @@ from .packed import PackedSpikes
 from .state import detach_net, reset_net, set_step_mode
 
 if TYPE_CHECKING:
-    from . import compat, interop, metrics, plots
+    from . import compat, distributed, interop, metrics, plots
     from .conversion import (
         QCFS,
         ClipReLU,
@@ -68,6 +68,7 @@ __all__ = [
     "convert",
     "convert_modules",
     "detach_net",
+    "distributed",
     "from_nir",
     "from_snntorch",
     "functional",
@@ -108,7 +109,7 @@ _LAZY = {
     "interop.nir": ("from_nir", "to_nir"),
     "interop.onnx": ("to_onnx",),
 }  # fmt: skip
-_LAZY_MODULES = ("compat", "interop", "metrics", "plots")
+_LAZY_MODULES = ("compat", "distributed", "interop", "metrics", "plots")
 _HOME = {name: module for module, names in _LAZY.items() for name in names}
 
 

@@ -113,8 +113,8 @@ class _Monitor(Generic[_Record]):
         """The attributes of the node that have to be True."""
         raise NotImplementedError
 
-    def _taken(self, layer: str, node: IFNode, args: Any, kwargs: Any) -> _Record | None:
-        """What a call leaves to be kept."""
+    def _taken(self, node: IFNode, args: Any, kwargs: Any, carried: bool, v: Any) -> _Record | None:
+        """What a call, which began with the membrane ``v``, leaves to be kept."""
         raise NotImplementedError
 
     def _add(self, run: list[Any], record: _Record) -> int:
@@ -149,27 +149,29 @@ class _Monitor(Generic[_Record]):
                 wanted[flag] = (users - 1, before)
             else:
                 setattr(node, flag, before)
-                setattr(node, flag.removeprefix("store_"), None)
+                if not before:  # else it is the user's
+                    setattr(node, flag.removeprefix("store_"), None)
 
     def _before(self, layer: str, node: IFNode, args: Any, kwargs: Any) -> None:
         self._starts[layer] = (node._carried, node._v)
 
     def _after(self, layer: str, node: IFNode, args: Any, kwargs: Any, output: Any) -> None:
+        # Not kept: the membrane holds the graph of the call before.
+        goes_on, v = self._starts.pop(layer, (False, None))
         if not self.enabled or self.full:
             return
-        goes_on, _ = self._starts[layer]
         runs = self._runs[layer]
-        if not goes_on or not self._seen[layer]:
+        same_run = goes_on and self._seen[layer] > 0
+        if not same_run:
             self._seen[layer] += 1
-            goes_on = False
         if (self._seen[layer] - 1) % self.every:
             return
         with torch.no_grad():
-            record = self._taken(layer, node, args, kwargs)
+            record = self._taken(node, args, kwargs, goes_on, v)
         if record is None:
             return
-        if goes_on and runs and runs[-1] and record.shape[1:] != runs[-1][0].shape[1:]:
-            goes_on = False
+        if same_run and runs and runs[-1] and record.shape[1:] != runs[-1][0].shape[1:]:
+            same_run = False
         size = _nbytes(record)
         if self.max_bytes is not None and self.nbytes + size > self.max_bytes:
             self.full = True
@@ -181,7 +183,7 @@ class _Monitor(Generic[_Record]):
                 stacklevel=2,
             )
             return
-        if not goes_on or not runs:
+        if not same_run or not runs:
             runs.append([])
         self.nbytes += self._add(runs[-1], record)
 
@@ -322,12 +324,11 @@ class SpikeMonitor(_Monitor["PackedSpikes | Tensor"]):
         return ("store_packed",) if _binary(node) else ()
 
     def _taken(
-        self, layer: str, node: IFNode, args: Any, kwargs: Any
+        self, node: IFNode, args: Any, kwargs: Any, carried: bool, v: Any
     ) -> PackedSpikes | Tensor | None:
         if _binary(node):
             return node.packed
         twin = copy.copy(node)  # shares everything but what is set here
-        carried, v = self._starts[layer]
         whole = torch.uint8 if node.signed is None else torch.int8
         twin.__dict__.update(
             output="spikes", spike_dtype=whole, amplitude=None, _v=v, _carried=carried,
@@ -409,7 +410,7 @@ class VoltageMonitor(_Monitor[Tensor]):
     def _flags(self, node: IFNode) -> tuple[str, ...]:
         return ("store_v_seq",) if self.at == "reset" else ("store_charge_seq",)
 
-    def _taken(self, layer: str, node: IFNode, args: Any, kwargs: Any) -> Tensor | None:
+    def _taken(self, node: IFNode, args: Any, kwargs: Any, carried: bool, v: Any) -> Tensor | None:
         trace = node.v_seq if self.at == "reset" else node.charge_seq
         if trace is None:
             return None

@@ -243,6 +243,7 @@ class IFNode(nn.Module):
     def threshold(self) -> float | Tensor:
         """The threshold in force: ``v_threshold``, kept above its floor while it is learned."""
         if self.learn_threshold:
+            operands.check_local("v_threshold", self.v_threshold)
             return torch.maximum(self.v_threshold, self._floor)
         return self.v_threshold
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from .conversion import ConversionError, convert
 from .conversion.methods import METHODS, Method, find_method
+from .distributed.team import Team
 from .engine import lower
 
 __all__ = ["COLUMNS", "Trial", "added", "curves", "parse_trial", "sweep", "table"]
@@ -102,6 +103,7 @@ def sweep(
     store: Path | None = None,
     progress: Callable[[str, int], Any] | None = None,
     refused: dict[str, str] | None = None,
+    process_group: Any = None,
 ) -> list[dict[str, Any]]:
     """Accuracy of every trial after each number of steps.
 
@@ -121,6 +123,10 @@ def sweep(
         progress: ``progress(what, total)`` is a context manager whose value has ``update(n)``.
         refused: filled with the trials that ``ann`` cannot be converted by and why, by label; None
             raises instead.
+        process_group: of torch.distributed: every member makes the same call and gets the rows that
+            one process would measure. Batches of calibration and test are dealt to the ranks; the
+            first one reads and writes the store and shows progress. After a killed rank the same
+            call, with any number of ranks, goes on with the trial that was under way.
 
     Returns:
         Rows with :data:`COLUMNS`: all of ``trials`` times ``steps``, those of the store included.
@@ -135,9 +141,12 @@ def sweep(
     if not trials or not ends or ends[0] < 1:
         raise ValueError(f"steps={list(steps)!r} and trials must not be empty, steps at least 1")
     about = {"network": network, "data": data, "images": len(test), "for T": for_T}
-    done = _read(store)
+    team = Team(process_group)
+    progress = progress if team.leads else None
+    done = team.broadcast(_read(store) if team.leads else None)
     rows: list[dict[str, Any]] = []
-    truth: tuple[Tensor, Tensor] | None = None
+    truth: Tensor | None = None
+    as_labels = 0
     for trial in trials:
         known = {
             int(row["T"]): row
@@ -151,17 +160,20 @@ def sweep(
             continue
         try:
             snn = convert(
-                ann, calibration, method=trial.method, T=for_T, progress=False, **trial.arguments
-            )
+                ann, calibration, method=trial.method, T=for_T, progress=False,
+                process_group=process_group, **trial.arguments,
+            )  # fmt: skip
         except ConversionError as error:
             if refused is None:
                 raise
             refused[trial.label] = str(error)
             continue
         if truth is None:
-            truth = _predictions(ann, test, batch_size, progress)
+            truth, as_labels = _predictions(ann, test, batch_size, progress, team)
         run = lower(snn) if engine else snn
-        right, same, rate = _measure(run, test, truth, missing, batch_size, trial.label, progress)
+        right, same, rate = _measure(
+            run, test, truth, missing, batch_size, trial.label, progress, team
+        )
         new = [
             {
                 **about,
@@ -170,14 +182,15 @@ def sweep(
                 "extra steps": snn.latency(T) - T,
                 "accuracy": round(right[i] / len(test), 6),
                 "as ANN": round(same[i] / len(test), 6),
-                "ANN": round(float((truth[0] == truth[1]).double().mean()), 6),
+                "ANN": round(as_labels / len(test), 6),
                 "binary": trial.method.binary,
                 "spikes": round(rate, 4),
                 **_machine(engine),
             }
             for i, T in enumerate(missing)
         ]
-        _add(store, new)
+        if team.leads:
+            _add(store, new)
         rows += new
     order = {trial.label: i for i, trial in enumerate(trials)}
     return sorted(rows, key=lambda row: (order[row["trial"]], int(row["T"])))
@@ -185,46 +198,51 @@ def sweep(
 
 @torch.no_grad()
 def _predictions(
-    ann: nn.Module, test: Any, batch_size: int, progress: Any
-) -> tuple[Tensor, Tensor]:
-    """The ANN's predictions and the labels."""
-    predicted, labels = [], []
+    ann: nn.Module, test: Any, batch_size: int, progress: Any, team: Team
+) -> tuple[Tensor, int]:
+    """The ANN's predictions on this rank's batches, and how many of all are right."""
+    predicted: list[Tensor] = []
+    right = 0
     with _bar(progress, "ANN", len(test)) as bar:
-        for x, y in _slices(test, batch_size):
+        for x, y in _slices(test, batch_size, team):
             predicted.append(ann(x).argmax(1))
-            labels.append(y)
-            bar.update(len(y))
-    return torch.cat(predicted), torch.cat(labels)
+            right += int((predicted[-1] == y).sum())
+            bar.update(len(y) * team.size)
+    own = torch.cat(predicted) if predicted else torch.zeros(0, dtype=torch.int64)
+    return own, int(team.sum(torch.tensor(right)))
 
 
 @torch.no_grad()
 def _measure(
     snn: Any,
     test: Any,
-    truth: tuple[Tensor, Tensor],
+    predicted: Tensor,
     steps: list[int],
     batch_size: int,
     label: str,
     progress: Any,
+    team: Team,
 ) -> tuple[list[int], list[int], float]:
-    predicted, _ = truth
-    right, same = [0] * len(steps), [0] * len(steps)
+    """Right answers and those the ANN gives, of all ranks, by number of steps; spikes a step."""
+    counts = torch.zeros(2, len(steps), dtype=torch.int64)
     at = 0
     with _bar(progress, label, len(test)) as bar:
-        for x, y in _slices(test, batch_size):
+        for x, y in _slices(test, batch_size, team):
             answers = snn.predict_curve(x, steps)
             for i, T in enumerate(steps):
                 guess = answers[T].argmax(1)
-                right[i] += int((guess == y).sum())
-                same[i] += int((guess == predicted[at : at + len(y)]).sum())
+                counts[0, i] += int((guess == y).sum())
+                counts[1, i] += int((guess == predicted[at : at + len(y)]).sum())
             at += len(y)
-            bar.update(len(y))
+            bar.update(len(y) * team.size)
+    right, same = team.sum(counts).tolist()
     rates = [row.rate for row in snn.report.rows if row.rate is not None]
     return right, same, sum(rates) / max(len(rates), 1)
 
 
-def _slices(test: Any, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    for start in range(0, len(test), batch_size):
+def _slices(test: Any, batch_size: int, team: Team) -> Iterator[tuple[Tensor, Tensor]]:
+    """This rank's batches."""
+    for start in range(team.rank * batch_size, len(test), team.size * batch_size):
         yield test[start : start + batch_size]
 
 

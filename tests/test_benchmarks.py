@@ -215,3 +215,12 @@ def test_requirements_are_pinned() -> None:
         for line in (BENCHMARKS / name).read_text().splitlines():
             if line and not line.startswith("#"):
                 assert re.fullmatch(r"[\w.-]+==[\w.]+", line.split("#")[0].strip()), line
+
+
+def test_scaling_page_is_what_the_results_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    bench = importlib.import_module("bench_scaling")
+    with (BENCHMARKS / "results" / "scaling_cpu.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    page = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+    assert bench.markdown(rows) in page

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -59,18 +62,15 @@ def test_histogram_widens_without_losing_anything() -> None:
     histogram = filled(*batches)
     everything = torch.cat(batches, 1)
     assert torch.equal(histogram.maximum, everything.amax(1).double())
-    torch.testing.assert_close(histogram.sums.sum(1), everything.double().sum(1))
+    value, weight = histogram.points()
+    torch.testing.assert_close((value * weight).sum(1), everything.double().sum(1))
     assert torch.equal(histogram.counts.sum(1), (everything > 0).sum(1))
     assert histogram.total == 150
-    assert bool((histogram.range < 2 * histogram.maximum).all())
-    value, weight = histogram.points()
-    width = histogram.range / histogram.bins
-    index = torch.arange(histogram.bins)
-    used = weight > 0
-    for c in range(3):
-        low = value[c][used[c]] - index[used[c]] * width[c]
-        assert bool((low > -1e-6 * width[c]).all())
-        assert bool((low < (1 + 1e-6) * width[c]).all())
+    assert bool((histogram.range <= 2 * histogram.maximum).all())
+    width = (histogram.range / histogram.bins)[:, None]
+    table = torch.zeros_like(histogram.counts)
+    table.scatter_add_(1, (value / width).long(), weight.long())
+    assert torch.equal(table, histogram.counts)  # every mean lies in its bin
 
 
 @settings(max_examples=40, deadline=None)
@@ -213,3 +213,87 @@ def test_progress_bar_obeys(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == ""
     convert(net(), DATA.split(16), progress=True)
     assert "calibrating" in capsys.readouterr().err
+
+
+# ---- a histogram is a function of its values -----------------------------------------------------
+
+
+def same(one: Histogram, other: Histogram) -> bool:
+    tables, others = one.tables(), other.tables()
+    return all(torch.equal(table, others[name]) for name, table in tables.items())
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.floats(0, 2.0**100, width=32), min_size=1, max_size=40),
+    st.randoms(use_true_random=False),
+    st.sampled_from([torch.float32, torch.float64]),
+)
+def test_order_and_batches_leave_no_bit(values: list[float], random, dtype: torch.dtype) -> None:
+    whole = filled(torch.tensor([values], dtype=dtype), bins=64)
+    random.shuffle(values)
+    at = random.randrange(len(values) + 1)
+    a, b = torch.tensor([values], dtype=dtype).split([at, len(values) - at], dim=1)
+    assert same(filled(a, b, bins=64), whole)
+    value, weight = whole.points()
+    exact = math.fsum(values)  # every sum of a bin is exact, so only these few are rounded
+    assert (value * weight).sum().item() == pytest.approx(exact, rel=1e-12)
+
+
+def test_values_below_the_first_edge_keep_their_powers_of_two() -> None:
+    values = [1.0, 1e-3, 1.5e-3, 2.0**-149, 1e-30, 1e30]
+    value, weight = filled(torch.tensor([values])).points()
+    a = torch.tensor(values).double()
+    assert torch.equal(value[weight > 0], torch.tensor(
+        [a[3], a[4], (a[1] + a[2]) / 2, a[0], a[5]], dtype=torch.float64
+    ))  # fmt: skip
+    tiny = torch.tensor([[5e-324, 1e-310, 3.0]], dtype=torch.float64)
+    value, weight = filled(tiny).points()
+    assert value[weight > 0].tolist() == pytest.approx([5e-324, 1e-310, 3.0], rel=2.0**-23, abs=0)
+
+
+class Both:
+    """Two histograms in one process, as members of a team: what both have said is told to both."""
+
+    def __init__(self) -> None:
+        self.barrier, self.said = threading.Barrier(2), {}
+
+    def member(self, rank: int) -> SimpleNamespace:
+        def meet(join):
+            def call(tensor: Tensor) -> Tensor:
+                self.said[rank] = tensor
+                self.barrier.wait(10)
+                found = join(self.said[0], self.said[1])
+                self.barrier.wait(10)
+                return found
+
+            return call
+
+        return SimpleNamespace(sum=meet(torch.add), maximum=meet(torch.maximum))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_merged_histograms_are_one_of_all_values(dtype: torch.dtype) -> None:
+    g = torch.Generator().manual_seed(3)
+    values = torch.relu(torch.randn(4, 6000, generator=g)).to(dtype).pow(3)
+    values[1, :3000] = 0  # one member never sees the second channel fire
+    parts = [filled(values[:, :3000]), filled(values[:, 3000:].to(dtype))]
+    both = Both()
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda r: parts[r].merge(both.member(r)), range(2)))
+    whole = filled(*values.split(700, dim=1))
+    assert same(parts[0], whole)
+    assert same(parts[1], whole)
+    again = Histogram(4)
+    again.load(whole.tables())
+    again.update(values)
+    assert again.total == 12_000
+    assert torch.equal(again.points()[0], whole.points()[0])
+
+
+def test_a_bin_that_holds_too_many_values_is_an_error() -> None:
+    histogram = filled(torch.ones(1, 2))
+    histogram.counts[0, 512] = 2**39 + 1
+    histogram.update(torch.ones(1, 1))
+    with pytest.raises(OverflowError, match=r"more than 2\^39 values in one bin"):
+        histogram.points()

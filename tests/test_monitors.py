@@ -331,6 +331,7 @@ def test_taken_out_it_leaves_nothing() -> None:
     two.remove(), volts.remove()
     assert net[1].store_v_seq
     assert not net[3].store_v_seq
+    assert net[1].v_seq is not None  # which was asked for before
     assert not net[1].store_packed
     assert net[1].packed is None
     reset_net(net)
@@ -369,6 +370,19 @@ def test_errors(arguments: tuple[Any, ...], error: type[Exception], words: str) 
     for kind in (SpikeMonitor, VoltageMonitor):
         with pytest.raises(error, match=words):
             kind(*arguments)
+
+
+def test_a_monitor_keeps_no_graph() -> None:
+    node = IFNode(max_spikes=2)
+    with SpikeMonitor(node) as monitor:
+        x = rows().requires_grad_()
+        graph = weakref.ref(node(x).grad_fn)
+        reset_net(node)
+        del x
+        gc.collect()
+        assert graph() is None
+        node(rows())
+        assert len(monitor.runs["IFNode"]) == 2
 
 
 def test_errors_of_options() -> None:

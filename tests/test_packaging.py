@@ -181,6 +181,7 @@ FLOORS = {
     "surrogate": 0, "surrogate_foreign": 0, "options": 0, "bound": 0, "files": 0,
     "kernels.reference": 0, "kernels.maps_reference": 0, "_cpu": 0, "_cuda": 0, "_csrc": 0,
     "functional": 1, "maps": 1, "kernels": 1, "packed": 1, "memory": 1, "scan": 1,
+    "distributed": 1,
     "joined": 2, "neurons": 2, "monitors": 2, "models": 2, "data": 2, "image_folder": 2,
     "state": 2,
     "conversion": 3, "metrics": 3,

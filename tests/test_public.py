@@ -21,11 +21,23 @@ import pytest
 import support
 
 import snnkernels
-from snnkernels import bound, compat, conversion, data, hub, interop, maps, metrics, models, plots
+from snnkernels import (
+    bound,
+    compat,
+    conversion,
+    data,
+    distributed,
+    hub,
+    interop,
+    maps,
+    metrics,
+    models,
+    plots,
+)
 
 MODULES: tuple[ModuleType, ...] = (
     snnkernels, snnkernels.functional, snnkernels.options, snnkernels.surrogate, conversion, data,
-    maps, models, metrics, plots, hub, interop, compat.spikingjelly,
+    maps, models, metrics, plots, hub, interop, compat.spikingjelly, distributed,
 )  # fmt: skip
 
 

@@ -51,12 +51,22 @@ def add_parser(commands: Any) -> None:
 
 
 def _run(args: argparse.Namespace) -> dict[str, Any]:
+    from ..distributed.team import launched
+
+    with launched() as group:
+        return _sweep(args, group)
+
+
+def _sweep(args: argparse.Namespace, group: Any) -> dict[str, Any]:
     from .. import models
     from ..conversion import ACTIVATIONS
+    from ..distributed.team import Team
     from ..sweep import curves, parse_trial, sweep, table
 
     if min([*args.T, args.for_T, args.calibration, args.batch_size, args.images or 1]) < 1:
         raise ValueError("numbers of steps and of images must be at least 1")
+    leads = Team(group).leads
+    args.json = args.json and leads  # one document, not one of each rank
     trials = [parse_trial(text) for text in args.methods or _default_methods()]
     source, options = args.data or "digits", data_options(args)
     train = load_data(source, True, limit=args.calibration, options=options)
@@ -75,8 +85,10 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
             network=f"{path.stem} {checkpoint.hash}", data=test.name, for_T=args.for_T,
             batch_size=args.batch_size, engine=args.engine, store=args.out / "sweep.csv",
             progress=progress_bar,
-            refused=refused,
+            refused=refused, process_group=group,
         )  # fmt: skip
+        if not leads:
+            continue
         everything += rows
         for name, why in (refused or {}).items():
             refusals[f"{path.stem}: {name}"] = why
@@ -95,7 +107,8 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
     if picture is not None:
         _picture(figures, picture)
         print(f"Picture: {picture}")
-    print(f"Rows: {args.out / 'sweep.csv'}")
+    if leads:
+        print(f"Rows: {args.out / 'sweep.csv'}")
     return {
         "rows": everything, "refused": refusals, "csv": args.out / "sweep.csv", "picture": picture,
     }  # fmt: skip

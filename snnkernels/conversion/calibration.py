@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from itertools import chain
-from typing import Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -17,12 +16,16 @@ from .histogram import Histogram
 from .inputs import as_given
 from .ops import Activation
 
+if TYPE_CHECKING:
+    from .source import Source
+
 __all__ = [
     "SAMPLE",
     "Statistics",
+    "batch_of",
     "batches",
+    "check_loader",
     "collect",
-    "first_batch",
     "mmse_threshold",
     "parse_rule",
     "rule_threshold",
@@ -49,9 +52,16 @@ class Statistics:
         self.dtype = dtype
         self.histogram: Histogram | None = None
 
+    def prepare(self, device: torch.device, per_channel: bool | None) -> None:
+        """An empty histogram, unless ``per_channel`` is None."""
+        if per_channel is not None:
+            channels = self.channels if per_channel else 1
+            self.histogram = Histogram(channels, 1024 if per_channel else 8192, device)
+
     def update(self, label: str, a: Tensor, per_channel: bool | None) -> None:
         """Add one batch of activations ``[B, C, *]``."""
-        if not bool(torch.isfinite(a).all()):
+        # The least and the largest tell, in a tenth of the time of looking at each.
+        if a.numel() and not bool(torch.isfinite(torch.stack(a.aminmax())).all()):
             what = "NaN" if bool(torch.isnan(a).any()) else "infinite values"
             raise ConversionError(
                 f"{label}: the ANN's activations contain {what} on the calibration data; no "
@@ -65,7 +75,8 @@ class Statistics:
         table = a.movedim(self.channel_dim, 0).flatten(1) if a.dim() > 1 else a.view(1, -1)
         table = table if per_channel else table.reshape(1, -1)
         if self.histogram is None:
-            self.histogram = Histogram(len(table), 1024 if per_channel else 8192, a.device)
+            self.prepare(a.device, per_channel)
+        assert self.histogram is not None
         if len(table) != len(self.histogram.counts):
             raise ConversionError(
                 f"{label}: {len(table)} channels in one batch, {len(self.histogram.counts)} in "
@@ -74,15 +85,12 @@ class Statistics:
         self.histogram.update(table)
 
 
-def batches(loader: Any, device: torch.device | None, inputs: Any = None) -> Iterator[Any]:
-    """The inputs of a loader: tensors, or the first element of tuples and lists.
-
-    A single tensor is one batch. Inputs are moved to ``device``. With ``inputs``, a function, what
-    that gives for an item: a tensor, or :class:`Inputs`.
+def check_loader(loader: Any, inputs: Any = None) -> None:
+    """Refuse what is no loader of batches.
 
     Raises:
         TypeError: ``loader`` cannot be iterated over, or is a data set or an (inputs, labels) pair
-            rather than batches; an item is neither a tensor nor starts with one.
+            rather than batches.
     """
     if isinstance(loader, Dataset) and not isinstance(loader, IterableDataset):
         raise TypeError(
@@ -101,66 +109,70 @@ def batches(loader: Any, device: torch.device | None, inputs: Any = None) -> Ite
                 f"{tuple(x.shape)} and {y.dtype} {tuple(y.shape)}, so inputs and labels rather "
                 "than two batches; pass the inputs alone, or [(inputs, labels)]"
             )
-    try:
-        items = iter([loader] if isinstance(loader, Tensor) else loader)
-    except TypeError:
+    if not hasattr(loader, "__iter__") and not hasattr(loader, "__getitem__"):
         raise TypeError(
             "loader must be an iterable of input batches or one tensor, got "
             f"{type(loader).__name__}"
-        ) from None
+        )
+
+
+def batch_of(item: Any, inputs: Any = None) -> Any:
+    """The batch in an item of a loader: a tensor, or :class:`Inputs`.
+
+    Raises:
+        TypeError: it is neither a tensor nor starts with one.
+    """
     given: Any
-    for item in items:
-        if inputs is not None:
-            given = as_given(inputs(item))
-        else:
-            given = item[0] if isinstance(item, (tuple, list)) and item else item
-        if not isinstance(given, Tensor) and inputs is None:
-            raise TypeError(
-                "loader must yield tensors or (input, anything); got "
-                f"{type(item).__name__}. Wrap it so that the first element is the input tensor, or "
-                "pass inputs=, a function from an item to the network's inputs"
-            )
-        if isinstance(given, Tensor) and given.dim() == 0:
-            raise TypeError("loader yields scalars; it must yield batches of inputs, [B, *]")
+    if inputs is not None:
+        given = as_given(inputs(item))
+    else:
+        given = item[0] if isinstance(item, (tuple, list)) and item else item
+    if not isinstance(given, Tensor) and inputs is None:
+        raise TypeError(
+            "loader must yield tensors or (input, anything); got "
+            f"{type(item).__name__}. Wrap it so that the first element is the input tensor, or "
+            "pass inputs=, a function from an item to the network's inputs"
+        )
+    if isinstance(given, Tensor) and given.dim() == 0:
+        raise TypeError("loader yields scalars; it must yield batches of inputs, [B, *]")
+    return given
+
+
+def batches(loader: Any, device: torch.device | None, inputs: Any = None) -> Iterator[Any]:
+    """The inputs of a loader: tensors, or the first element of tuples and lists.
+
+    A single tensor is one batch. Inputs are moved to ``device``. With ``inputs``, a function, what
+    that gives for an item: a tensor, or :class:`Inputs`.
+
+    Raises:
+        TypeError: as :func:`check_loader` and :func:`batch_of`.
+    """
+    check_loader(loader, inputs)
+    for item in [loader] if isinstance(loader, Tensor) else loader:
+        given = batch_of(item, inputs)
         yield given.to(device) if device is not None else given
 
 
-def first_batch(
-    loader: Any, device: torch.device | None, inputs: Any = None
-) -> tuple[Any, Iterator[Any]]:
-    """The first batch of ``loader`` and an iterator over the others; see :func:`batches`.
-
-    Raises:
-        ValueError: there is none.
-    """
-    items = batches(loader, device, inputs)
-    for x in items:
-        if len(x) > 0:
-            return x, items
-    raise ValueError("loader is empty: calibration needs at least one batch of inputs")
-
-
-def _progress(items: Iterator[Tensor], loader: Any, show: bool) -> Iterable[Tensor]:
+def _bar(loader: Any, ranks: int, show: bool) -> Any:
     if not show or isinstance(loader, Tensor):
-        return items
+        return None
     try:
         from tqdm import tqdm
     except ImportError:
-        return items
-    total = len(loader) if hasattr(loader, "__len__") else None
-    return tqdm(items, total=total, desc="calibrating", unit="batch", leave=False)
+        return None
+    total = -(-len(loader) // ranks) if hasattr(loader, "__len__") else None
+    return tqdm(total=total, desc="calibrating", unit="batch", leave=False)
 
 
 @torch.no_grad()
 def collect(
     model: fx.GraphModule,
     paths: dict[str, tuple[bool | None, int]],
-    first: Tensor,
-    rest: Iterator[Tensor],
+    source: Source,
     *,
-    loader: Any = None,
     progress: bool = True,
     once: bool = False,
+    currents: bool = False,
 ) -> dict[str, Statistics]:
     """Run ``model`` over the batches once and gather statistics at the activations ``paths``.
 
@@ -169,11 +181,10 @@ def collect(
         paths: activation path to ``(per channel, channel dimension)``: whether a histogram per
             channel (else per layer) is kept; None: only shape and dtype are noted and the values
             checked. The dimension is 1 or -1.
-        first: the first batch, of at least one input.
-        rest: the batches after it.
-        loader: where they come from, for the length of the bar.
+        source: of the batches; each rank of its team runs its own, all get the statistics of all.
         progress: show a tqdm bar if tqdm is there (``TQDM_DISABLE`` is honoured by tqdm).
-        once: one batch is enough.
+        once: the first inputs are enough.
+        currents: of the positive part of what the activations receive, rather than of them.
 
     Returns:
         Statistics by path.
@@ -187,28 +198,41 @@ def collect(
     def watch(path: str, per_channel: bool | None, channel_dim: int) -> Any:
         def hook(module: nn.Module, args: Any, out: Tensor) -> None:
             assert isinstance(module, Activation)
+            a = torch.relu(args[0]) if currents else out
             if path not in found:
-                found[path] = Statistics(out.shape, out.dtype, channel_dim)
-            found[path].update(module.label, out, per_channel)
+                found[path] = Statistics(a.shape, a.dtype, channel_dim)
+                found[path].prepare(a.device, per_channel)
+            if counting:
+                found[path].update(module.label, a, per_channel)
 
         return model.get_submodule(path).register_forward_hook(hook)
 
+    def work(i: int, x: Any) -> None:
+        try:
+            model(x)
+        except ConversionError:
+            raise
+        except RuntimeError as error:
+            raise ConversionError(
+                f"the network fails on item {i} of loader, of shape {tuple(x.shape)}, "
+                f"{x.dtype}: {error}"
+            ) from error
+        if bar is not None:
+            bar.update()
+
+    team, bar = source.team, None
     handles = [watch(path, *how) for path, how in paths.items()]
     try:
-        if once:
-            model(first[:SAMPLE])
-        else:
-            for i, x in enumerate(_progress(chain([first], rest), loader, progress)):
-                try:
-                    model(x)
-                except ConversionError:
-                    raise
-                except RuntimeError as error:
-                    raise ConversionError(
-                        f"the network fails on item {i} of loader, of shape {tuple(x.shape)}, "
-                        f"{x.dtype}: {error}"
-                    ) from error
+        counting = once
+        if once or source.apart:  # a rank without a batch of its own knows the shapes
+            model(source.first[:SAMPLE])
+        if not once:
+            counting = True
+            bar = _bar(source.loader, team.size, progress and team.leads)
+            source.run(work, found, ".currents" if currents else "")
     finally:
+        if bar is not None:
+            bar.close()
         for handle in handles:
             handle.remove()
     return found

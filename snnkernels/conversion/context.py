@@ -9,6 +9,7 @@ from torch import Tensor, fx
 
 from .calibration import Statistics
 from .report import Report
+from .source import Source
 from .thresholds import Site
 
 __all__ = ["Context"]
@@ -28,6 +29,7 @@ class Context:
             calibration has left), or None without a loader.
         report: to note what was done.
         progress: whether bars are wanted.
+        source: of the batches, for passes that ranks share; None without a loader.
     """
 
     model: fx.GraphModule
@@ -38,3 +40,4 @@ class Context:
     batches: Callable[[], Iterator[Tensor]] | None
     report: Report
     progress: bool = True
+    source: Source | None = None

@@ -66,6 +66,8 @@ def first_images(context: Context, wanted: int) -> Any:
     if missing > 0 and context.sample is not None and missing == wanted:
         found = [context.sample[:wanted]]  # a loader that can be read only once
     images = joined(found)
+    if context.source is not None:
+        context.source.same(images, "first images")
     if len(images) < wanted:
         context.report.notes.append(
             f"the loader gave {len(images)} of the {wanted} images that calibration asks for"

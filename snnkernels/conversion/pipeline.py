@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import fields
-from functools import partial
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from ..distributed.dealing import check_call
+from ..distributed.team import Team
 from .balancing import Balancing, balance
-from .calibration import SAMPLE, Statistics, batches, collect, first_batch
+from .calibration import SAMPLE, Statistics, collect
 from .channels import channels_of
 from .context import Context
 from .describe import describe
@@ -20,7 +21,6 @@ from .errors import ConversionError
 from .fit import fit_starts
 from .fold import fold_batch_norm
 from .graphs import add_module, copy_graph, first_input
-from .inputs import Ports
 from .kinds import check_supported, is_activation, kinds_of
 from .marks import mark
 from .methods import METHODS, Method, find_method
@@ -32,6 +32,7 @@ from .place import place
 from .pools import MAXPOOL_MODES, average_instead, check_pools, pools_first
 from .report import Report, measure
 from .scale import Scale, fold_thresholds
+from .source import Source
 from .steps import Clock
 from .thresholds import Site, plan, settle
 from .trace import own_copy, trace
@@ -80,6 +81,8 @@ def convert(
     normalize: str = "threshold",
     fold: bool = True,
     progress: bool = True,
+    process_group: Any = None,
+    checkpoint: Any = None,
 ) -> ConvertedNetwork:
     """Convert a trained network into a spiking one; ``ann`` is not modified.
 
@@ -131,14 +134,24 @@ def convert(
             every threshold 1); equal up to rounding.
         fold: fold batch norms into the weights before them; False leaves them where they are,
             which is equal up to rounding and keeps the ANN's own bits.
-        progress: show a tqdm bar while calibrating, if tqdm is installed.
+        progress: show a tqdm bar while calibrating, if tqdm is installed (of ranks, on the first).
+        process_group: of torch.distributed, such as ``torch.distributed.group.WORLD`` under
+            torchrun: every member makes the same call and gets the same network, with the bits
+            that one process would have made. Batches of calibration are dealt to the ranks whole;
+            what follows them in order or looks at a few (``"ltb"``, ``v_init="mse"``, ``"light"``,
+            ``"advanced"``) runs on every rank alike. See :mod:`snnkernels.distributed`. None: this
+            process alone, whatever else is running.
+        checkpoint: path of a file in which statistics of the calibration data are kept as they
+            come, every few minutes: the same call after a kill goes on from there, with any number
+            of ranks, and one for another T or rule starts from all of them. The loader must give
+            the same batches again. None: nothing is kept.
 
     Returns:
         The spiking network; ``snn(x)``, ``snn(x, T=...)``, ``snn.predict_curve``, ``snn.report``.
 
     Raises:
         ConversionError: the network cannot be converted; names the layer, why, and the way out.
-        ValueError, TypeError: an argument is not allowed; names it.
+        ValueError, TypeError: an argument is not allowed, or not the same on every rank; names it.
     """
     if not isinstance(ann, nn.Module):
         raise TypeError(f"ann must be a torch.nn.Module, got {type(ann).__name__}")
@@ -164,9 +177,17 @@ def convert(
             "inputs must be a function from an item of the loader to the network's inputs, got "
             f"{type(inputs).__name__}"
         )
-    first, rest = None, iter(())
+    team = Team(process_group)
+    same = (threshold, v_init, per_channel, maxpool, on_unsupported, normalize, fold)
+    check_call(team, ann, str(chosen), T, *same)
+    first: Any = None
+    source: Source | None = None
     if loader is not None:
-        first, rest = first_batch(loader, _device(ann), inputs)
+        in_order = _in_order(threshold, chosen)
+        source = Source(
+            loader, _device(ann), inputs, team, checkpoint=checkpoint, in_order=in_order
+        )
+        first = source.first
     traced = trace(ann, first)
     net, graph, ports = traced.net, traced.graph, traced.ports
     behind = chosen.behind()
@@ -179,8 +200,9 @@ def convert(
         )
     batch: Any = None
     sample, expected, failure = None, None, None
-    if first is not None:
-        batch = ports.bind(first)
+    if source is not None:
+        source.bind(ports.bind)
+        batch = source.first
         sample = batch[:SAMPLE]
         try:
             expected = answer_of(own_copy(ann, share=True)[0], batch, sample, ports.call)
@@ -230,14 +252,13 @@ def convert(
             "give threshold= as numbers, or train with ClipReLU or QCFS"
         )
     seen: dict[str, Statistics] = {}
-    again: Callable[[], Iterator[Tensor]] | None = None
-    if batch is not None and sample is not None:
+    if source is not None and sample is not None:
         how = {s.path: (s.per_channel if s.needs_histogram else None, s.channel_dim) for s in sites}
         once = not any(site.needs_histogram for site in sites)
-        later = map(ports.bind, rest)
-        seen = collect(model, how, batch, later, loader=loader, progress=progress, once=once)
-        again = partial(_bound_batches, ports, loader, _device(net), inputs)
-        _balance(model, sites, chain([batch], later) if once else None, again, report, progress)
+        source.belongs_to(model)
+        seen = collect(model, how, source, progress=progress, once=once)
+        unread = chain([batch], source.rest()) if once else None
+        _balance(model, sites, unread, source.again, report, progress and team.leads)
         with torch.no_grad():
             note = check_same(expected, (unpooled if maxpool == "avg" else model)(sample))
         if note is not None:
@@ -260,7 +281,8 @@ def convert(
                 "the layer's threshold"
             )
 
-    context = Context(model, sites, seen, T, sample, again, report, progress)
+    again = None if source is None else source.again
+    context = Context(model, sites, seen, T, sample, again, report, progress and team.leads, source)
     chosen.settle(context)
     clock = Clock(chosen.steps())
     spiking_graph, spiking_kinds = graph, kinds
@@ -278,9 +300,17 @@ def convert(
         snn.to(device)
     fit_starts(snn, context)
     chosen.finish(snn, context)
+    team.align(snn)
     if sample is not None:
         measure(snn, model, sample, expected, report)
     return snn
+
+
+def _in_order(threshold: Any, method: Method) -> bool:
+    """Whether a rule of the conversion follows the batches one after the other."""
+    given = list(threshold.values()) if isinstance(threshold, dict) else [threshold]
+    rules = [*given, method.threshold]
+    return any(isinstance(r, Balancing) or (isinstance(r, str) and r == "ltb") for r in rules)
 
 
 def _append(net: nn.Module, graph: fx.Graph, module: nn.Module, method: Method) -> None:
@@ -323,12 +353,6 @@ def _balance(
             f"the loader can be read only once: thresholds were balanced on {done} batches instead "
             f"of {asked}"
         )
-
-
-def _bound_batches(
-    ports: Ports, loader: Any, device: torch.device | None, inputs: Any
-) -> Iterator[Any]:
-    return map(ports.bind, batches(loader, device, inputs))
 
 
 def _device(net: nn.Module) -> torch.device | None:

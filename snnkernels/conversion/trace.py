@@ -20,6 +20,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from ..distributed.dealing import SHARDED, sharded
 from ..neurons import IFNode
 from .errors import ConversionError
 from .graphs import first_input, module_of
@@ -191,6 +192,8 @@ def own_copy(ann: nn.Module, *, share: bool = False) -> tuple[nn.Module, list[st
                 f"{path or 'the network'} is an IFNode: the network spikes already, in whole or in "
                 "part. Convert the ANN it was made from"
             )
+    if sharded(ann):
+        raise ConversionError(SHARDED)
     memo: dict[int, Any] = {}
     for module in ann.modules():
         # What a hook computed is no leaf of autograd, so it cannot be copied as it is.

@@ -48,6 +48,8 @@ def steps_and_shape(x: Any, T: Any) -> tuple[int, Size]:
     """The number of steps and the neurons' shape of a current; checks both arguments."""
     if not isinstance(x, Tensor):
         raise TypeError(f"x_seq must be a torch.Tensor, got {type(x).__name__}")
+    if type(x) is not Tensor:
+        operands.check_local("x_seq", x)
     if x.dtype not in FLOATS:
         raise TypeError(
             f"x_seq has dtype {x.dtype}; allowed are float32, float64, float16 and bfloat16"
@@ -251,6 +253,8 @@ def _operand(
         return None, value
     if not isinstance(value, Tensor):
         return None, operands.number(name, value)
+    if type(value) is not Tensor:
+        operands.check_local(name, value)
     if not value.dtype.is_floating_point:
         operands.check_real(name, value)
         value = value.to(reference.state_dtype(x.dtype))

@@ -129,8 +129,21 @@ def number(name: str, value: Any) -> float:
     return value
 
 
+def check_local(name: str, value: Tensor) -> None:
+    """Raises TypeError for a DTensor: kernels would read the shard of this rank as the whole."""
+    if torch.compiler.is_compiling() or type(value).__name__ != "DTensor":
+        return
+    raise TypeError(
+        f"{name} is a DTensor, of which this rank may hold only a part. In a network that "
+        "fully_shard took apart call the module that it was applied to, not one inside it; "
+        f"elsewhere pass {name}.full_tensor(), on every rank"
+    )
+
+
 def check_real(name: str, value: Tensor) -> None:
-    """Raises TypeError for complex and bool tensors."""
+    """Raises TypeError for complex and bool tensors, and for a DTensor."""
+    if type(value) is not Tensor:
+        check_local(name, value)
     if value.dtype.is_complex or value.dtype == torch.bool:
         raise TypeError(f"{name} has dtype {value.dtype}; allowed are real numbers")
 

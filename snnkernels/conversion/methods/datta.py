@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..calibration import Statistics
+from ..calibration import Statistics, collect
 from ..datta import OBJECTIVES, search
 from ..errors import ConversionError
 from ..starts import parse_start, settled_start
@@ -95,32 +95,13 @@ def _short(value: Tensor) -> str:
     return f"{low:.3g}" if low == high else f"{low:.3g} .. {high:.3g}"
 
 
-@torch.no_grad()
 def _currents(context: Context) -> dict[str, Statistics]:
     """Histograms of the positive currents at every activation, over the loader."""
-    assert context.batches is not None
-    assert context.sample is not None
-    found: dict[str, Statistics] = {}
-
-    def watch(site: Site) -> Any:
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            d = args[0]
-            if site.path not in found:
-                found[site.path] = Statistics(d.shape, d.dtype, site.channel_dim)
-            found[site.path].update(site.label, torch.relu(d), site.theta.dim() == 1)
-
-        return context.model.get_submodule(site.path).register_forward_pre_hook(hook)
-
-    handles = [watch(site) for site in context.sites]
-    try:
-        for x in context.batches():
-            context.model(x)
-        if not found:  # the loader could be read once, and calibration has read it
-            context.model(context.sample)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found
+    assert context.source is not None
+    how: dict[str, tuple[bool | None, int]] = {
+        s.path: (s.theta.dim() == 1, s.channel_dim) for s in context.sites
+    }
+    return collect(context.model, how, context.source, progress=False, currents=True)
 
 
 def _scaling(site: Site, seen: Statistics, T: int, objective: str) -> tuple[Tensor, Tensor]:
