@@ -50,6 +50,15 @@ _OPTIONS = (
     "v_reset", "detach_reset", "step_mode", "channel_dim", "tie", "spike_dtype",
     "store_v_seq", "store_count", "save", "layout", "T", "max_spikes", "parallel",
 )  # fmt: skip
+# Arguments of an IFNode or LIFNode that are saved in another way, or that are not the network's:
+# the layer sets the output at every call, monitors ask for what is stored.
+_OTHERS = (
+    "surrogate_function", "signed", "probe", "learn_threshold", "learn_v_init", "learn_beta",
+    "output", "store_packed", "store_charge_seq",
+)  # fmt: skip
+# What else there is in a node: what belongs to the last call, and what every module has.
+_STATE = ("_v", "_carried", "v_seq", "charge_seq", "count", "packed", "_step_mode", "_floor")
+_KNOWN = {*_OPERANDS, *_OPTIONS, *_OTHERS, *_STATE, *vars(nn.Module())}
 # Of a subclass of a torch layer these say nothing about what it computes.
 _HARMLESS = {
     "__init__", "__module__", "__doc__", "__repr__", "extra_repr", "reset_parameters",
@@ -155,6 +164,16 @@ def _write_node(node: IFNode, name: str, to: Writer) -> dict[str, Any]:
     kind = type(node).__name__
     if _NODES.get(kind) is not type(node):
         raise TypeError(f"its neurons are {type(node).__module__}.{kind}, not IFNode or LIFNode")
+    unknown = {*vars(node), *node._parameters, *node._buffers, *node._modules} - _KNOWN
+    if unknown:
+        raise TypeError(
+            f"its {kind} has {', '.join(sorted(unknown))}, which the saved network would not have"
+        )
+    if surrogate.BY_NAME.get(node.surrogate_function.name) is not type(node.surrogate_function):
+        raise TypeError(
+            f"its surrogate {node.surrogate_function!r} is a class of your own: its code would be "
+            "needed to load it"
+        )
     given: dict[str, Any] = {"kind": kind}
     for field in _OPERANDS:
         value = getattr(node, field)
