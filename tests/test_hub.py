@@ -261,6 +261,15 @@ def test_what_a_save_would_drop_is_refused(
     assert not any(tmp_path.iterdir())
 
 
+def test_what_a_monitor_stores_is_not_saved(
+    snn: snnkernels.ConvertedNetwork, tmp_path: Path
+) -> None:
+    plain = snn.save_pretrained(tmp_path / "plain")
+    with snnkernels.VoltageMonitor(snn):
+        watched = snn.save_pretrained(tmp_path / "watched")
+    assert (watched / "graph.json").read_bytes() == (plain / "graph.json").read_bytes()
+
+
 def test_loads_without_the_anns_code_and_other_packages(
     snn: snnkernels.ConvertedNetwork, tmp_path: Path
 ) -> None:
@@ -611,6 +620,30 @@ GRAPHS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "threshold NaN": (
         lambda g: neuron(g)["node"].update(v_threshold={"float": "nan"}),
         r"modules\[\d+\]\.args\.node\.v_threshold: got 'nan'; allowed: positive finite",
+    ),
+    "scale not finite": (
+        lambda g: neuron(g)["node"].update(input_scale={"float": "inf"}),
+        r"node\.input_scale: got 'a value that is not finite'",
+    ),
+    "no flag": (
+        lambda g: neuron(g)["node"].update(store_count=[[]]),
+        r"node\.store_count: got .*allowed: true or false",
+    ),
+    # What is left out would be a default, and the numbers others.
+    "neuron's field left out": (
+        lambda g: neuron(g)["node"].pop("input_scale"),
+        r"args\.node: got 'no input_scale'; allowed: exactly",
+    ),
+    "layer's field left out": (lambda g: neuron(g).pop("scale"), "args: got 'no scale'"),
+    "argument left out": (
+        lambda g: next(m for m in g["modules"] if m["kind"] == "torch.nn.Conv2d")["args"].pop(
+            "stride"
+        ),
+        r"modules\[\d+\]\.args: got 'no stride'",
+    ),
+    "surrogate's width left out": (
+        lambda g: neuron(g)["node"]["surrogate"].pop("alpha"),
+        r"surrogate: got .*with its own arguments",
     ),
     "threshold negative": (
         lambda g: neuron(g)["node"].update(v_threshold=-1.0),

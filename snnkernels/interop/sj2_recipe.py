@@ -30,14 +30,14 @@ _RELU_METHODS = ("relu", "relu_")
 _STATELESS = tuple(source for source, _ in step_mode_adapters._STEP_MODULE_TYPES)
 
 
-class RecipeNode(IFNode, Between, base.MemoryModule):  # type: ignore[misc]
+class RecipeNode(IFNode, Between, base.MemoryModule):
     """Our neuron, and a module with step modes and memory for SpikingJelly, which looks at classes.
 
-    Such a class is made here alone: a plain IFNode is the same whether SpikingJelly is there or not.
+    Such a class is made here alone: an IFNode is the same whether SpikingJelly is there or not.
     """
 
 
-class CumulativePool(CumulativeMaxPool, Between, base.MemoryModule):  # type: ignore[misc]
+class CumulativePool(CumulativeMaxPool, Between, base.MemoryModule):
     """Our max-pool of running sums with SpikingJelly's step modes; reset it before each batch."""
 
     def __init__(self, pool: nn.Module) -> None:
