@@ -635,6 +635,15 @@ GRAPHS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         r"args\.node: got 'no input_scale'; allowed: exactly",
     ),
     "layer's field left out": (lambda g: neuron(g).pop("scale"), "args: got 'no scale'"),
+    "layers without end": (
+        lambda g: g["modules"].append(
+            {
+                **{"name": "x", "kind": "torch.nn.RNN", "tensors": {}},
+                "args": dict.fromkeys(tables.LAYERS["torch.nn.RNN"][1], 10**8),
+            }
+        ),
+        r"args\.num_layers: got '100000000'",
+    ),
     "argument left out": (
         lambda g: next(m for m in g["modules"] if m["kind"] == "torch.nn.Conv2d")["args"].pop(
             "stride"

@@ -922,6 +922,7 @@ def test_what_derives_keeps_its_own_steps():
 """
 
 
+@pytest.mark.slow
 def test_plugin(tmp_path: Path) -> None:
     (tmp_path / "test_suite.py").write_text(SUITE)
     path = filter(None, (str(PACKAGE.parent), os.environ.get("PYTHONPATH")))
@@ -961,6 +962,7 @@ def test_plugin_wants_a_library_and_puts_all_back() -> None:
 # ---- release 0.0.0.0.14 --------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("SNNKERNELS_TEST_SJ14" not in os.environ, reason="SNNKERNELS_TEST_SJ14 not set")
 def test_release_14() -> None:
     """This file again, with the older release first on the path."""

@@ -251,6 +251,10 @@ def _read(entry: dict[str, Any], kind: Any, field: str, of: Reader, clock: Clock
         key: decode(value, lambda why, key=key: of.fail(f"{field}.args.{key}", why, "plain values"))  # type: ignore[misc]
         for key, value in args.items()
     }
+    layers = plain.get("num_layers", 1)
+    if type(layers) is not int or not 1 <= layers <= len(tensors) + 1:
+        # Before it is built: every layer of a recurrent network has tensors of its own.
+        raise of.fail(f"{field}.args.num_layers", layers, "as many layers as there are tensors for")
     layer = _build(kind, plain)
     wanted = {k: t.shape for k, t in (*layer.named_parameters(), *layer.named_buffers())}
     if set(wanted) != set(tensors):
