@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .files import usual_mode
+
 __all__ = [
     "ARCHITECTURES",
     "VGG",
@@ -381,6 +383,7 @@ def save_checkpoint(
     state = {k: v.detach().cpu().clone(memory_format=layout) for k, v in model.state_dict().items()}
     stored = {"architecture": architecture, **{key: str(value) for key, value in metadata.items()}}
     _safetensors().torch.save_file(state, str(path), stored)
+    usual_mode(path)
 
 
 def load_checkpoint(

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,13 @@ def test_convert_writes_a_folder_that_runs_without_the_code(here: Path, capsys: 
     assert "build as a spiking network" in html
     assert "srp(probe=2)" in html
     assert (here / "snn" / "report.md").read_text().startswith("# build as a spiking network")
+    # The card is that of the folder, and everybody may read what a colleague gets.
+    card = (here / "snn" / "README.md").read_text()
+    assert "\n# snn\n" in card
+    assert 'snnkernels.load_pretrained("snn")' in card
+    usual = here / "usual"
+    usual.write_text("")
+    assert {p.stat().st_mode for p in (here / "snn").iterdir()} == {usual.stat().st_mode}
     # What the folder gives is what convert made, and the command that is printed runs.
     code = (
         "import sys, torch, snnkernels\n"
@@ -414,6 +422,13 @@ def test_a_folder_does_not_choose_which_code_runs(
     for command in (("eval",), ("plot", "--kind", "rates")):
         error = refused(capsys, command[0], str(saved), *command[1:])
         assert "code is run only where it is asked for: --data " in error
+    about = json.loads((saved / "convert.json").read_text())
+    about["data"]["source"] = "photos"  # a folder that the colleague lacks is no code
+    copy = here / "copy"
+    shutil.copytree(saved, copy)
+    (copy / "convert.json").write_text(json.dumps(about))
+    error = refused(capsys, "eval", str(copy))
+    assert error.rstrip().endswith("converted with 'photos', which is no file or folder here")
 
 
 # --- explain, bench -------------------------------------------------------------------------
@@ -453,6 +468,9 @@ def test_bench_of_networks(saved: Path, capsys: Any) -> None:
     assert "medians of 1 calls, interleaved" in said
     assert "there are 30 images only" in refused(capsys, *argv[:-2], "--batch", "31")
     assert "--data is needed" in refused(capsys, "bench", f"{code}:build")
+    assert "--method=srp: a saved network has been converted" in refused(
+        capsys, "bench", str(saved), "--method", "srp"
+    )
 
 
 def test_bench_of_the_neuron(capsys: Any) -> None:

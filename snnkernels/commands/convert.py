@@ -141,20 +141,23 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
     curve = {r["T"]: r["accuracy"] for r in found.rows} if found else {}
     curve = {T: a for T, a in curve.items() if a is not None}
     with new_folder(out, force=args.force) as new:
-        _write(new, snn, settings, given.name, curve, ann, operations)
+        _write(new, out.absolute().name, snn, settings, given.name, curve, ann, operations)
     return _told(args, out, snn, settings)
 
 
 def _write(
-    new: Path, snn: Any, settings: dict[str, Any], name: str, curve: dict[int, float],
-    ann: float | None, operations: Any,
+    new: Path, folder: str, snn: Any, settings: dict[str, Any], name: str,
+    curve: dict[int, float], ann: float | None, operations: Any,
 ) -> None:  # fmt: skip
     from safetensors.torch import save_file
 
     from ..html_report import to_html
     from ..hub import save_pretrained
+    from ..hub.card import model_card
 
     save_pretrained(snn, new)
+    # The card names the folder to be, not that of this moment.
+    (new / "README.md").write_text(model_card(snn, folder), encoding="utf-8")
     points = {r.name: r.points.contiguous() for r in snn.report.rows if r.points is not None}
     if points:
         save_file(points, new / "activations.safetensors")
@@ -177,9 +180,17 @@ def _flat(settings: dict[str, Any]) -> dict[str, Any]:
         if key in ("accuracy", "versions", "input") or value is None:
             continue
         if isinstance(value, dict):
-            value = ", ".join(f"{k}: {v}" for k, v in value.items() if v not in (None, {}, ""))
+            value = ", ".join(
+                f"{k} {_words(v)}" for k, v in value.items() if v not in (None, {}, "")
+            )
         lines[key] = value
     return {key: value for key, value in lines.items() if value != ""}
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {_words(v)}" for k, v in value.items())
+    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
 def _about_data(

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..files import usual_mode
 from .values import FormatError
 
 __all__ = ["CONFIG", "GRAPH", "README", "WEIGHTS", "Checked", "digest", "find", "load_json", "put"]
@@ -44,6 +45,7 @@ def put(folder: Path, write: Mapping[str, Callable[[Path], object]]) -> None:
         partial.mkdir()
         for name, into in write.items():
             into(partial / name)
+            usual_mode(partial / name)
             _sync(partial / name)
         _sync(partial)
         os.replace(partial, complete)
