@@ -35,18 +35,42 @@ _WORD = 32
 _WANTED: WeakKeyDictionary[IFNode, dict[str, tuple[int, bool]]] = WeakKeyDictionary()
 
 
-class _Hook:
-    """A method of a monitor as a hook. In copies of the network it does nothing."""
+def flags_before(node: IFNode) -> dict[str, bool]:
+    """What a node is to store when nobody watches it, of what monitors made it store."""
+    return {flag: before for flag, (_, before) in _WANTED.get(node, {}).items()}
 
-    def __init__(self, monitor: _Monitor[Any] | None, method: str, layer: str) -> None:
-        self.monitor, self.method, self.layer = monitor, method, layer
+
+class _Hook:
+    """A method of a monitor as a hook; in copies of the network, which store nothing, none."""
+
+    def __init__(
+        self,
+        monitor: _Monitor[Any] | None,
+        method: str,
+        layer: str,
+        before: dict[str, bool] | None = None,
+    ) -> None:
+        self.monitor, self.method, self.layer, self.before = monitor, method, layer, before
 
     def __call__(self, node: IFNode, *call: Any) -> None:
         if self.monitor is not None:
             getattr(self.monitor, self.method)(self.layer, node, *call)
+        elif self.before:
+            _store(node, self.before)
+            self.before = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _Hook, (None, self.method, self.layer)
+        before = self.before
+        if self.monitor is not None and self.method == "_before":
+            before = flags_before(self.monitor._nodes[self.layer])
+        return _Hook, (None, self.method, self.layer, before)
+
+
+def _store(node: IFNode, flags: dict[str, bool]) -> None:
+    for flag, value in flags.items():
+        setattr(node, flag, value)
+        if not value:
+            setattr(node, flag.removeprefix("store_"), None)
 
 
 class _Records(Mapping[str, Any]):

@@ -106,6 +106,7 @@ def test_several_inputs() -> None:
     assert torch.equal(program.module()(x[:2], z[:2])["y"], snn(x[:2], z=z[:2])["y"])
 
 
+@pytest.mark.slow
 def test_saved_programs_run_in_another_process(
     snn: snnkernels.ConvertedNetwork, tmp_path: Path
 ) -> None:

@@ -70,7 +70,11 @@ def save_pretrained(snn: ConvertedNetwork, folder: str | Path) -> Path:
         folder,
         {
             WEIGHTS: lambda path: safetensors.torch.save_file(
-                tensors, path, metadata={"format": "pt", "snnkernels": str(VERSION)}
+                tensors,
+                path,
+                # One entry: of several, safetensors writes the order of a hash table, and the same
+                # network would not give the same bytes.
+                metadata={"format": "pt"},
             ),
             GRAPH: lambda path: path.write_text(_json(graph), encoding="utf-8"),
             CONFIG: write_config,
