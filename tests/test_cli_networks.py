@@ -195,6 +195,15 @@ def test_nothing_stays_of_a_conversion_that_fails(
     assert os.listdir(here / "deep") == []
 
 
+def test_a_missing_package_is_told_before_the_work(
+    here: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    monkeypatch.setattr(entries, "object_of", lambda entry: pytest.fail("ran"))
+    error = refused(capsys, "convert", "net.py:build", "--data", "net.py:data")
+    assert "pip install 'snnkernels[hub]'" in error
+
+
 def test_convert_without_data_where_thresholds_are_given(here: Path, capsys: Any) -> None:
     found = run(
         capsys, "convert", "net.py:network", "--threshold", "1.5", "--v-init", "0.25", "--T", "2"
@@ -234,6 +243,8 @@ def test_a_checkpoint_and_weights(here: Path, capsys: Any) -> None:
         for key, value in given.model.state_dict().items():
             assert torch.equal(value, net.state_dict()[key])
         assert len(given.about["sha256"]) == 64
+    error = refused(capsys, "convert", "w.safetensors", *argv)
+    assert "file.py:factory with --weights w.safetensors" in error
 
 
 def test_errors_of_convert_name_argument_value_and_remedy(here: Path, capsys: Any) -> None:

@@ -112,7 +112,15 @@ def _checkpoint(path: Path) -> Given:
             f"model={str(path)!r} is neither an entry (module:factory, file.py:factory) nor a "
             ".safetensors file that exists"
         )
-    found = load_checkpoint(path, activations=ACTIVATIONS)
+    try:
+        found = load_checkpoint(path, activations=ACTIVATIONS)
+    except ValueError as e:
+        if "does not name its architecture" not in str(e):
+            raise
+        raise ValueError(
+            f"{e}. For a network of your own: module:factory or file.py:factory with "
+            f"--weights {path}"
+        ) from e
     about = {"checkpoint": str(path), "architecture": found.architecture, "sha256": found.sha256}
     return Given(found.model, path.stem, about)
 
