@@ -247,6 +247,27 @@ def test_a_checkpoint_and_weights(here: Path, capsys: Any) -> None:
     assert "file.py:factory with --weights w.safetensors" in error
 
 
+def test_a_sweep_takes_entries(here: Path, capsys: Any) -> None:
+    argv = ("--data", "net.py:data", "--methods", "opi", "--T", "1", "2", "--no-plot")
+    found = run(capsys, "sweep", "net.py:build", *argv)
+    assert [(row["T"], row["trial"]) for row in found["rows"]] == [(1, "opi"), (2, "opi")]
+    name, digest = found["rows"][0]["network"].split()
+    assert name == "build"
+    assert len(digest) == 12
+    # Known again by its weights, whoever brings them; others are another network.
+    rows = Path("snnkernels_sweep/sweep.csv").read_text()
+    run(capsys, "sweep", "net.py:network", "net.py:build", *argv)
+    assert Path("snnkernels_sweep/sweep.csv").read_text().startswith(rows)
+    net = entries.object_of("net.py:build")()
+    torch.save({k: -v for k, v in net.state_dict().items()}, "w.pt")
+    other = run(capsys, "sweep", "net.py:build", "--weights", "w.pt", *argv)["rows"][0]["network"]
+    assert other.split()[0] == "build"
+    assert other.split()[1] != digest
+    assert "--weights=w.pt is for one entry, got 2" in refused(
+        capsys, "sweep", "net.py:build", "net.py:network", "--weights", "w.pt", *argv
+    )
+
+
 def test_errors_of_convert_name_argument_value_and_remedy(here: Path, capsys: Any) -> None:
     (here / "broken.py").write_text("import no_such_package_at_all\n")
     torch.save({"weight": torch.zeros(1)}, "small.pt")
