@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 from weakref import WeakKeyDictionary
@@ -38,6 +39,34 @@ _WANTED: WeakKeyDictionary[IFNode, dict[str, tuple[int, bool]]] = WeakKeyDiction
 def flags_before(node: IFNode) -> dict[str, bool]:
     """What a node is to store when nobody watches it, of what monitors made it store."""
     return {flag: before for flag, (_, before) in _WANTED.get(node, {}).items()}
+
+
+@contextmanager
+def unwatched(net: nn.Module) -> Iterator[None]:
+    """Inside this context no monitor sees the neurons of ``net``, and they store nothing for one.
+
+    For calls that are not the user's: tracers run a network on tensors without numbers.
+    """
+    before: list[tuple[IFNode, dict[str, bool], list[tuple[Any, dict[int, Any]]]]] = []
+    for node in net.modules():
+        if isinstance(node, IFNode) and _WANTED.get(node):
+            hooks: list[Any] = [node._forward_pre_hooks, node._forward_hooks]
+            flags = {flag: bool(getattr(node, flag)) for flag in _WANTED[node]}
+            before.append((node, flags, [(held, dict(held)) for held in hooks]))
+            for flag, value in flags_before(node).items():
+                setattr(node, flag, value)
+            for held in hooks:
+                for key in [key for key, hook in held.items() if isinstance(hook, _Hook)]:
+                    del held[key]
+    try:
+        yield
+    finally:
+        for node, flags, kept in before:
+            for flag, value in flags.items():
+                setattr(node, flag, value)
+            for held, entries in kept:
+                held.clear()
+                held.update(entries)
 
 
 class _Hook:
