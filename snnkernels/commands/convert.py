@@ -91,11 +91,13 @@ def _arguments(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
 def _run(args: argparse.Namespace) -> dict[str, Any]:
     from .. import convert
     from ..files import check_new_folder, new_folder
+    from ..hub.shared import safetensors_package
     from .measure import accuracy_of, measure, operations_of
 
     if args.images < 0:
         raise ValueError(f"--images={args.images} must be at least 0")
     method, told = _arguments(args)
+    safetensors_package()  # a missing package is told before the work
     if args.out is not None:
         check_new_folder(args.out, force=args.force)
     device = device_of(args.device)
