@@ -13,6 +13,7 @@ give the same record. A reset, a membrane set by hand or another neuron shape be
 from __future__ import annotations
 
 import copy
+import operator
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -406,6 +407,15 @@ class SpikeMonitor(_Monitor["PackedSpikes | Tensor"]):
         return PackedSpikes.cat(run) if isinstance(run[0], PackedSpikes) else torch.cat(run)
 
 
+def _neurons_kept(neurons: Any) -> Any:
+    if neurons is None or isinstance(neurons, slice):
+        return neurons
+    try:
+        return [operator.index(i) for i in neurons]
+    except TypeError:
+        raise TypeError(f"neurons={neurons!r} must be a slice, indices (ints) or None") from None
+
+
 class VoltageMonitor(_Monitor[Tensor]):
     """Keeps the membranes of a network's neurons after each step.
 
@@ -444,7 +454,7 @@ class VoltageMonitor(_Monitor[Tensor]):
         if at not in ("reset", "charge"):
             raise ValueError(f"at={at!r} is unknown; allowed are 'reset' and 'charge'")
         self.at = at
-        self._keeps = neurons if neurons is None or isinstance(neurons, slice) else list(neurons)
+        self._keeps = _neurons_kept(neurons)
         super().__init__(net, layers, every, max_bytes)
 
     @property
