@@ -63,6 +63,10 @@ class ImageSet(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         mean: of each channel; pixels are normalised as ``(pixel - mean) / std``.
         std: of each channel.
         full_scale: the value in ``images`` that is a pixel of 1.
+
+    Raises:
+        TypeError: images or labels of another type.
+        ValueError: a shape, a ``mean``, ``std`` or ``full_scale`` that does not fit.
     """
 
     def __init__(
@@ -76,6 +80,25 @@ class ImageSet(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         std: Sequence[float],
         full_scale: float = 255.0,
     ) -> None:
+        for name, tensor, dtype in (("images", images, torch.uint8), ("labels", labels, torch.int64)):
+            got = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+            if got != dtype:
+                raise TypeError(f"{name} must be a tensor of {dtype}, got {got}")
+        if images.dim() != 4 or tuple(labels.shape) != (len(images),):
+            raise ValueError(
+                f"images is {tuple(images.shape)} and labels {tuple(labels.shape)}; they must be "
+                "[N, C, H, W] and [N]"
+            )
+        for name, values in (("mean", mean), ("std", std)):
+            if len(values) != images.shape[1]:
+                raise ValueError(
+                    f"{name} has {len(values)} values for {images.shape[1]} channels of images; "
+                    "it must have one for each"
+                )
+        if not all(0 < s < float("inf") for s in std):
+            raise ValueError(f"std={std!r} must be positive and finite")
+        if not 0 < full_scale < float("inf"):
+            raise ValueError(f"full_scale={full_scale!r} must be positive and finite")
         self.images = images
         self.labels = labels
         self.name = name

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .kernels import call
+from .kernels import arguments, call
 from .kernels.arguments import NO_OPTIONS, Options
 from .kernels.spec import SPIKES, Asked
 from .maps import (
@@ -303,6 +303,8 @@ def if_step(
 
     Arguments as in :func:`if_multi_step`.
     """
+    if not isinstance(x, Tensor) or x.dtype not in arguments.FLOATS:
+        raise arguments.no_current("x", x)
     run = call.run(
         x, SPIKES, v, v_threshold, v_reset, surrogate_function, detach_reset, 1, channel_dim,
         amplitude, input_scale, tie, spike_dtype, False, None,

@@ -297,8 +297,14 @@ def energy(
         mac_pj: picojoules of a multiply-add.
 
     Raises:
+        TypeError: ``operations`` is something else.
         ValueError: a constant is negative or not finite.
     """
+    if not isinstance(operations, Operations):
+        raise TypeError(
+            "operations must be what snnkernels.metrics.synaptic_operations returns, got "
+            f"{type(operations).__name__}"
+        )
     for name, value in (("add_pj", add_pj), ("mac_pj", mac_pj)):
         if not 0 <= value < float("inf"):
             raise ValueError(f"{name}={value!r} must be at least 0 and finite, in picojoules")

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .files import usual_mode
+from .files import write_bytes
 
 __all__ = [
     "ARCHITECTURES",
@@ -40,12 +40,21 @@ __all__ = [
 Activation = Callable[[], nn.Module]
 
 
+def _check(activation: object, **sizes: object) -> None:
+    """Raise unless ``activation`` makes something and ``sizes`` are whole numbers from 1."""
+    for name, value in sizes.items():
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
+    if not callable(activation):
+        raise TypeError(f"activation={activation!r} must be nn.ReLU or a function that makes one")
+
+
 def _pool(kind: str) -> nn.Module:
     if kind == "avg":
         return nn.AvgPool2d(2)
     if kind == "max":
         return nn.MaxPool2d(2)
-    raise ValueError(f"pool must be 'avg' or 'max', got {kind!r}")
+    raise ValueError(f"pool={kind!r} is unknown; pool must be 'avg' or 'max'")
 
 
 def _conv_bn(cin: int, cout: int, kernel: int = 3, stride: int = 1) -> list[nn.Module]:
@@ -63,8 +72,10 @@ def _conv_stack(
         if isinstance(item, int):
             layers += [*_conv_bn(channels, item), activation()]
             channels = item
-        else:
+        elif item == "P":
             layers.append(_pool(pool))
+        else:
+            raise ValueError(f"plan holds {item!r}; it must hold numbers of channels and 'P'")
     return layers, channels
 
 
@@ -80,6 +91,7 @@ class SmallCNN(nn.Module):
         pool: str = "avg",
     ) -> None:
         super().__init__()
+        _check(activation, num_classes=num_classes, in_channels=in_channels)
         layers, channels = _conv_stack([32, 32, "P", 64, 64, "P"], in_channels, activation, pool)
         self.features = nn.Sequential(*layers, nn.Flatten())
         self.hidden = nn.Sequential(nn.Linear(channels * 2 * 2, 128), activation())
@@ -103,7 +115,8 @@ class VGG(nn.Module):
         pool: ``"avg"`` or ``"max"``.
 
     Raises:
-        ValueError: a ``pool`` that is neither.
+        ValueError: a ``pool`` that is neither, or a size below 1.
+        TypeError: ``activation`` is no function.
     """
 
     def __init__(
@@ -116,6 +129,7 @@ class VGG(nn.Module):
         pool: str = "avg",
     ) -> None:
         super().__init__()
+        _check(activation, num_classes=num_classes, in_channels=in_channels)
         layers, channels = _conv_stack(plan, in_channels, activation, pool)
         self.features = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1))
         self.classifier = nn.Linear(channels, num_classes)
@@ -133,12 +147,17 @@ class BasicBlock(nn.Module):
         cout: channels of the output.
         stride: of the first convolution and the shortcut.
         activation: makes an activation.
+
+    Raises:
+        ValueError: a size below 1.
+        TypeError: ``activation`` is no function.
     """
 
     def __init__(
         self, cin: int, cout: int, stride: int = 1, *, activation: Activation = nn.ReLU
     ) -> None:
         super().__init__()
+        _check(activation, cin=cin, cout=cout, stride=stride)
         self.conv1, self.bn1 = _conv_bn(cin, cout, stride=stride)
         self.relu1 = activation()
         self.conv2, self.bn2 = _conv_bn(cout, cout)
@@ -163,6 +182,10 @@ class ResNet(nn.Module):
         num_classes: number of logits.
         in_channels: channels of the images.
         activation: makes an activation.
+
+    Raises:
+        ValueError: a size below 1, or no blocks.
+        TypeError: ``activation`` is no function.
     """
 
     def __init__(
@@ -175,6 +198,9 @@ class ResNet(nn.Module):
         activation: Activation = nn.ReLU,
     ) -> None:
         super().__init__()
+        _check(activation, stem=stem, num_classes=num_classes, in_channels=in_channels)
+        if not blocks:
+            raise ValueError(f"blocks={blocks!r} must hold at least one (channels, stride)")
         self.stem = nn.Sequential(*_conv_bn(in_channels, stem), activation())
         layers = []
         channels = stem
@@ -206,7 +232,8 @@ def small_cnn(
         pool: ``"avg"`` or ``"max"``.
 
     Raises:
-        ValueError: a ``pool`` that is neither.
+        ValueError: a ``pool`` that is neither, or a size below 1.
+        TypeError: ``activation`` is no function.
     """
     return SmallCNN(num_classes, in_channels, activation=activation, pool=pool)
 
@@ -232,7 +259,8 @@ def vgg9(
         pool: ``"avg"`` or ``"max"``.
 
     Raises:
-        ValueError: a ``pool`` that is neither.
+        ValueError: a ``pool`` that is neither, or a size below 1.
+        TypeError: ``activation`` is no function.
     """
     return VGG(_VGG9, num_classes, in_channels, activation=activation, pool=pool)
 
@@ -253,7 +281,8 @@ def vgg11(
         pool: ``"avg"`` or ``"max"``.
 
     Raises:
-        ValueError: a ``pool`` that is neither.
+        ValueError: a ``pool`` that is neither, or a size below 1.
+        TypeError: ``activation`` is no function.
     """
     return VGG(_VGG11, num_classes, in_channels, activation=activation, pool=pool)
 
@@ -274,7 +303,8 @@ def vgg16(
         pool: ``"avg"`` or ``"max"``.
 
     Raises:
-        ValueError: a ``pool`` that is neither.
+        ValueError: a ``pool`` that is neither, or a size below 1.
+        TypeError: ``activation`` is no function.
     """
     return VGG(_VGG16, num_classes, in_channels, activation=activation, pool=pool)
 
@@ -368,22 +398,25 @@ def save_checkpoint(
 
     Args:
         model: the network.
-        path: of the file; an older one is replaced.
+        path: of the file; an older one is replaced once the new one is complete.
         architecture: its key in :data:`ARCHITECTURES`.
         metadata: stored as text (``activation="qcfs", L=8``).
 
     Raises:
         ImportError: safetensors is not installed.
         ValueError: :data:`ARCHITECTURES` does not know the architecture.
+        TypeError: ``model`` is no module.
+        OSError: the folder does not exist, or cannot be written to.
     """
     if architecture not in ARCHITECTURES:
-        raise ValueError(f"unknown architecture {architecture!r}; known: {_names()}")
+        raise ValueError(f"architecture={architecture!r} is unknown; allowed are {_names()}")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     # Copies: safetensors refuses parameters that share memory.
     layout = torch.contiguous_format
     state = {k: v.detach().cpu().clone(memory_format=layout) for k, v in model.state_dict().items()}
     stored = {"architecture": architecture, **{key: str(value) for key, value in metadata.items()}}
-    _safetensors().torch.save_file(state, str(path), stored)
-    usual_mode(path)
+    write_bytes(path, _safetensors().torch.save(state, stored))
 
 
 def load_checkpoint(
@@ -425,7 +458,7 @@ def load_checkpoint(
             f"one of {_names()}"
         )
     if name not in ARCHITECTURES:
-        raise ValueError(f"{path} names the unknown architecture {name!r}; known: {_names()}")
+        raise ValueError(f"{path}: architecture {name!r} is unknown; allowed are {_names()}")
 
     options: dict[str, Any] = {"activation": _activation_factory(path, metadata, activations)}
     pool = pool or metadata.get("pool")

@@ -13,8 +13,10 @@ give the same record. A reset, a membrane set by hand or another neuron shape be
 from __future__ import annotations
 
 import copy
+import operator
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 from weakref import WeakKeyDictionary
@@ -38,6 +40,34 @@ _WANTED: WeakKeyDictionary[IFNode, dict[str, tuple[int, bool]]] = WeakKeyDiction
 def flags_before(node: IFNode) -> dict[str, bool]:
     """What a node is to store when nobody watches it, of what monitors made it store."""
     return {flag: before for flag, (_, before) in _WANTED.get(node, {}).items()}
+
+
+@contextmanager
+def unwatched(net: nn.Module) -> Iterator[None]:
+    """Inside this context no monitor sees the neurons of ``net``, and they store nothing for one.
+
+    For calls that are not the user's: tracers run a network on tensors without numbers.
+    """
+    before: list[tuple[IFNode, dict[str, bool], list[tuple[Any, dict[int, Any]]]]] = []
+    for node in net.modules():
+        if isinstance(node, IFNode) and _WANTED.get(node):
+            hooks: list[Any] = [node._forward_pre_hooks, node._forward_hooks]
+            flags = {flag: bool(getattr(node, flag)) for flag in _WANTED[node]}
+            before.append((node, flags, [(held, dict(held)) for held in hooks]))
+            for flag, value in flags_before(node).items():
+                setattr(node, flag, value)
+            for held in hooks:
+                for key in [key for key, hook in held.items() if isinstance(hook, _Hook)]:
+                    del held[key]
+    try:
+        yield
+    finally:
+        for node, flags, kept in before:
+            for flag, value in flags.items():
+                setattr(node, flag, value)
+            for held, entries in kept:
+                held.clear()
+                held.update(entries)
 
 
 class _Hook:
@@ -377,6 +407,15 @@ class SpikeMonitor(_Monitor["PackedSpikes | Tensor"]):
         return PackedSpikes.cat(run) if isinstance(run[0], PackedSpikes) else torch.cat(run)
 
 
+def _neurons_kept(neurons: Any) -> Any:
+    if neurons is None or isinstance(neurons, slice):
+        return neurons
+    try:
+        return [operator.index(i) for i in neurons]
+    except TypeError:
+        raise TypeError(f"neurons={neurons!r} must be a slice, indices (ints) or None") from None
+
+
 class VoltageMonitor(_Monitor[Tensor]):
     """Keeps the membranes of a network's neurons after each step.
 
@@ -415,7 +454,7 @@ class VoltageMonitor(_Monitor[Tensor]):
         if at not in ("reset", "charge"):
             raise ValueError(f"at={at!r} is unknown; allowed are 'reset' and 'charge'")
         self.at = at
-        self._keeps = neurons if neurons is None or isinstance(neurons, slice) else list(neurons)
+        self._keeps = _neurons_kept(neurons)
         super().__init__(net, layers, every, max_bytes)
 
     @property

@@ -217,7 +217,9 @@ class IFNode(nn.Module):
             self.register_parameter(name, value)
         elif isinstance(value, Tensor):
             self.register_buffer(name, _at_least_float32(value.detach().clone()))
-        elif isinstance(value, str) or (value is None and name != "v_init"):
+        elif (isinstance(value, str) and name in ("v_init", "amplitude")) or (
+            value is None and name != "v_init"
+        ):
             setattr(self, name, value)
         else:
             setattr(self, name, operands.number(name, value))

@@ -33,7 +33,7 @@ class PackedSpikes:
         TypeError: words that are no tensor of the integer type that T asks for, or an amplitude
             that is no real number or tensor of those.
         ValueError: a number of words that does not fit T; an amplitude that is NaN, does not
-            broadcast or is on another device.
+            broadcast or is on another device; a dtype that holds no spikes.
     """
 
     def __init__(
@@ -44,6 +44,7 @@ class PackedSpikes:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         _check_words(words, T)
+        _check_dtype(dtype)
         self.words, self.T, self.dtype = words, T, dtype
         self.amplitude: float | Tensor = _own_amplitude(amplitude, words)
 
@@ -86,9 +87,11 @@ class PackedSpikes:
     def unpack(self, dtype: torch.dtype | None = None) -> Tensor:
         """Spikes ``[T, *shape]``: 0 and the amplitude, rounded once to ``dtype``.
 
-        ``torch.bool`` and integer types hold 0 and 1 whatever the amplitude.
+        ``torch.bool`` and integer types hold 0 and 1 whatever the amplitude; another ``dtype``
+        is a ValueError.
         """
         dtype = dtype or self.dtype
+        _check_dtype(dtype)
         if self.T == 0:
             return torch.empty(self.shape, dtype=dtype, device=self.device)
         if dtype.is_floating_point:
@@ -139,6 +142,7 @@ class PackedSpikes:
         if isinstance(amplitude, Tensor):
             amplitude = amplitude.to(device, non_blocking=non_blocking)
         words = self.words.to(device, non_blocking=non_blocking)
+        _check_dtype(dtype or self.dtype)
         return self._sharing(words, self.T, amplitude, dtype or self.dtype)
 
     def cpu(self) -> PackedSpikes:
@@ -163,9 +167,13 @@ class PackedSpikes:
 
         Raises:
             ValueError: no parts, or parts of other neurons or on other devices.
+            TypeError: a part that is no PackedSpikes.
         """
         if not parts:
-            raise ValueError("parts is empty: there is nothing to put together")
+            raise ValueError("parts is empty: there is nothing to put together; allowed: one or more")
+        for i, part in enumerate(parts):
+            if not isinstance(part, PackedSpikes):
+                raise TypeError(f"parts[{i}] must be PackedSpikes, got {type(part).__name__}")
         first = parts[0]
         for part in parts[1:]:
             if part.words.shape[1:] != first.words.shape[1:] or part.device != first.device:
@@ -203,6 +211,11 @@ class PackedSpikes:
             f"PackedSpikes(shape={tuple(self.shape)}, words={self.words.dtype}, "
             f"device={self.device}, {self.nbytes} bytes)"
         )
+
+
+def _check_dtype(dtype: Any) -> None:
+    if not isinstance(dtype, torch.dtype) or dtype.is_complex:
+        raise ValueError(f"dtype={dtype!r} holds no spikes; allowed are real types of torch")
 
 
 def _check_words(words: Any, T: Any) -> None:

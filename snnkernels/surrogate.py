@@ -57,6 +57,7 @@ class Surrogate:
 
         ``threshold`` is looked at by :class:`PeriodicExponential` alone.
         """
+        _check_u(u, threshold)
         return self._scaled(self._derivative(u, threshold))
 
     def primitive(self, u: Tensor, threshold: Tensor | float = 1.0) -> Tensor:
@@ -65,6 +66,7 @@ class Surrogate:
         ``threshold`` as for :meth:`derivative`.
         From 0 to the area, which is ``scale`` where the formula has area 1.
         """
+        _check_u(u, threshold)
         return self._scaled(self._primitive(u, threshold))
 
     def _scaled(self, value: Tensor) -> Tensor:
@@ -235,6 +237,14 @@ class PeriodicExponential(Surrogate):
         return torch.where(u < 0, below, beyond)
 
 
+def _check_u(u: Any, threshold: Any) -> None:
+    if not isinstance(u, Tensor) or not u.dtype.is_floating_point:
+        got = u.dtype if isinstance(u, Tensor) else type(u).__name__
+        raise TypeError(f"u must be a floating-point tensor, got {got}")
+    if isinstance(threshold, (int, float)) and not 0 < threshold < math.inf:
+        raise ValueError(f"threshold={threshold!r} must be positive and finite")
+
+
 class _Spike(torch.autograd.Function):
     """Spikes given as booleans or numbers, with the surrogate gradient with respect to ``u``."""
 
@@ -261,7 +271,24 @@ def spike(
     """Spikes ``fired`` (bool, or how many) in ``u``'s dtype, with the surrogate gradient at ``u``.
 
     ``threshold``, where they fire, is taken as constant by the gradient.
+
+    Raises:
+        TypeError: ``u`` or ``fired`` is no tensor, or ``surrogate`` has no ``derivative``.
+        ValueError: ``fired`` is not of ``u``'s shape, or ``threshold`` is not positive.
     """
+    _check_u(u, threshold)
+    if not isinstance(fired, Tensor):
+        raise TypeError(f"fired must be a torch.Tensor, got {type(fired).__name__}")
+    if fired.shape != u.shape or fired.device != u.device:
+        raise ValueError(
+            f"fired is {tuple(fired.shape)} on {fired.device}; expected {tuple(u.shape)} on "
+            f"{u.device}, as u is"
+        )
+    if not callable(getattr(surrogate, "derivative", None)):
+        raise TypeError(
+            f"surrogate={surrogate!r} must have a method derivative(u, threshold); "
+            "snnkernels.surrogate.resolve makes one of a name"
+        )
     return _Spike.apply(u, fired, surrogate, threshold)
 
 

@@ -49,10 +49,14 @@ def log_to_tensorboard(
         tag: stands before all names.
 
     Raises:
-        TypeError: ``snn`` or ``writer`` is something else.
+        TypeError: ``snn``, ``writer``, ``step`` or ``tag`` is something else.
         ValueError: ``T`` is not allowed, or ``x`` is empty.
         ImportError: ``writer`` is a folder and tensorboard is not installed.
     """
+    if not isinstance(step, int):
+        raise TypeError(f"step={step!r} must be an int")
+    if not isinstance(tag, str):
+        raise TypeError(f"tag={tag!r} must be a string")
     if isinstance(writer, (str, PathLike)):
         with _writer(writer) as made:
             log_to_tensorboard(snn, made, x, step, T=T, tag=tag)

@@ -436,6 +436,10 @@ def test_a_first_save_that_fails_leaves_nothing_that_loads(
     monkeypatch.setattr(os, "fsync", lambda handle: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         snn.save_pretrained(tmp_path / "net")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "net").mkdir()
+    with pytest.raises(OSError, match="disk full"):
+        snn.save_pretrained(tmp_path / "net")
     assert list((tmp_path / "net").iterdir()) == []
     with pytest.raises(FileNotFoundError, match=r"holds no config\.json"):
         snnkernels.load_pretrained(tmp_path / "net")

@@ -443,3 +443,33 @@ def test_other_libraries_run_our_files(library: str, tmp_path: Path) -> None:
         want = snn.over_time(x_seq)
     assert torch.equal(got, want)
     assert want.unique().numel() > 3
+
+
+def test_foreign_nodes_that_do_not_fit() -> None:
+    weight = np.ones((3, 4), dtype=np.float32)
+
+    def read(size: int = 3, more: Any = None, **given: Any) -> Any:
+        fields = {"r": np.ones(size), "v_threshold": np.ones(size), "v_reset": np.zeros(size)}
+        nodes = {
+            "i": nir.Input({"input": np.array([4])}),
+            "a": nir.Linear(weight),
+            "n": nir.IF(**{**fields, **given}),
+            "o": nir.Output({"output": np.array([size])}),
+        }
+        edges = [("i", "a"), ("a", "n"), ("n", "o")]
+        if more is not None:
+            nodes["b"] = more
+            edges += [("i", "b"), ("b", "n")]
+        return snnkernels.from_nir(nir.NIRGraph(nodes, edges, type_check=False))
+
+    assert read()(torch.ones(2, 4)).shape == (2, 3)
+    for given, words in (
+        ({"size": 5}, r"n: \(5,\) neurons, but its input is \(3,\)"),
+        ({"more": nir.Linear(weight[:1])}, r"edges into one node bring \(3,\) and \(1,\)"),
+        ({"r": np.full(3, np.inf)}, "n: r is not finite"),
+        ({"metadata": {"reset": "subtract", "v_init": np.zeros(7)}}, r"v_init of shape \(7,\)"),
+        ({"metadata": {"reset": "subtract", "v_init": np.nan}}, "one finite number"),
+        ({"metadata": {"reset": "subtract", "v_init": "half"}}, "n: metadata v_init"),
+    ):
+        with pytest.raises(ConversionError, match=words):
+            read(**given)

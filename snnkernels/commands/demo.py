@@ -57,6 +57,8 @@ def _run_demo(args: argparse.Namespace) -> dict[str, Any]:
 
     _figure((1, 1))  # a missing package should stop the demo before the training, not after
     train, test = data.digits(train=True), data.digits(train=False)
+    if args.out.exists() and not args.out.is_dir():
+        raise NotADirectoryError(f"--out={args.out} is a file: give a folder")
     args.out.mkdir(parents=True, exist_ok=True)
 
     print(f"Training small_cnn on {train.name}: {len(train)} images, seed {args.seed}")

@@ -88,9 +88,11 @@ class RateNorm(nn.Module):
 
 
 def _layers(net: nn.Module) -> list[RateNorm]:
+    if not isinstance(net, nn.Module):
+        raise TypeError(f"net must be a torch.nn.Module, got {type(net).__name__}")
     found = [m for m in net.modules() if isinstance(m, RateNorm)]
     if not found:
-        raise ValueError(f"{type(net).__name__} has no RateNorm layer")
+        raise ValueError(f"net ({type(net).__name__}) has no RateNorm layer; it must have one")
     return found
 
 

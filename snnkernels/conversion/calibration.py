@@ -140,6 +140,11 @@ def batch_of(item: Any, inputs: Any = None) -> Any:
         )
     if isinstance(given, Tensor) and given.dim() == 0:
         raise TypeError("loader yields scalars; it must yield batches of inputs, [B, *]")
+    if isinstance(given, Tensor) and given.is_meta:
+        raise ValueError(
+            f"loader yields {tuple(given.shape)} on the meta device, which holds no values; it must "
+            "yield inputs on the CPU or on the network's device"
+        )
     return given
 
 

@@ -61,7 +61,8 @@ def datta_search(
         ValueError: an argument out of range; names it.
     """
     if not isinstance(values, Tensor) or not values.is_floating_point():
-        raise TypeError("values must be a floating-point tensor")
+        got = values.dtype if isinstance(values, Tensor) else type(values).__name__
+        raise TypeError(f"values must be a floating-point tensor, got {got}")
     _check(mu, T, objective, start)
     percents = [float(p) for p in percentiles]
     bad = [p for p in percents if not 0 <= p <= 100]

@@ -14,7 +14,7 @@ from ..bound import takes_methods
 from .calibration import SAMPLE, batches
 from .errors import ConversionError
 from .inputs import Inputs, as_given
-from .network import ConvertedNetwork, _steps
+from .network import ConvertedNetwork, _ends, _steps
 from .pipeline import _device, convert
 from .report import NodeReport, Report
 from .spiking import SpikingActivation
@@ -155,10 +155,9 @@ class ConvertedModules(nn.Module):
 
         Raises:
             ValueError: ``steps`` is empty, or one is not a whole number of at least 1.
+            TypeError: ``steps`` is no iterable of numbers.
         """
-        ends = sorted({_steps(T) for T in steps})
-        if not ends:
-            raise ValueError("steps is empty: predict_curve needs at least one number of steps")
+        ends = _ends(steps)
         given = as_given(x)
         return {T: self(given, T=T) for T in ends}
 
@@ -174,6 +173,11 @@ def _own_options(net: nn.Module, modules: Any) -> dict[str, dict[str, Any]]:
     if isinstance(modules, Mapping):
         options = {path: dict(own or {}) for path, own in modules.items()}
     else:
+        if not isinstance(modules, Iterable):
+            raise TypeError(
+                "modules must be paths such as ['backbone'], or {path: options}, got "
+                f"{type(modules).__name__}"
+            )
         options = {path: {} for path in modules}
     if not options:
         raise ValueError("modules is empty: name at least one module, such as ['backbone']")
@@ -238,6 +242,11 @@ def convert_modules(
     if not isinstance(ann, nn.Module):
         raise TypeError(f"ann must be a torch.nn.Module, got {type(ann).__name__}")
     T = _steps(T)
+    if inputs is not None and not callable(inputs):
+        raise TypeError(
+            "inputs must be a function from an item of the loader to the network's inputs, got "
+            f"{type(inputs).__name__}"
+        )
     net, hooked = own_copy(ann)
     chosen = _own_options(net, modules)
     if "T" in inspect.signature(net.forward).parameters:

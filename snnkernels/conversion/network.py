@@ -40,6 +40,19 @@ def _steps(T: Any) -> int:
     return steps
 
 
+def _ends(steps: Any) -> list[int]:
+    """The numbers of steps of a curve, ascending."""
+    if isinstance(steps, str) or not isinstance(steps, Iterable):
+        raise TypeError(f"steps={steps!r} must be whole numbers of at least 1, such as [1, 2, 4]")
+    given = list(steps)
+    if not given:
+        raise ValueError("steps is empty: predict_curve needs at least one number of steps")
+    try:
+        return sorted({_steps(T) for T in given})
+    except ValueError as error:
+        raise ValueError(f"steps={given!r}: {error}") from None
+
+
 @takes_methods
 class ConvertedNetwork(nn.Module):
     """A spiking network made by :func:`snnkernels.convert`.
@@ -202,10 +215,9 @@ class ConvertedNetwork(nn.Module):
 
         Raises:
             ValueError: ``steps`` is empty, or one is not a whole number of at least 1.
+            TypeError: ``steps`` is no iterable of numbers.
         """
-        ends = sorted({_steps(T) for T in steps})
-        if not ends:
-            raise ValueError("steps is empty: predict_curve needs at least one number of steps")
+        ends = _ends(steps)
         x = self._ports.bind(as_given(x))
         return dict(zip(ends, self._segments(x, ends), strict=True))
 

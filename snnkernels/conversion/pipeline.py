@@ -160,6 +160,8 @@ def convert(
     _one_of("maxpool", maxpool, MAXPOOL_MODES)
     _one_of("on_unsupported", on_unsupported, ("error", "keep", "mean"))
     _one_of("normalize", normalize, ("threshold", "weights"))
+    if not (per_channel is None or isinstance(per_channel, bool)):
+        raise TypeError(f"per_channel={per_channel!r} must be True, False or None")
     report = Report(str(chosen), T)
     if chosen.steps().extra:
         report.notes.append(

@@ -249,7 +249,14 @@ def stochastic_prefix(
             called more than once; the method shows its input once (ptl; with ``per="step"`` others
             as well).
         ValueError: std or per.
+        TypeError: snn or generator.
     """
+    if not isinstance(snn, ConvertedNetwork):
+        raise TypeError(f"snn must be a converted network, got {type(snn).__name__}")
+    if not (generator is None or isinstance(generator, torch.Generator)):
+        raise TypeError(
+            f"generator must be a torch.Generator or None, got {type(generator).__name__}"
+        )
     if per not in PER:
         raise ValueError(f"per={per!r} is not known; allowed: {', '.join(map(repr, PER))}")
     drawn = isinstance(snn.prefix, fx.GraphModule)

@@ -73,6 +73,9 @@ def answer_of(
                     f"it runs on {len(batch)} inputs, so it assumes its batch size. Write "
                     "view(x.shape[0], ...), or flatten(1), in its forward"
                 )
+        devices = sorted({str(t.device) for t in (*ann.parameters(), *ann.buffers())})
+        if len(devices) > 1:
+            why = f"ann has tensors on {' and '.join(devices)}: move all of it, ann.to(device)"
         raise ConversionError(
             f"the network itself fails on inputs of shape {tuple(sample.shape)}, {sample.dtype}, "
             f"from the loader's first item: {type(error).__name__}: {error}; {why}"

@@ -100,13 +100,16 @@ def evaluate(
             f"steps={steps!r} is for converted networks; {type(network).__name__} has no "
             "predict_curve: leave it out"
         )
-    ends: list[Any] = [None] if curve is None else sorted({*(steps or [network.T])})  # type: ignore
-    if not ends:
+    if steps is not None and not (steps := list(steps)):
         raise ValueError("steps is empty: give at least one number of steps")
+    ends: list[Any] = [None] if curve is None else sorted({*(steps or [network.T])})  # type: ignore
     if device is None:
         found = next((t.device for t in (*network.parameters(), *network.buffers())), None)
     else:
-        found = torch.device(device)
+        try:
+            found = torch.device(device)
+        except RuntimeError as error:
+            raise ValueError(f"device={device!r} is unknown; it must be one of torch's") from error
     counts = torch.zeros(len(ends) + 1, dtype=torch.int64)
 
     def work(i: int, batch: _Pair) -> None:

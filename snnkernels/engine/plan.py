@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..conversion.inputs import Inputs, as_given, each, leaves, parts_of
-from ..conversion.network import ConvertedNetwork, _steps
+from ..conversion.network import ConvertedNetwork, _ends, _steps
 from ..conversion.spiking import SpikingActivation
 from ..conversion.steps import CAUSAL
 from ..kernels.spike_maps import TIMES
@@ -258,10 +258,9 @@ class Plan(nn.Module):
 
         Raises:
             ValueError: ``steps`` is empty, or one is not a whole number of at least 1.
+            TypeError: ``steps`` is no iterable of numbers.
         """
-        ends = sorted({_steps(T) for T in steps})
-        if not ends:
-            raise ValueError("steps is empty: predict_curve needs at least one number of steps")
+        ends = _ends(steps)
         if self._as_it_is():
             with torch.no_grad():
                 return self.snn.predict_curve(x, ends)
@@ -284,7 +283,7 @@ class Plan(nn.Module):
         if self.why_not():
             return Explanation(self.why_not(), {}, [], 0, 0)
         if inputs or named:
-            one = len(inputs) == 1 and isinstance(inputs[0], (Tensor, Inputs))
+            one = len(inputs) == 1 and not named and isinstance(inputs[0], (Tensor, Inputs))
             x = self.snn._ports.bind(inputs[0] if one else Inputs(inputs, named))
             with self._lock, torch.no_grad():
                 built = self._plan(x)
@@ -309,9 +308,11 @@ class Plan(nn.Module):
             T: number of steps (default: those of the conversion).
 
         Raises:
-            ValueError: there was no call yet; T < 1 or not a whole number.
+            ValueError: there was no call yet; T or batch < 1 or not a whole number.
         """
         T = self.T if T is None else _steps(T)
+        if type(batch) is not int or batch < 1:
+            raise ValueError(f"batch={batch!r} must be a whole number of at least 1")
         if not self._built:
             raise ValueError("peak_memory needs a call first: the plan depends on the inputs")
         built = next(reversed(self._built.values()))

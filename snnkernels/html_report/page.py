@@ -48,11 +48,17 @@ def to_html(
         The page.
 
     Raises:
-        TypeError: ``report`` is no report of a conversion.
+        TypeError: ``report`` is no report of a conversion; ``path`` is no path; ``accuracy`` or
+            ``ann`` holds what is no number.
         OSError: ``path`` cannot be written.
     """
     if not isinstance(report, Report):
         raise TypeError(f"report must be a Report (snn.report), got {type(report).__name__}")
+    for name, value in (("ann", ann), *((f"accuracy[{T!r}]", a) for T, a in (accuracy or {}).items())):
+        if value is not None and not isinstance(value, (int, float)):
+            raise TypeError(f"{name}={value!r} must be a fraction, a number")
+    if path is not None and not isinstance(path, (str, PathLike)):
+        raise TypeError(f"path={path!r} must be the path of a file, or None")
     sections = [
         _summary(report, accuracy, ann, operations),
         _advice(report),

@@ -7,6 +7,7 @@ the folder is what it was; killed after it, the new save is read from both place
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -37,6 +38,7 @@ def put(folder: Path, write: Mapping[str, Callable[[Path], object]]) -> None:
     Raises:
         OSError: the folder cannot be written; what was there is still there.
     """
+    new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     _finish(folder)
     partial, complete = folder / _PARTIAL, folder / _COMPLETE
@@ -51,6 +53,9 @@ def put(folder: Path, write: Mapping[str, Callable[[Path], object]]) -> None:
         os.replace(partial, complete)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
+        if new:
+            with contextlib.suppress(OSError):  # somebody else has put something into it
+                folder.rmdir()
         raise
     _sync(folder)
     _finish(folder)

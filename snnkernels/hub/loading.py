@@ -65,7 +65,10 @@ def load_pretrained(
         ImportError: safetensors, or for the hub huggingface_hub, is not installed.
     """
     folder = _folder(name, revision, token, cache_dir)
-    target = torch.device("cpu" if device is None else device)
+    try:
+        target = torch.device("cpu" if device is None else device)
+    except RuntimeError as error:
+        raise ValueError(f"device={device!r} is unknown; it must be one of torch's") from error
     safetensors = safetensors_package()
     config_path = files.find(folder, CONFIG)
     config = Checked(files.load_json(config_path), str(config_path))

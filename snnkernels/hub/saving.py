@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -51,13 +52,15 @@ def save_pretrained(snn: ConvertedNetwork, folder: str | Path) -> Path:
     Raises:
         ConversionError: something in the network is code of yours, which could not be loaded
             without it; names it.
-        TypeError: ``snn`` is not a converted network, or ``snn.metadata`` is not plain JSON.
+        TypeError: ``folder`` is no path, ``snn`` is not a converted network, or ``snn.metadata`` is not plain JSON.
         ImportError: safetensors is not installed.
         OSError: the folder cannot be written.
     """
     _check_savable(snn)
     safetensors = safetensors_package()
     config, graph, tensors = _described(snn)
+    if not isinstance(folder, (str, os.PathLike)):
+        raise TypeError(f"folder must be a path, got {type(folder).__name__}")
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"folder={str(folder)!r} is a file: give a folder")

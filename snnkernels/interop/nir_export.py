@@ -18,6 +18,7 @@ from ..conversion.ops import MAX_POOL_MODULES, MAX_POOLS
 from ..conversion.pools import CumulativeMaxPool
 from ..conversion.spiking import CountSpikes, Repeat, SpikingActivation
 from ..conversion.steps import CAUSAL
+from ..monitors import unwatched
 from .nir_graph import Graph, Value, fail, nir_package
 from .rates import not_plain
 
@@ -41,7 +42,8 @@ def to_nir(snn: ConvertedNetwork, example: Tensor, *, fold_thresholds: bool = Tr
     ``v_init`` (in units of the threshold in the node) and ``T``. Sums are several edges into a
     node. :func:`from_nir` reads it back: with ``fold_thresholds=False``, or where thresholds are
     powers of two or were folded by ``convert(normalize="weights")``, the same spikes bit for bit;
-    else up to the rounding of the folded weights.
+    else up to the rounding of the folded weights. Networks in float16 or bfloat16 come back in
+    float32, whose currents are rounded less: their spikes may differ.
 
     Args:
         snn: of :func:`snnkernels.convert`, its neurons plain (opi, qcfs, light, ltb, ...).
@@ -63,7 +65,8 @@ def to_nir(snn: ConvertedNetwork, example: Tensor, *, fold_thresholds: bool = Tr
         raise TypeError(f"example must be a tensor [B, *], got {type(example).__name__}")
     _refuse_methods(snn)
     graph = Graph(nir, fold_thresholds, snn.T)
-    answer = _read(snn, example, graph)
+    with unwatched(snn):
+        answer = _read(snn, example, graph)
     names = graph.emit(answer, None)
     graph.add("output", nir.Output(output_type={"output": np.array(answer.shape)}), names)
     warnings.warn(WARNING, stacklevel=2)

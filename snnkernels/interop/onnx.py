@@ -64,6 +64,9 @@ def to_onnx(
         raise ImportError(
             f"to_onnx needs {error.name or 'onnx'}: pip install 'snnkernels[onnx]'"
         ) from error
+    newest = onnx.defs.onnx_opset_version()
+    if opset_version is not None and not 1 <= opset_version <= newest:
+        raise ValueError(f"opset_version={opset_version!r} must be within 1..{newest}")
     path = Path(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"path={str(path)!r}: there is no folder {path.parent}")
@@ -87,6 +90,7 @@ def to_onnx(
             raise ConversionError(
                 f"torch.onnx cannot write this network: {type(error).__name__}: {error}"
             ) from error
+        _check_opset(onnx, part, opset_version)
         _name_batch(onnx, part, "batch" if dynamic_batch else None)
         with open(part, "rb") as file:
             os.fsync(file.fileno())
@@ -95,6 +99,16 @@ def to_onnx(
         if os.path.exists(part):
             os.unlink(part)
     return path
+
+
+def _check_opset(onnx: Any, path: str, wanted: int | None) -> None:
+    """The exporter keeps its own version, and only logs it, where it cannot convert the file."""
+    found = {i.domain: i.version for i in onnx.load(path).opset_import}.get("")
+    if wanted is not None and found != wanted:
+        raise ValueError(
+            f"opset_version={wanted}: torch.onnx can write this network in version {found} only; "
+            "use that, or leave opset_version out"
+        )
 
 
 def _name_batch(onnx: Any, path: str, name: str | None) -> None:

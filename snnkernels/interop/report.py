@@ -8,6 +8,8 @@ from typing import Any
 
 __all__ = ["PatchReport", "PatchedModule"]
 
+_STATUSES = ("fused", "refused", "already")
+
 
 @dataclass(frozen=True)
 class PatchedModule:
@@ -42,7 +44,10 @@ class PatchReport:
     modules: list[PatchedModule] = field(default_factory=list)
 
     def of(self, status: str) -> list[PatchedModule]:
-        """The lines of a status."""
+        """The lines of a status; another than those above is a ValueError."""
+        if status not in _STATUSES:
+            allowed = ", ".join(map(repr, _STATUSES))
+            raise ValueError(f"status={status!r} is unknown; allowed are {allowed}")
         return [line for line in self.modules if line.status == status]
 
     @property

@@ -73,7 +73,8 @@ def over_time(snn: ConvertedNetwork, x_seq: Tensor) -> Tensor:
             f"as 'opi'; this is {snn.report.method!r} with inputs {', '.join(snn.inputs)}"
         )
     if not isinstance(x_seq, Tensor) or x_seq.dim() < 2 or len(x_seq) == 0:
-        raise ValueError("x_seq must be a tensor [T, B, *] with T of at least 1")
+        got = tuple(x_seq.shape) if isinstance(x_seq, Tensor) else type(x_seq).__name__
+        raise ValueError(f"x_seq must be a tensor [T, B, *] with T of at least 1, got {got}")
     T = len(x_seq)
     snn.reset()
     try:

@@ -71,7 +71,7 @@ def patched(*libraries: str) -> Iterator[None]:
         ImportError: the library is not installed.
     """
     if not libraries:
-        raise ValueError("patched() names no library; for example patched('spikingjelly')")
+        raise ValueError("patched() names no library; it must name one, such as patched('spikingjelly')")
     with ExitStack() as stack:
         for adapter in [adapter_of(name) for name in libraries]:
             stack.enter_context(adapter.hook())

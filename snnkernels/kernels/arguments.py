@@ -22,6 +22,7 @@ SAVES = ("recompute", "trace", "bits")
 _WORK = 10_000
 # Of a step: float32 counts no further.
 MOST_SPIKES = 2**24
+MOST_STEPS = 2**31 - 1
 # Between these every number is positive and finite in float32 as well.
 _SMALLEST, _LARGEST = 1.2e-38, 3.4e38
 
@@ -47,13 +48,13 @@ NO_OPTIONS = Options()
 def steps_and_shape(x: Any, T: Any) -> tuple[int, Size]:
     """The number of steps and the neurons' shape of a current; checks both arguments."""
     if not isinstance(x, Tensor):
-        raise TypeError(f"x_seq must be a torch.Tensor, got {type(x).__name__}")
+        raise no_current("x_seq", x)
     if type(x) is not Tensor:
         operands.check_local("x_seq", x)
     if x.dtype not in FLOATS:
-        raise TypeError(
-            f"x_seq has dtype {x.dtype}; allowed are float32, float64, float16 and bfloat16"
-        )
+        raise no_current("x_seq", x)
+    if x.layout is not torch.strided:
+        raise TypeError(f"x_seq has layout {x.layout}; allowed is torch.strided (x_seq.to_dense())")
     if T is None:
         if x.dim() == 0:
             raise ValueError("x_seq has no dimensions; it is [T, *shape], or [*shape] with T=n")
@@ -62,12 +63,22 @@ def steps_and_shape(x: Any, T: Any) -> tuple[int, Size]:
     return T, x.shape
 
 
+def no_current(name: str, x: Any) -> TypeError:
+    """The error of a current that is no tensor, or of a dtype that is not offered."""
+    if not isinstance(x, Tensor):
+        return TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    allowed = "float32, float64, float16 and bfloat16"
+    return TypeError(f"{name} has dtype {x.dtype}; allowed are {allowed}")
+
+
 def check_steps(T: Any) -> None:
     """Raises unless ``T`` is a number of steps."""
     if not isinstance(T, (int, torch.SymInt)) or isinstance(T, bool):
         raise TypeError(f"T={T!r} must be an int")
     if T < 1:
         raise ValueError(f"T={T} must be at least 1")
+    if type(T) is int and T > MOST_STEPS:
+        raise ValueError(f"T={T} must be at most {MOST_STEPS}: spikes are counted in 32 bits")
 
 
 def neuron(
@@ -235,7 +246,8 @@ def _with_more_options(given: Neuron, x: Tensor, steps: int, shape: Size, more: 
         fields["v_min"] = v_min
     if more.mask is not None:
         if not isinstance(more.mask, Tensor) or more.mask.dtype not in (torch.bool, torch.uint8):
-            raise TypeError("mask must be a tensor of torch.bool or torch.uint8")
+            kind = more.mask.dtype if isinstance(more.mask, Tensor) else type(more.mask).__name__
+            raise TypeError(f"mask must be a tensor of torch.bool or torch.uint8, got {kind}")
         if more.mask.device != x.device:
             raise ValueError(f"mask is on {more.mask.device} but x_seq is on {x.device}")
         fields["mask"] = operands.for_broadcast("mask", more.mask, shape, None)

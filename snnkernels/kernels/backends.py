@@ -337,7 +337,7 @@ def set_backend(name: str) -> None:
     """
     global _forced
     if name not in NAMES and name not in _MAKERS:
-        raise ValueError(f"back end {name!r} is unknown; allowed are {', '.join(map(repr, NAMES))}")
+        raise ValueError(f"name={name!r} is no back end; allowed are {', '.join(map(repr, NAMES))}")
     for other in [n for n, made in _made.items() if isinstance(made, Missing)]:
         del _made[other]  # what was missing may have been installed since
     if name in _MAKERS:

@@ -26,8 +26,8 @@ def for_broadcast(name: str, value: Tensor, shape: Size, channel_dim: int | None
         dims = len(shape)
         if not -dims <= channel_dim < dims:
             raise ValueError(
-                f"channel_dim={channel_dim} is out of range for neurons of shape {tuple(shape)}; "
-                "it counts without the time dimension"
+                f"channel_dim={channel_dim} is out of range for neurons of shape {tuple(shape)}; it "
+                f"must be within {-dims}..{dims - 1}: it counts without the time dimension"
             )
         channel_dim %= dims
         if value.shape[0] != shape[channel_dim]:
@@ -125,7 +125,7 @@ def number(name: str, value: Any) -> float:
         )
     value = float(value)
     if math.isnan(value):
-        raise ValueError(f"{name} is NaN")
+        raise ValueError(f"{name} is NaN; it must be a number")
     return value
 
 

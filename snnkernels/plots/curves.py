@@ -34,6 +34,7 @@ def accuracy_curve(
 
     Raises:
         ValueError: lengths differ, or ``ts`` is empty or holds less than 1.
+        TypeError: ``ann`` is no number.
         ImportError: matplotlib is not installed.
     """
     curves = dict(acc) if isinstance(acc, Mapping) else {"": acc}
@@ -42,9 +43,12 @@ def accuracy_curve(
         raise ValueError(f"ts must hold numbers of steps of at least 1, got {list(ts)}")
     for label, values in curves.items():
         if len(values) != len(steps):
+            name = f"acc[{label!r}]" if label else "acc"
             raise ValueError(
-                f"{label or 'acc'} has {len(values)} values for {len(steps)} numbers of steps"
+                f"{name} has {len(values)} values, ts has {len(steps)}: there must be as many"
             )
+    if ann is not None and not isinstance(ann, (int, float)):
+        raise TypeError(f"ann={ann!r} must be a number, the accuracy of the ANN, or None")
     ax = axes_of(ax, (5.2, 3.6))
     if ann is not None:
         ax.axhline(
@@ -111,8 +115,11 @@ def accuracy_energy(
     Raises:
         ValueError: labels or lengths differ, there is nothing to draw, or an energy is not
             positive.
+        TypeError: ``ann`` is no pair.
         ImportError: matplotlib is not installed.
     """
+    if ann is not None and not (isinstance(ann, Sequence) and len(ann) == 2):
+        raise TypeError(f"ann={ann!r} must be (energy, accuracy) of the ANN, or None")
     energies = dict(energy) if isinstance(energy, Mapping) else {"": energy}
     accuracies = dict(acc) if isinstance(acc, Mapping) else {"": acc}
     if not energies or list(energies) != list(accuracies):

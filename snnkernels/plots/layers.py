@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .spikes import _array
-from .style import COLOURS, GREY, INK, LINES, PARTS, axes_of, clean, shortened
+from .style import COLOURS, GREY, INK, LINES, PARTS, axes_of, check_report, clean, shortened
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -94,9 +94,11 @@ def correlations(report: Report, *, ax: Axes | None = None) -> Axes:
         The axes.
 
     Raises:
+        TypeError: ``report`` is no report.
         ValueError: the report has no sample of activations.
         ImportError: matplotlib is not installed.
     """
+    check_report(report)
     rows = [(row.name, row.points) for row in report.rows if row.points is not None]
     if not rows:
         raise ValueError("the report has no sample of activations: convert with a loader")
@@ -133,9 +135,11 @@ def error_sources(report: Report, *, ax: Axes | None = None) -> Axes:
         The axes.
 
     Raises:
+        TypeError: ``report`` is no report.
         ValueError: the report has no errors of layers.
         ImportError: matplotlib is not installed.
     """
+    check_report(report)
     rows = [row for row in report.rows if row.error is not None and row.clipping is not None]
     if not rows:
         raise ValueError(

@@ -101,14 +101,16 @@ def membrane(
             f"{tuple(lines.shape)}: choose some"
         )
     steps, neurons = lines.shape
-    fired = None if spikes is None else _array(spikes).reshape(steps, -1) != 0
-    if fired is not None and fired.shape != lines.shape:
-        raise ValueError(f"spikes have shape {fired.shape}, v has {lines.shape}")
+    fired = None if spikes is None else _array(spikes) != 0
+    if fired is not None:
+        if fired.size != lines.size or fired.shape[:1] != (steps,):
+            raise ValueError(f"spikes has shape {fired.shape}; it must have that of v, {lines.shape}")
+        fired = fired.reshape(lines.shape)
     if labels is not None and len(labels) != neurons:
         raise ValueError(f"labels={labels!r} must have {neurons} names")
     theta = None if threshold is None else _array(threshold).reshape(-1)
     if theta is not None and theta.size not in (1, neurons):
-        raise ValueError(f"threshold has {theta.size} values for {neurons} neurons")
+        raise ValueError(f"threshold has {theta.size} values; v takes one, or {neurons}")
     ax = axes_of(ax, (6.4, 3.2))
     t = np.arange(1, steps + 1)
     if theta is not None:

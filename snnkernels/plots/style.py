@@ -43,6 +43,12 @@ def shortened(name: str, most: int = 28) -> str:
     return f"{name[: most - 1 - tail]}…{name[-tail:]}"
 
 
+def check_report(report: Any) -> None:
+    """Raise TypeError unless it is the report of a conversion."""
+    if not hasattr(report, "rows"):
+        raise TypeError(f"report must be a Report (snn.report), got {type(report).__name__}")
+
+
 def axes_of(ax: Axes | None, size: tuple[float, float]) -> Any:
     """``ax``, or that of a new figure of ``size`` inches."""
     if ax is not None:

@@ -66,8 +66,8 @@ _CLASSES: tuple[type[Method], ...] = (
 METHODS: dict[str, type[Method]] = {m.name: m for m in _CLASSES}
 
 
-def find_method(method: Any) -> Method:
-    """The method called ``method``, or ``method`` itself.
+def find_method(method: Any, argument: str = "method") -> Method:
+    """The method called ``method``, or ``method`` itself; errors call it ``argument``.
 
     Raises:
         ValueError: no such method; lists those there are.
@@ -77,9 +77,9 @@ def find_method(method: Any) -> Method:
         return method
     if not isinstance(method, str):
         raise TypeError(
-            "method must be a name or an object of snnkernels.conversion.methods such as "
+            f"{argument} must be a name or an object of snnkernels.conversion.methods such as "
             f"SRP(probe=8), got {method!r}"
         )
     if method not in METHODS:
-        raise ValueError(f"method={method!r} is not known; allowed: {', '.join(METHODS)}")
+        raise ValueError(f"{argument}={method!r} is not known; allowed: {', '.join(METHODS)}")
     return METHODS[method]()

@@ -41,7 +41,7 @@ class _Calibrated(Method):
     def __post_init__(self) -> None:
         from . import find_method
 
-        base = find_method(self.base)
+        base = find_method(self.base, "base")
         if isinstance(base, _Calibrated):
             raise ValueError(
                 f"{self.name}: base={base} is a calibration itself; calibrate once, on top of the "
