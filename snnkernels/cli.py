@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack, redirect_stdout
-from typing import Any
+from typing import Any, NoReturn
 
 from .commands import bench, convert, demo, evaluate, explain, info, plot, sweep
 from .commands.output import markdown_table, plain, print_table, progress_bar
@@ -17,9 +17,10 @@ __all__ = ["main", "markdown_table", "print_table", "progress_bar"]
 
 _CODES = """exit codes:
   0    done
-  1    an error, told in one line on stderr (with --json as a document on stdout, too)
+  1    an error, told in one line on stderr
   2    wrong arguments
   130  interrupted
+With --json every error is a JSON document on stdout, too.
 
 snnkernels COMMAND --help shows a command's options and examples."""
 
@@ -29,10 +30,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     0: done; 1: an error, told in one line on stderr; 2: wrong arguments (raised as
     :class:`SystemExit` by argparse); 130: interrupted. With ``--json`` stdout is one JSON document,
-    ``{"error": {"type": ..., "message": ...}}`` after an error.
+    ``{"error": {"type": ..., "message": ...}}`` after any of these errors.
     """
     given = sys.argv[1:] if argv is None else list(argv)
-    args = _parser().parse_args(given)
+    parser = _parser()
+    try:
+        args = parser.parse_args(given)
+    except SystemExit as end:
+        if end.code == 2 and "--json" in given:
+            _print_error("ArgumentError", _Parser.said)
+        raise
     args.argv = given
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -49,6 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
+        if args.json:
+            _print_error("KeyboardInterrupt", "interrupted")
         return 130
     except BrokenPipeError:
         # The reader has gone (| head): nobody to tell, and no traceback at exit either.
@@ -60,19 +69,37 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = " ".join(str(e).split())
         print(f"snnkernels {args.command}: {type(e).__name__}: {message}", file=sys.stderr)
         if args.json:
-            _print_json({"error": {"type": type(e).__name__, "message": message}})
+            _print_error(type(e).__name__, message)
         return 1
+    except Exception as e:  # a defect: with its traceback
+        if args.json:
+            _print_error(type(e).__name__, " ".join(str(e).split()))
+        raise
     return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    """Keeps what was wrong with the arguments, for the JSON document."""
+
+    said = ""
+
+    def error(self, message: str) -> NoReturn:
+        _Parser.said = message
+        super().error(message)
+
+
+def _print_error(kind: str, message: str) -> None:
+    _print_json({"error": {"type": kind, "message": message}})
 
 
 def _print_json(document: Any) -> None:
     print(json.dumps(plain(document), indent=2, allow_nan=False))
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> _Parser:
     from . import __version__
 
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="snnkernels",
         description="Spiking networks from trained ANNs, on fused kernels.",
         epilog=_CODES,

@@ -9,7 +9,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["check_new_folder", "new_folder", "unwritten", "write_bytes", "write_text"]
+__all__ = [
+    "check_new_folder",
+    "new_folder",
+    "unwritten",
+    "usual_mode",
+    "write_bytes",
+    "write_text",
+]
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -48,7 +55,7 @@ def _write(target: Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(name, 0o666 & ~_umask())  # mkstemp's are for the owner alone
+        usual_mode(name)  # mkstemp's are for the owner alone
         os.replace(name, target)
     except BaseException:
         Path(name).unlink(missing_ok=True)
@@ -78,6 +85,7 @@ def new_folder(path: str | os.PathLike[str], *, force: bool = False) -> Iterator
         new.chmod(0o777 & ~_umask())
         for file in new.rglob("*"):
             if file.is_file():
+                usual_mode(file)
                 with file.open("rb") as stream:
                     os.fsync(stream.fileno())
         if target.exists():
@@ -104,6 +112,15 @@ def check_new_folder(path: Path, *, force: bool) -> None:
         raise ValueError(f"{path} is not a folder: --force replaces folders only")
     if Path.cwd().resolve().is_relative_to(path.resolve()):
         raise ValueError(f"{path} is the current folder or holds it: --force does not replace it")
+
+
+def usual_mode(path: str | os.PathLike[str]) -> None:
+    """Give a file the permissions of one that ``open`` makes.
+
+    Temporary files, and those that safetensors writes, are for their owner alone: a colleague could
+    not read them.
+    """
+    os.chmod(path, 0o666 & ~_umask())
 
 
 def _umask() -> int:

@@ -88,7 +88,7 @@ class ImageFolder(Dataset[tuple[Tensor, Tensor]]):
             found = [found[i * len(found) // limit] for i in range(limit)]
         self.paths = [p for p, _ in found]
         self.labels = torch.tensor([label for _, label in found], dtype=torch.int64)
-        self.name = f"images of {self.root.name}" + (f"/{self.split}" if self.split else "")
+        self.name = self.root.name + (f"/{self.split}" if self.split else "")
         self._shift = torch.tensor(self.mean).view(-1, 1, 1)
         self._scale = torch.tensor(self.std).view(-1, 1, 1)
 

@@ -1,9 +1,11 @@
-"""Neurons that SpikingJelly takes for its own, where it is loaded.
+"""Modules that SpikingJelly takes for its own, where it is loaded.
 
 Its helpers look at classes: ``ann2snn`` converts only what is a ``StepModule``, ``reset_net`` and
-``set_step_mode`` complain about what is no ``MemoryModule``. A neuron that is made while
+``set_step_mode`` complain about what is no ``MemoryModule``. A compat node that is made while
 SpikingJelly is loaded is therefore of a class that derives from that one too. It behaves as it
-always does; nothing is imported; pickles name the plain class and load anywhere.
+always does; nothing is imported; pickles name the plain class and load anywhere. Only modules that
+are there for SpikingJelly's users do this: the classes of all others are what they are, whatever
+else is imported.
 """
 
 from __future__ import annotations
@@ -14,13 +16,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["join"]
+__all__ = ["Between", "join"]
 
 _BASE = "spikingjelly.activation_based.base"
 _made: dict[tuple[type, type], type] = {}
 
 
-class _Between:
+class Between:
     """Stands before SpikingJelly's class in the order of methods."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
@@ -29,7 +31,7 @@ class _Between:
 
 
 def join(node: nn.Module) -> None:
-    """Makes a node that is being made an instance of SpikingJelly's ``MemoryModule`` too.
+    """Makes a module that is being made an instance of SpikingJelly's ``MemoryModule`` too.
 
     Only where SpikingJelly is loaded. To be called first of all in ``__init__``.
     """
@@ -46,7 +48,7 @@ def join(node: nn.Module) -> None:
         names = ("__module__", "__qualname__", "__doc__")
         body = {name: getattr(cls, name) for name in names}
         body["__reduce_ex__"] = __reduce_ex__
-        _made[cls, theirs] = type(cls.__name__, (cls, _Between, theirs), body)
+        _made[cls, theirs] = type(cls.__name__, (cls, Between, theirs), body)
     object.__setattr__(node, "__class__", _made[cls, theirs])
 
 

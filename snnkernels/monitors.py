@@ -16,6 +16,7 @@ import copy
 import operator
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 from weakref import WeakKeyDictionary
@@ -36,18 +37,70 @@ _WORD = 32
 _WANTED: WeakKeyDictionary[IFNode, dict[str, tuple[int, bool]]] = WeakKeyDictionary()
 
 
-class _Hook:
-    """A method of a monitor as a hook. In copies of the network it does nothing."""
+def flags_before(node: IFNode) -> dict[str, bool]:
+    """What a node is to store when nobody watches it, of what monitors made it store."""
+    return {flag: before for flag, (_, before) in _WANTED.get(node, {}).items()}
 
-    def __init__(self, monitor: _Monitor[Any] | None, method: str, layer: str) -> None:
-        self.monitor, self.method, self.layer = monitor, method, layer
+
+@contextmanager
+def unwatched(net: nn.Module) -> Iterator[None]:
+    """Inside this context no monitor sees the neurons of ``net``, and they store nothing for one.
+
+    For calls that are not the user's: tracers run a network on tensors without numbers.
+    """
+    before: list[tuple[IFNode, dict[str, bool], list[tuple[Any, dict[int, Any]]]]] = []
+    for node in net.modules():
+        if isinstance(node, IFNode) and _WANTED.get(node):
+            hooks: list[Any] = [node._forward_pre_hooks, node._forward_hooks]
+            flags = {flag: bool(getattr(node, flag)) for flag in _WANTED[node]}
+            before.append((node, flags, [(held, dict(held)) for held in hooks]))
+            for flag, value in flags_before(node).items():
+                setattr(node, flag, value)
+            for held in hooks:
+                for key in [key for key, hook in held.items() if isinstance(hook, _Hook)]:
+                    del held[key]
+    try:
+        yield
+    finally:
+        for node, flags, kept in before:
+            for flag, value in flags.items():
+                setattr(node, flag, value)
+            for held, entries in kept:
+                held.clear()
+                held.update(entries)
+
+
+class _Hook:
+    """A method of a monitor as a hook; in copies of the network, which store nothing, none."""
+
+    def __init__(
+        self,
+        monitor: _Monitor[Any] | None,
+        method: str,
+        layer: str,
+        before: dict[str, bool] | None = None,
+    ) -> None:
+        self.monitor, self.method, self.layer, self.before = monitor, method, layer, before
 
     def __call__(self, node: IFNode, *call: Any) -> None:
         if self.monitor is not None:
             getattr(self.monitor, self.method)(self.layer, node, *call)
+        elif self.before:
+            _store(node, self.before)
+            self.before = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _Hook, (None, self.method, self.layer)
+        before = self.before
+        if self.monitor is not None and self.method == "_before":
+            before = flags_before(self.monitor._nodes[self.layer])
+        return _Hook, (None, self.method, self.layer, before)
+
+
+def _store(node: IFNode, flags: dict[str, bool]) -> None:
+    for flag, value in flags.items():
+        setattr(node, flag, value)
+        if not value:
+            setattr(node, flag.removeprefix("store_"), None)
 
 
 class _Records(Mapping[str, Any]):

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from . import surrogate as _surrogate
-from .joined import join
 from .kernels import arguments, call, operands
 from .kernels.arguments import NO_OPTIONS, Options
 from .kernels.spec import SPIKES, Asked
@@ -138,7 +137,6 @@ class IFNode(nn.Module):
         probe: Probe | None = None,
         parallel: bool = False,
     ) -> None:
-        join(self)
         super().__init__()
         if output not in _OUTPUTS:
             raise ValueError(f"output={output!r} is unknown; allowed are {', '.join(_OUTPUTS)}")

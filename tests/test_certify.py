@@ -474,3 +474,19 @@ def test_steps_are_checked(T: object) -> None:
     x = images(2)
     with pytest.raises(ValueError, match="T must be"):
         convert(convnet(), x, T=4).certify(x, T)  # type: ignore[arg-type]
+
+
+def test_an_answer_without_classes_is_refused() -> None:
+    """Found by test_fuzz_networks.py: it was an IndexError."""
+
+    class Empty(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.relu = nn.ReLU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.relu(x)[:, :0]
+
+    snn = convert(Empty().eval(), torch.rand(4, 3), T=2, threshold="max", progress=False)
+    with pytest.raises(ConversionError, match=r"answer has shape \(4, 0\)"):
+        snn.certify(torch.rand(4, 3))

@@ -164,7 +164,17 @@ def test_wrong_arguments_exit_with_2(argv: list[str], capsys: pytest.CaptureFixt
     with pytest.raises(SystemExit) as error:
         cli.main(argv)
     assert error.value.code == 2
-    assert "usage: snnkernels" in capsys.readouterr().err
+    out, err = capsys.readouterr()
+    assert "usage: snnkernels" in err
+    assert out == ""
+    # A script gets its one document here as well.
+    with pytest.raises(SystemExit) as error:
+        cli.main([*argv, "--json"])
+    assert error.value.code == 2
+    out, err = capsys.readouterr()
+    found = json.loads(out)["error"]
+    assert found["type"] == "ArgumentError"
+    assert f"error: {found['message']}\n" in err
 
 
 @pytest.mark.parametrize(
@@ -172,7 +182,7 @@ def test_wrong_arguments_exit_with_2(argv: list[str], capsys: pytest.CaptureFixt
     [
         (ValueError("the reason"), 1, "snnkernels info: ValueError: the reason\n"),
         (ImportError("pip install it"), 1, "snnkernels info: ImportError: pip install it\n"),
-        (KeyboardInterrupt(), 130, "\ninterrupted\n"),
+        (KeyboardInterrupt("interrupted"), 130, "\ninterrupted\n"),
     ],
 )
 def test_errors_become_exit_codes(monkeypatch, capsys, error, code, said) -> None:
@@ -185,10 +195,21 @@ def test_errors_become_exit_codes(monkeypatch, capsys, error, code, said) -> Non
     if code == 1:
         with pytest.raises(type(error)):
             cli.main(["--traceback", "info"])
-        assert cli.main(["info", "--json"]) == 1
-        out, err = capsys.readouterr()
-        assert err == said
-        assert json.loads(out) == {"error": {"type": type(error).__name__, "message": str(error)}}
+    assert cli.main(["info", "--json"]) == code
+    out, err = capsys.readouterr()
+    assert err == said
+    assert json.loads(out) == {"error": {"type": type(error).__name__, "message": str(error)}}
+
+
+def test_a_defect_is_a_document_and_a_traceback(monkeypatch, capsys) -> None:
+    def fail(args: object) -> None:
+        raise ZeroDivisionError("of ours")
+
+    monkeypatch.setattr(info, "_info", fail)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["info", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert found == {"error": {"type": "ZeroDivisionError", "message": "of ours"}}
 
 
 def test_info(capsys: pytest.CaptureFixture[str]) -> None:

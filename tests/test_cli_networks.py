@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,13 @@ def test_convert_writes_a_folder_that_runs_without_the_code(here: Path, capsys: 
     assert "build as a spiking network" in html
     assert "srp(probe=2)" in html
     assert (here / "snn" / "report.md").read_text().startswith("# build as a spiking network")
+    # The card is that of the folder, and everybody may read what a colleague gets.
+    card = (here / "snn" / "README.md").read_text()
+    assert "\n# snn\n" in card
+    assert 'snnkernels.load_pretrained("snn")' in card
+    usual = here / "usual"
+    usual.write_text("")
+    assert {p.stat().st_mode for p in (here / "snn").iterdir()} == {usual.stat().st_mode}
     # What the folder gives is what convert made, and the command that is printed runs.
     code = (
         "import sys, torch, snnkernels\n"
@@ -187,6 +195,15 @@ def test_nothing_stays_of_a_conversion_that_fails(
     assert os.listdir(here / "deep") == []
 
 
+def test_a_missing_package_is_told_before_the_work(
+    here: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    monkeypatch.setattr(entries, "object_of", lambda entry: pytest.fail("ran"))
+    error = refused(capsys, "convert", "net.py:build", "--data", "net.py:data")
+    assert "pip install 'snnkernels[hub]'" in error
+
+
 def test_convert_without_data_where_thresholds_are_given(here: Path, capsys: Any) -> None:
     found = run(
         capsys, "convert", "net.py:network", "--threshold", "1.5", "--v-init", "0.25", "--T", "2"
@@ -226,6 +243,29 @@ def test_a_checkpoint_and_weights(here: Path, capsys: Any) -> None:
         for key, value in given.model.state_dict().items():
             assert torch.equal(value, net.state_dict()[key])
         assert len(given.about["sha256"]) == 64
+    error = refused(capsys, "convert", "w.safetensors", *argv)
+    assert "file.py:factory with --weights w.safetensors" in error
+
+
+def test_a_sweep_takes_entries(here: Path, capsys: Any) -> None:
+    argv = ("--data", "net.py:data", "--methods", "opi", "--T", "1", "2", "--no-plot")
+    found = run(capsys, "sweep", "net.py:build", *argv)
+    assert [(row["T"], row["trial"]) for row in found["rows"]] == [(1, "opi"), (2, "opi")]
+    name, digest = found["rows"][0]["network"].split()
+    assert name == "build"
+    assert len(digest) == 12
+    # Known again by its weights, whoever brings them; others are another network.
+    rows = Path("snnkernels_sweep/sweep.csv").read_text()
+    run(capsys, "sweep", "net.py:network", "net.py:build", *argv)
+    assert Path("snnkernels_sweep/sweep.csv").read_text().startswith(rows)
+    net = entries.object_of("net.py:build")()
+    torch.save({k: -v for k, v in net.state_dict().items()}, "w.pt")
+    other = run(capsys, "sweep", "net.py:build", "--weights", "w.pt", *argv)["rows"][0]["network"]
+    assert other.split()[0] == "build"
+    assert other.split()[1] != digest
+    assert "--weights=w.pt is for one entry, got 2" in refused(
+        capsys, "sweep", "net.py:build", "net.py:network", "--weights", "w.pt", *argv
+    )
 
 
 def test_errors_of_convert_name_argument_value_and_remedy(here: Path, capsys: Any) -> None:
@@ -414,6 +454,13 @@ def test_a_folder_does_not_choose_which_code_runs(
     for command in (("eval",), ("plot", "--kind", "rates")):
         error = refused(capsys, command[0], str(saved), *command[1:])
         assert "code is run only where it is asked for: --data " in error
+    about = json.loads((saved / "convert.json").read_text())
+    about["data"]["source"] = "photos"  # a folder that the colleague lacks is no code
+    copy = here / "copy"
+    shutil.copytree(saved, copy)
+    (copy / "convert.json").write_text(json.dumps(about))
+    error = refused(capsys, "eval", str(copy))
+    assert error.rstrip().endswith("converted with 'photos', which is no file or folder here")
 
 
 # --- explain, bench -------------------------------------------------------------------------
@@ -453,6 +500,9 @@ def test_bench_of_networks(saved: Path, capsys: Any) -> None:
     assert "medians of 1 calls, interleaved" in said
     assert "there are 30 images only" in refused(capsys, *argv[:-2], "--batch", "31")
     assert "--data is needed" in refused(capsys, "bench", f"{code}:build")
+    assert "--method=srp: a saved network has been converted" in refused(
+        capsys, "bench", str(saved), "--method", "srp"
+    )
 
 
 def test_bench_of_the_neuron(capsys: Any) -> None:

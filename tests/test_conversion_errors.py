@@ -190,3 +190,20 @@ def test_arguments(arguments: dict[str, Any], error: type[Exception], words: str
 def test_not_a_module() -> None:
     with pytest.raises(TypeError, match=r"ann must be a torch\.nn\.Module, got function"):
         convert(F.relu, X)  # type: ignore[arg-type]
+
+
+def test_activations_of_integers_are_refused() -> None:
+    """Found by test_fuzz_networks.py: a TypeError of the histogram, a KeyError of QCFS."""
+
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.relu = nn.ReLU()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.relu(x.argmax(1))
+
+    with pytest.raises(ConversionError, match=r"torch\.int64"):
+        convert(Positions().eval(), torch.rand(4, 3), T=2, progress=False)
+    with pytest.raises(TypeError, match=r"x has dtype torch\.int64"):
+        QCFS()(torch.ones(3, dtype=torch.int64))

@@ -106,6 +106,7 @@ def test_several_inputs() -> None:
     assert torch.equal(program.module()(x[:2], z[:2])["y"], snn(x[:2], z=z[:2])["y"])
 
 
+@pytest.mark.slow
 def test_saved_programs_run_in_another_process(
     snn: snnkernels.ConvertedNetwork, tmp_path: Path
 ) -> None:
@@ -177,3 +178,18 @@ def test_bad_arguments(snn: snnkernels.ConvertedNetwork) -> None:
     program = snn.export(X[:1], dynamic_batch=False)
     with torch.no_grad():
         assert torch.equal(program.module()(X[:1]), snn(X[:1]))
+
+
+@torch.no_grad()
+def test_monitors_do_not_see_an_export() -> None:
+    x = images(4, size=6)
+    ann = nn.Sequential(nn.Flatten(), nn.Linear(108, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+    snn = snnkernels.convert(ann, x, T=4, progress=False)
+    want = snn(x)
+    with snnkernels.SpikeMonitor(snn) as spikes, snnkernels.VoltageMonitor(snn) as voltages:
+        snn(x)
+        held = spikes.nbytes, voltages.nbytes
+        assert torch.equal(snn.export(x).module()(x), want)
+        assert (spikes.nbytes, voltages.nbytes) == held
+        snn(x)  # watched again
+        assert (spikes.nbytes, voltages.nbytes) == (2 * held[0], 2 * held[1])

@@ -248,7 +248,7 @@ def networks(draw: st.DrawFn) -> tuple[Random, Tensor, bool]:
         net.eval().building = False
         with torch.no_grad():
             net(x)
-    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError):
+    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, UserWarning):
         hypothesis.assume(False)  # no network at all
     return net, x, all(name in LEGAL for name in names)
 

@@ -125,6 +125,13 @@ def test_every_string_is_escaped() -> None:
     assert "∞" in text
 
 
+def test_names_of_nodes_keep_their_case() -> None:
+    report = Report("opi", 4, [], {"relu_1": [3]}, ["a larger T helps"])
+    words = "".join(Page(html_report.to_html(report)).words)
+    assert "\nrelu_1: " in words
+    assert "\nA larger T helps.\n" in words
+
+
 def test_without_data_there_are_no_empty_columns() -> None:
     ann = nn.Sequential(nn.Linear(2, 2), nn.ReLU()).eval()
     text = convert(ann, T=4, threshold=1.0, progress=False).report.to_html()

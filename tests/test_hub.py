@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import inspect
 import json
 import os
 import shutil
@@ -27,7 +28,7 @@ from snnkernels.conversion.activations_rates import RateNorm
 from snnkernels.conversion.errors import ConversionError
 from snnkernels.conversion.methods import DSR, STBIF, Advanced, BitSerial, Burst
 from snnkernels.conversion.stochastic import stochastic_prefix
-from snnkernels.hub import files, tables
+from snnkernels.hub import files, modules, tables
 
 optional("safetensors")
 
@@ -215,6 +216,58 @@ def test_everything_else_works_on_a_loaded_network(
     assert "library_name: snnkernels" in card
     assert f'load_pretrained("{tmp_path.name}")' in card
     assert "| node |" in card
+
+
+def test_the_same_network_gives_the_same_bytes(
+    snn: snnkernels.ConvertedNetwork, tmp_path: Path
+) -> None:
+    # Eight: an order that a hash table chooses shows in one of them.
+    saves = [snn.save_pretrained(tmp_path / str(i) / "net") for i in range(8)]
+    for name in ("graph.json", "model.safetensors", "config.json", "README.md"):
+        assert len({(folder / name).read_bytes() for folder in saves}) == 1, name
+
+
+def test_every_argument_of_a_neuron_is_saved_or_named() -> None:
+    for cls in (snnkernels.IFNode, snnkernels.LIFNode):
+        arguments = {*inspect.signature(snnkernels.IFNode).parameters}
+        if cls is snnkernels.LIFNode:
+            arguments |= {*inspect.signature(cls).parameters} - {"args", "kwargs"}
+        saved = {*modules._OPERANDS, *modules._OPTIONS, *modules._OTHERS}
+        assert arguments <= saved, f"{cls.__name__}: save these too: {arguments - saved}"
+        node = cls()
+        assert {*vars(node), *node._buffers, *node._parameters} <= modules._KNOWN
+
+
+def test_what_a_save_would_drop_is_refused(
+    snn: snnkernels.ConvertedNetwork, tmp_path: Path
+) -> None:
+    (_, layer), *_ = snn.neurons()
+    node = layer.node
+    node.refractory = 3
+    with pytest.raises(ConversionError, match=r"its IFNode has refractory, which"):
+        snn.save_pretrained(tmp_path)
+    del node.refractory
+    node.register_buffer("gain", torch.ones(1))
+    with pytest.raises(ConversionError, match="its IFNode has gain"):
+        snn.save_pretrained(tmp_path)
+    del node.gain
+
+    class Own(snnkernels.surrogate.ATan):
+        pass
+
+    node.surrogate_function = Own()
+    with pytest.raises(ConversionError, match="is a class of your own"):
+        snn.save_pretrained(tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
+def test_what_a_monitor_stores_is_not_saved(
+    snn: snnkernels.ConvertedNetwork, tmp_path: Path
+) -> None:
+    plain = snn.save_pretrained(tmp_path / "plain")
+    with snnkernels.VoltageMonitor(snn):
+        watched = snn.save_pretrained(tmp_path / "watched")
+    assert (watched / "graph.json").read_bytes() == (plain / "graph.json").read_bytes()
 
 
 def test_loads_without_the_anns_code_and_other_packages(
@@ -571,6 +624,39 @@ GRAPHS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "threshold NaN": (
         lambda g: neuron(g)["node"].update(v_threshold={"float": "nan"}),
         r"modules\[\d+\]\.args\.node\.v_threshold: got 'nan'; allowed: positive finite",
+    ),
+    "scale not finite": (
+        lambda g: neuron(g)["node"].update(input_scale={"float": "inf"}),
+        r"node\.input_scale: got 'a value that is not finite'",
+    ),
+    "no flag": (
+        lambda g: neuron(g)["node"].update(store_count=[[]]),
+        r"node\.store_count: got .*allowed: true or false",
+    ),
+    # What is left out would be a default, and the numbers others.
+    "neuron's field left out": (
+        lambda g: neuron(g)["node"].pop("input_scale"),
+        r"args\.node: got 'no input_scale'; allowed: exactly",
+    ),
+    "layer's field left out": (lambda g: neuron(g).pop("scale"), "args: got 'no scale'"),
+    "layers without end": (
+        lambda g: g["modules"].append(
+            {
+                **{"name": "x", "kind": "torch.nn.RNN", "tensors": {}},
+                "args": dict.fromkeys(tables.LAYERS["torch.nn.RNN"][1], 10**8),
+            }
+        ),
+        r"args\.num_layers: got '100000000'",
+    ),
+    "argument left out": (
+        lambda g: next(m for m in g["modules"] if m["kind"] == "torch.nn.Conv2d")["args"].pop(
+            "stride"
+        ),
+        r"modules\[\d+\]\.args: got 'no stride'",
+    ),
+    "surrogate's width left out": (
+        lambda g: neuron(g)["node"]["surrogate"].pop("alpha"),
+        r"surrogate: got .*with its own arguments",
     ),
     "threshold negative": (
         lambda g: neuron(g)["node"].update(v_threshold=-1.0),

@@ -91,7 +91,7 @@ def test_splits(tmp_path: Path) -> None:
         write(tmp_path / name, np.zeros((2, 2, 3)))
     assert len(ImageFolder(tmp_path, train=True)) == 2
     test = ImageFolder(tmp_path, train=False)
-    assert (len(test), test.split, test.name) == (1, "val", f"images of {tmp_path.name}/val")
+    assert (len(test), test.split, test.name) == (1, "val", f"{tmp_path.name}/val")
     (tmp_path / "val").rename(tmp_path / "other")
     with pytest.raises(FileNotFoundError, match="has train, but none of val, test"):
         ImageFolder(tmp_path, train=False)

@@ -788,26 +788,41 @@ def test_compat_node(step_mode: str, v_reset: float | None, dtype: torch.dtype) 
     assert b.v == (v_reset or 0.0)
 
 
-def test_nodes_made_here_are_their_memory_modules() -> None:
-    for node in (
-        snnkernels.compat.spikingjelly.IFNode(),
-        snnkernels.IFNode(),
-        snnkernels.LIFNode(),
-    ):
-        assert isinstance(node, base.MemoryModule)
-        net = nn.Sequential(layer.Linear(3, 3), node)
-        functional.set_step_mode(net, "m")
-        net(torch.rand(4, 2, 3))
-        functional.detach_net(net)
-        functional.reset_net(net)
-        net.to(torch.float64)
-        assert node(torch.rand(4, 2, 3)).shape == (4, 2, 3)
-        for twin in (copy.deepcopy(node), pickle.loads(pickle.dumps(node))):
-            assert type(twin) is type(node)
-            assert twin.step_mode == "m"
+def test_compat_nodes_are_their_memory_modules() -> None:
+    node = snnkernels.compat.spikingjelly.IFNode()
+    assert isinstance(node, base.MemoryModule)
+    net = nn.Sequential(layer.Linear(3, 3), node)
+    functional.set_step_mode(net, "m")
+    net(torch.rand(4, 2, 3))
+    functional.detach_net(net)
+    functional.reset_net(net)
+    net.to(torch.float64)
+    assert node(torch.rand(4, 2, 3)).shape == (4, 2, 3)
+    for twin in (copy.deepcopy(node), pickle.loads(pickle.dumps(node))):
+        assert type(twin) is type(node)
+        assert twin.step_mode == "m"
     # A pickle of one names the class that is always there.
     assert b"joined" in pickle.dumps(node)
-    assert b"spikingjelly.activation_based" not in pickle.dumps(snnkernels.IFNode())
+    plain = pickle.dumps(snnkernels.compat.spikingjelly.IFNode(surrogate_function="sigmoid"))
+    assert b"spikingjelly.activation_based" not in plain
+
+
+def test_our_own_classes_are_the_same_with_spikingjelly_loaded(tmp_path: Path) -> None:
+    for cls in (snnkernels.IFNode, snnkernels.LIFNode):
+        node = cls()
+        assert type(node) is cls
+        functional.set_step_mode(nn.Sequential(node), "s")  # it says so and does it
+        assert node.step_mode == "s"
+        node(torch.ones(3))
+        functional.reset_net(nn.Sequential(node))
+        assert node.v == 0.0
+    optional("safetensors")
+    x = torch.rand(4, 6)
+    ann = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)).eval()
+    snn = snnkernels.convert(ann, x, T=4, progress=False)
+    snn.save_pretrained(tmp_path)
+    with torch.no_grad():
+        assert_same_bits(snnkernels.load_pretrained(tmp_path)(x), snn(x))
 
 
 # ---- the converter -------------------------------------------------------------------------------
@@ -818,21 +833,16 @@ def test_their_recipe_with_our_neurons() -> None:
     torch.manual_seed(4)
     ann = Net().eval()
     loader = [torch.randn(4, 3, 8, 8)]
+    answers = []
     for factory in (
-        lambda scale: snnkernels.IFNode(step_mode="s"),
         lambda scale: snnkernels.compat.spikingjelly.IFNode(v_reset=None),
         lambda scale: neuron.IFNode(v_reset=None),
     ):
         recipe = ann2snn.RateCodingRecipe(loader, neuron_factory=factory)
         net = ann2snn.Converter(recipe=recipe).convert(ann)
         functional.set_step_mode(net, "m")
-        answer = net(loader[0].expand(6, *loader[0].shape))
-        # The last one is theirs.
-        want = answer
-    recipe = ann2snn.RateCodingRecipe(loader, neuron_factory=lambda s: snnkernels.IFNode())
-    ours = ann2snn.Converter(recipe=recipe).convert(ann)
-    functional.set_step_mode(ours, "m")
-    assert_same_bits(ours(loader[0].expand(6, *loader[0].shape)), want)
+        answers.append(net(loader[0].expand(6, *loader[0].shape)))
+    assert_same_bits(*answers)
 
 
 @only_2
@@ -912,6 +922,7 @@ def test_what_derives_keeps_its_own_steps():
 """
 
 
+@pytest.mark.slow
 def test_plugin(tmp_path: Path) -> None:
     (tmp_path / "test_suite.py").write_text(SUITE)
     path = filter(None, (str(PACKAGE.parent), os.environ.get("PYTHONPATH")))
@@ -951,6 +962,7 @@ def test_plugin_wants_a_library_and_puts_all_back() -> None:
 # ---- release 0.0.0.0.14 --------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("SNNKERNELS_TEST_SJ14" not in os.environ, reason="SNNKERNELS_TEST_SJ14 not set")
 def test_release_14() -> None:
     """This file again, with the older release first on the path."""

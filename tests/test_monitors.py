@@ -533,3 +533,20 @@ def test_the_graph_does_not_keep_the_neurons() -> None:
     gc.collect()
     assert alive() is None
     spikes.sum().backward()
+
+
+def test_copies_of_a_watched_network_store_nothing() -> None:
+    net = nn.Sequential(IFNode(), IFNode(store_v_seq=True))
+    x = currents(3, 4)
+    with SpikeMonitor(net), VoltageMonitor(net):
+        net(x)
+        twins = [copy.deepcopy(net), pickle.loads(pickle.dumps(net))]
+        assert net[0].store_v_seq
+    for twin in twins:
+        twin(x)
+        assert not twin[0].store_v_seq
+        assert not twin[0].store_packed
+        assert twin[0].packed is None
+        assert twin[0].v_seq is None
+        assert twin[1].store_v_seq
+        assert twin[1].v_seq is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import nir_roundtrip
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conversion_helpers import dyadic, images, make_dyadic, randomize
 from support import optional
 from torch import Tensor, nn
@@ -109,6 +111,52 @@ def test_unfolded_thresholds_are_exact(net: Any, method: str, tmp_path: Path) ->
     nir.write(tmp_path / "net.nir", graph)
     same_spikes(snn, snnkernels.from_nir(tmp_path / "net.nir"), X)
     assert any(isinstance(node, nir.Scale) for node in graph.nodes.values())
+
+
+class Then(nn.Module):
+    """A convolution, neurons, and a function of both."""
+
+    def __init__(self, then: Callable[[Tensor], Tensor], features: int = 6) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.act, self.then = nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(), then
+        self.out = nn.Linear(features, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.then(self.act(self.conv(x))))
+
+
+@pytest.mark.parametrize(
+    "then",
+    [
+        lambda h: torch.add(h, 2 * h, alpha=3).mean((2, 3)),
+        lambda h: torch.sub(other=h, input=2 * h, alpha=0.5).mean((-1, -2)),
+        lambda h: h.mean(dim=[3, 2], keepdim=True).flatten(1),
+        lambda h: F.avg_pool2d(h, 6, 6, 0, False, True, None).flatten(1),
+    ],
+    ids=["alpha", "by keyword", "mean", "pool"],
+)
+def test_functions_keep_their_arguments(then: Callable[[Tensor], Tensor]) -> None:
+    snn = snnkernels.convert(Then(then).eval(), X, T=T, progress=False)
+    same_spikes(snn, snnkernels.from_nir(to_nir(snn, X, fold_thresholds=False)), X)
+
+
+@pytest.mark.parametrize(
+    ("then", "features", "words"),
+    [
+        (lambda h: h.div(0.5, rounding_mode="floor").mean((2, 3)), 6, "rounding_mode has no place"),
+        (lambda h: h.mean((1, 3)), 6, r"mean over dimensions \(1, 3\)"),
+        (lambda h: h.mean((2, 3), dtype=torch.float64).float(), 6, "dtype has no place"),
+        (lambda h: F.avg_pool2d(h, 2, 2, 1, False, False).flatten(1), 96, "counts its padding"),
+        (lambda h: h.view(-1, 9), 9, "mixes the samples"),
+    ],
+)
+def test_what_would_change_numbers_is_refused(
+    then: Callable[[Tensor], Tensor], features: int, words: str
+) -> None:
+    snn = snnkernels.convert(Then(then, features).eval(), X, T=T, progress=False)
+    with pytest.raises(ConversionError, match=words):
+        snnkernels.to_nir(snn, X)
 
 
 def test_any_threshold_folds_to_one() -> None:
@@ -395,3 +443,33 @@ def test_other_libraries_run_our_files(library: str, tmp_path: Path) -> None:
         want = snn.over_time(x_seq)
     assert torch.equal(got, want)
     assert want.unique().numel() > 3
+
+
+def test_foreign_nodes_that_do_not_fit() -> None:
+    weight = np.ones((3, 4), dtype=np.float32)
+
+    def read(size: int = 3, more: Any = None, **given: Any) -> Any:
+        fields = {"r": np.ones(size), "v_threshold": np.ones(size), "v_reset": np.zeros(size)}
+        nodes = {
+            "i": nir.Input({"input": np.array([4])}),
+            "a": nir.Linear(weight),
+            "n": nir.IF(**{**fields, **given}),
+            "o": nir.Output({"output": np.array([size])}),
+        }
+        edges = [("i", "a"), ("a", "n"), ("n", "o")]
+        if more is not None:
+            nodes["b"] = more
+            edges += [("i", "b"), ("b", "n")]
+        return snnkernels.from_nir(nir.NIRGraph(nodes, edges, type_check=False))
+
+    assert read()(torch.ones(2, 4)).shape == (2, 3)
+    for given, words in (
+        ({"size": 5}, r"n: \(5,\) neurons, but its input is \(3,\)"),
+        ({"more": nir.Linear(weight[:1])}, r"edges into one node bring \(3,\) and \(1,\)"),
+        ({"r": np.full(3, np.inf)}, "n: r is not finite"),
+        ({"metadata": {"reset": "subtract", "v_init": np.zeros(7)}}, r"v_init of shape \(7,\)"),
+        ({"metadata": {"reset": "subtract", "v_init": np.nan}}, "one finite number"),
+        ({"metadata": {"reset": "subtract", "v_init": "half"}}, "n: metadata v_init"),
+    ):
+        with pytest.raises(ConversionError, match=words):
+            read(**given)

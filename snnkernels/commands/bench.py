@@ -42,7 +42,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--neurons", type=positive, default=65536, metavar="N", help="of an image, with --neuron"
     )
-    parser.add_argument("--method", default="opi", help="of a checkpoint or entry; default opi")
+    parser.add_argument("--method", help="of a checkpoint or entry; default opi")
     parser.add_argument("--weights", type=Path, metavar="FILE", help="of an entry, as for convert")
     parser.add_argument("--rounds", type=positive, default=15, metavar="N")
     add_device(parser)
@@ -54,7 +54,7 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
     if args.neuron is (args.target is not None):
         raise ValueError("give a network (folder, checkpoint or entry) or --neuron, one of the two")
     if args.neuron:
-        for name, usual in (("data", None), ("weights", None), ("device", "cpu")):
+        for name, usual in (("data", None), ("weights", None), ("method", None), ("device", "cpu")):
             if getattr(args, name) != usual:
                 raise ValueError(f"--{name} has no meaning with --neuron")
         return _neuron(args)
@@ -230,6 +230,8 @@ def _given(args: argparse.Namespace) -> tuple[Any, Any, Callable[[int], Any]]:
     if Path(target).is_dir():
         if args.weights is not None:
             raise ValueError("--weights is for entries: a saved network has its own")
+        if args.method is not None:
+            raise ValueError(f"--method={args.method}: a saved network has been converted")
         snn, about = load_saved(Path(target), args.device)
         args.folder = Path(target)
         return snn, None, lambda batch: example_of(args, about, snn, batch)
@@ -237,7 +239,7 @@ def _given(args: argparse.Namespace) -> tuple[Any, Any, Callable[[int], Any]]:
         raise ValueError(f"--data is needed to convert {target}: thresholds come from images")
     given = load_model(target, args.weights)
     given.model.to(device_of(args.device))
-    trial = parse_trial(args.method)
+    trial = parse_trial(args.method or "opi")
     options = data_options(args)
     train = load_data(args.data, True, limit=256, options=options)
     test = load_data(args.data, False, limit=max(args.batch), options=options)

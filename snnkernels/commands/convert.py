@@ -91,11 +91,13 @@ def _arguments(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
 def _run(args: argparse.Namespace) -> dict[str, Any]:
     from .. import convert
     from ..files import check_new_folder, new_folder
+    from ..hub.shared import safetensors_package
     from .measure import accuracy_of, measure, operations_of
 
     if args.images < 0:
         raise ValueError(f"--images={args.images} must be at least 0")
     method, told = _arguments(args)
+    safetensors_package()  # a missing package is told before the work
     if args.out is not None:
         check_new_folder(args.out, force=args.force)
     device = device_of(args.device)
@@ -141,20 +143,23 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
     curve = {r["T"]: r["accuracy"] for r in found.rows} if found else {}
     curve = {T: a for T, a in curve.items() if a is not None}
     with new_folder(out, force=args.force) as new:
-        _write(new, snn, settings, given.name, curve, ann, operations)
+        _write(new, out.absolute().name, snn, settings, given.name, curve, ann, operations)
     return _told(args, out, snn, settings)
 
 
 def _write(
-    new: Path, snn: Any, settings: dict[str, Any], name: str, curve: dict[int, float],
-    ann: float | None, operations: Any,
+    new: Path, folder: str, snn: Any, settings: dict[str, Any], name: str,
+    curve: dict[int, float], ann: float | None, operations: Any,
 ) -> None:  # fmt: skip
     from safetensors.torch import save_file
 
     from ..html_report import to_html
     from ..hub import save_pretrained
+    from ..hub.card import model_card
 
     save_pretrained(snn, new)
+    # The card names the folder to be, not that of this moment.
+    (new / "README.md").write_text(model_card(snn, folder), encoding="utf-8")
     points = {r.name: r.points.contiguous() for r in snn.report.rows if r.points is not None}
     if points:
         save_file(points, new / "activations.safetensors")
@@ -177,9 +182,17 @@ def _flat(settings: dict[str, Any]) -> dict[str, Any]:
         if key in ("accuracy", "versions", "input") or value is None:
             continue
         if isinstance(value, dict):
-            value = ", ".join(f"{k}: {v}" for k, v in value.items() if v not in (None, {}, ""))
+            value = ", ".join(
+                f"{k} {_words(v)}" for k, v in value.items() if v not in (None, {}, "")
+            )
         lines[key] = value
     return {key: value for key, value in lines.items() if value != ""}
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {_words(v)}" for k, v in value.items())
+    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
 def _about_data(

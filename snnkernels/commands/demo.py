@@ -36,7 +36,7 @@ def add_parser(commands: Any) -> None:
         "train a small network, make it spike, compare",
         "Trains a small network on scikit-learn's digits (seconds on one core), converts it twice, "
         "prints the accuracies against the number of time steps and saves pictures.",
-        "snnkernels demo\nsnnkernels demo --epochs 3 --out /tmp/demo --json",
+        "snnkernels demo\nsnnkernels demo --epochs 3 --out digits --json",
     )
     parser.add_argument("--out", type=Path, default=Path("snnkernels_demo"), metavar="DIR")
     parser.add_argument("--epochs", type=positive, default=12, metavar="N")

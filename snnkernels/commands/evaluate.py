@@ -60,10 +60,13 @@ def source_of(args: argparse.Namespace, about: dict[str, Any]) -> str:
         raise ValueError(f"--data is needed: {args.folder} does not say what it was converted with")
     if found != "digits" and not Path(found).exists():
         # A folder from elsewhere must not choose which code runs here.
-        raise ValueError(
+        what = (
             f"--data is needed: {args.folder} was converted with {found!r}, which is no file or "
-            f"folder here; code is run only where it is asked for: --data {found}"
+            "folder here"
         )
+        if ":" in found:
+            what += f"; code is run only where it is asked for: --data {found}"
+        raise ValueError(what)
     return found
 
 

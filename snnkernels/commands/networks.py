@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-__all__ = ["Given", "add_device", "add_model", "device_of", "load_model", "load_saved"]
+__all__ = ["Given", "add_device", "add_model", "device_of", "hash_of", "load_model", "load_saved"]
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
@@ -103,6 +103,22 @@ def load_model(model: str, weights: Path | None = None) -> Given:
     return Given(found.eval(), model.rpartition(":")[2].split(".")[-1], about)
 
 
+def hash_of(given: Given) -> str:
+    """SHA-256 of the file of the weights, or of the state that an entry came with."""
+    if "sha256" not in given.about:
+        import hashlib
+
+        import torch
+
+        seen = hashlib.sha256()
+        for key, value in given.model.state_dict().items():
+            seen.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
+            bits = value.detach().cpu().contiguous().flatten().view(torch.uint8)
+            seen.update(bits.numpy().tobytes())
+        given.about["sha256"] = seen.hexdigest()
+    return str(given.about["sha256"])
+
+
 def _checkpoint(path: Path) -> Given:
     from ..conversion import ACTIVATIONS
     from ..models import load_checkpoint
@@ -112,7 +128,15 @@ def _checkpoint(path: Path) -> Given:
             f"model={str(path)!r} is neither an entry (module:factory, file.py:factory) nor a "
             ".safetensors file that exists"
         )
-    found = load_checkpoint(path, activations=ACTIVATIONS)
+    try:
+        found = load_checkpoint(path, activations=ACTIVATIONS)
+    except ValueError as e:
+        if "does not name its architecture" not in str(e):
+            raise
+        raise ValueError(
+            f"{e}. For a network of your own: module:factory or file.py:factory with "
+            f"--weights {path}"
+        ) from e
     about = {"checkpoint": str(path), "architecture": found.architecture, "sha256": found.sha256}
     return Given(found.model, path.stem, about)
 

@@ -92,11 +92,13 @@ def _figure_class() -> Any:
 
 
 def _save(figure: Any, path: Path, dpi: int) -> None:
+    from ..files import usual_mode
+
     handle, name = tempfile.mkstemp(dir=path.absolute().parent, suffix=path.suffix)
     os.close(handle)
     try:
         figure.savefig(name, dpi=dpi)
-        os.chmod(name, 0o644)
+        usual_mode(name)
         os.replace(name, path)
     except BaseException:
         Path(name).unlink(missing_ok=True)

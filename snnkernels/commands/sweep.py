@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .datasets import add_data, data_options, load_data
+from .networks import hash_of, load_model
 from .output import add_command, print_table, progress_bar
 
 __all__ = ["add_parser", "draw_curves"]
@@ -25,11 +26,16 @@ def add_parser(commands: Any) -> None:
         """
         snnkernels sweep small_cnn.safetensors --methods opi srp parallel --T 1 2 4 8
         snnkernels sweep vgg9.safetensors --data cifar10.npz --images 1000 --engine
+        snnkernels sweep train.py:build --weights best.pt --data cifar10.npz --methods opi light
         snnkernels sweep vgg9.safetensors --methods opi:v_init=zero,threshold=max srp:probe=8
         """,
     )
     parser.add_argument(
-        "checkpoint", type=Path, nargs="+", help="safetensors with its architecture"
+        "network", nargs="+",
+        help="checkpoint (.safetensors with its architecture), or entry as for convert",
+    )  # fmt: skip
+    parser.add_argument(
+        "--weights", type=Path, metavar="FILE", help="of a single entry, as for convert"
     )
     add_data(parser, default="digits")
     parser.add_argument(
@@ -58,13 +64,15 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _sweep(args: argparse.Namespace, group: Any) -> dict[str, Any]:
-    from .. import models
-    from ..conversion import ACTIVATIONS
     from ..distributed.team import Team
     from ..sweep import curves, parse_trial, sweep, table
 
     if min([*args.T, args.for_T, args.calibration, args.batch_size, args.images or 1]) < 1:
         raise ValueError("numbers of steps and of images must be at least 1")
+    if args.weights is not None and len(args.network) > 1:
+        raise ValueError(f"--weights={args.weights} is for one entry, got {len(args.network)}")
+    if not args.no_plot:
+        _figure_class()  # a missing package is told before the work
     leads = Team(group).leads
     args.json = args.json and leads  # one document, not one of each rank
     trials = [parse_trial(text) for text in args.methods or _default_methods()]
@@ -76,13 +84,14 @@ def _sweep(args: argparse.Namespace, group: Any) -> dict[str, Any]:
     everything = []
     figures = {}
     refusals = {}
-    for path in args.checkpoint:
-        checkpoint = models.load_checkpoint(path, activations=ACTIVATIONS)
+    for network in args.network:
+        given = load_model(network, args.weights)
+        name = given.name
         # What was asked for by name must work; of all there are, some need another network.
         refused: dict[str, str] | None = None if args.methods else {}
         rows = sweep(
-            checkpoint.model, test, calibration, trials, args.T,
-            network=f"{path.stem} {checkpoint.hash}", data=test.name, for_T=args.for_T,
+            given.model, test, calibration, trials, args.T,
+            network=f"{name} {hash_of(given)[:12]}", data=test.name, for_T=args.for_T,
             batch_size=args.batch_size, engine=args.engine, store=args.out / "sweep.csv",
             progress=progress_bar,
             refused=refused, process_group=group,
@@ -90,19 +99,19 @@ def _sweep(args: argparse.Namespace, group: Any) -> dict[str, Any]:
         if not leads:
             continue
         everything += rows
-        for name, why in (refused or {}).items():
-            refusals[f"{path.stem}: {name}"] = why
-            print(f"{path.stem} is not converted by {name}: {why}", file=sys.stderr)
+        for method, why in (refused or {}).items():
+            refusals[f"{name}: {method}"] = why
+            print(f"{name} is not converted by {method}: {why}", file=sys.stderr)
         if not rows:
             continue
         ann = float(rows[0]["ANN"])
         header, lines = table(rows)
         title = (
-            f"{path.stem}: accuracy (%) on {len(test)} test images of {test.name}; ANN "
+            f"{name}: accuracy (%) on {len(test)} test images of {test.name}; ANN "
             f"{100 * ann:.2f}; thresholds from data are for T = {args.for_T}"
         )
         print_table(title, header, lines)
-        figures[path.stem] = (curves(rows), ann)
+        figures[name if name not in figures else network] = (curves(rows), ann)
     picture = args.out / "sweep.png" if figures and not args.no_plot else None
     if picture is not None:
         _picture(figures, picture)
@@ -120,14 +129,18 @@ def _default_methods() -> list[str]:
     return list(METHODS)
 
 
-def _picture(figures: dict[str, tuple[dict[Any, Any], float]], path: Path) -> None:
+def _figure_class() -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as e:
         raise ImportError(
             "the picture needs matplotlib (pip install matplotlib), or pass --no-plot"
         ) from e
-    figure = Figure(figsize=(8.2 * len(figures), 4.6), layout="constrained")
+    return Figure
+
+
+def _picture(figures: dict[str, tuple[dict[Any, Any], float]], path: Path) -> None:
+    figure = _figure_class()(figsize=(8.2 * len(figures), 4.6), layout="constrained")
     axes = figure.subplots(1, len(figures), squeeze=False)[0]
     for ax, (name, (found, ann)) in zip(axes, figures.items(), strict=True):
         draw_curves(ax, found, ann, name)

@@ -60,6 +60,11 @@ class Statistics:
 
     def update(self, label: str, a: Tensor, per_channel: bool | None) -> None:
         """Add one batch of activations ``[B, C, *]``."""
+        if not a.is_floating_point():
+            raise ConversionError(
+                f"{label}: its activations on the calibration data are {a.dtype}, no floating "
+                "point numbers; neurons stand for activations of real values"
+            )
         # The least and the largest tell, in a tenth of the time of looking at each.
         if a.numel() and not bool(torch.isfinite(torch.stack(a.aminmax())).all()):
             what = "NaN" if bool(torch.isnan(a).any()) else "infinite values"

@@ -270,6 +270,11 @@ def certify(snn: ConvertedNetwork, x: Any, T: int | None = None) -> Certificate:
             "certify: the answer must be one tensor [B, C, *] that follows from spikes; got "
             + (f"{answer.low.dim()} dimension" if isinstance(answer, Bounds) else str(type(answer)))
         )
+    if not answer.low.shape[1]:
+        raise ConversionError(
+            f"certify: the answer has shape {tuple(answer.low.shape)}; it must be [B, C, *] with "
+            "at least one class"
+        )
     with _quantised(snn):
         quantised = snn(x, T=T)
     best = quantised.argmax(1, keepdim=True)

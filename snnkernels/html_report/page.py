@@ -154,7 +154,9 @@ def _advice(report: Report) -> str:
 
 def _sentence(note: str) -> str:
     end = "" if note.endswith((".", "!", "?", ":")) else "."
-    return escape(note[:1].upper() + note[1:]) + end
+    first = note.split(maxsplit=1)[0] if note.strip() else ""
+    # A sentence begins with a capital, the name of a node as it is.
+    return escape(note if first.endswith(":") else note[:1].upper() + note[1:]) + end
 
 
 def _notes(report: Report) -> str:

@@ -63,12 +63,15 @@ def pictures(
             "Energy of each layer, beside the ANN's", (6.4, 0.34 * names + 1.3),
             lambda ax: plots.energy_layers(operations, ax=ax),
         )  # fmt: skip
+    rows = ["".join(done)]
+    done.clear()
     for row in _telling(known):
         draw(
             f"Answers against activations, {row.name}", (2.9, 2.9),
             partial(_scatter, plots.rate_activation, row),
         )  # fmt: skip
-    return f'<div class="pictures">\n{"".join(done)}</div>\n' if done else ""
+    rows.append("".join(done))
+    return "".join(f'<div class="pictures">\n{row}</div>\n' for row in rows if row)
 
 
 def _scatter(draw: Callable[..., Any], row: NodeReport, ax: Any) -> None:

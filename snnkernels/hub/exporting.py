@@ -16,6 +16,7 @@ from ..conversion.inputs import Inputs, as_given
 from ..conversion.methods.ptl import PTLActivation
 from ..conversion.network import ConvertedNetwork, _steps
 from ..kernels import backends, maps, ops
+from ..monitors import unwatched
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -97,7 +98,7 @@ def export(
         dims = torch.utils._pytree.tree_map_only(Tensor, lambda t: {0: batch_dim}, inputs)
         shapes = (dims,)
     try:
-        with quiet_torch():
+        with quiet_torch(), unwatched(snn):
             program = torch.export.export(
                 _AtT(snn, steps), inputs, dynamic_shapes=shapes, strict=strict
             )

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..files import unwritten
+from ..files import unwritten, usual_mode
 from .values import FormatError
 
 __all__ = ["CONFIG", "GRAPH", "README", "WEIGHTS", "Checked", "digest", "find", "load_json", "put"]
@@ -48,6 +48,7 @@ def put(folder: Path, write: Mapping[str, Callable[[Path], object]]) -> None:
             partial.mkdir()
             for name, into in write.items():
                 into(partial / name)
+                usual_mode(partial / name)
                 _sync(partial / name)
             _sync(partial)
             os.replace(partial, complete)

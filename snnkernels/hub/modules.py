@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from ..conversion.methods.ttfs import TTFSActivation
 from ..conversion.pools import CumulativeMaxPool
 from ..conversion.spiking import CountSpikes, Repeat, SpikingActivation, TimeShape
 from ..conversion.steps import Clock
+from ..monitors import flags_before
 from ..neurons import IFNode, LIFNode
 from ..options import Probe, Signed
 from .store import Reader, Writer
@@ -50,6 +52,16 @@ _OPTIONS = (
     "v_reset", "detach_reset", "step_mode", "channel_dim", "tie", "spike_dtype",
     "store_v_seq", "store_count", "save", "layout", "T", "max_spikes", "parallel",
 )  # fmt: skip
+_FLAGS = ("detach_reset", "store_v_seq", "store_count", "parallel")
+# Arguments of an IFNode or LIFNode that are saved in another way, or that are not the network's:
+# the layer sets the output at every call, monitors ask for what is stored.
+_OTHERS = (
+    "surrogate_function", "signed", "probe", "learn_threshold", "learn_v_init", "learn_beta",
+    "output", "store_packed", "store_charge_seq",
+)  # fmt: skip
+# What else there is in a node: what belongs to the last call, and what every module has.
+_STATE = ("_v", "_carried", "v_seq", "charge_seq", "count", "packed", "_step_mode", "_floor")
+_KNOWN = {*_OPERANDS, *_OPTIONS, *_OTHERS, *_STATE, *vars(nn.Module())}
 # Of a subclass of a torch layer these say nothing about what it computes.
 _HARMLESS = {
     "__init__", "__module__", "__doc__", "__repr__", "extra_repr", "reset_parameters",
@@ -155,7 +167,18 @@ def _write_node(node: IFNode, name: str, to: Writer) -> dict[str, Any]:
     kind = type(node).__name__
     if _NODES.get(kind) is not type(node):
         raise TypeError(f"its neurons are {type(node).__module__}.{kind}, not IFNode or LIFNode")
+    unknown = {*vars(node), *node._parameters, *node._buffers, *node._modules} - _KNOWN
+    if unknown:
+        raise TypeError(
+            f"its {kind} has {', '.join(sorted(unknown))}, which the saved network would not have"
+        )
+    if surrogate.BY_NAME.get(node.surrogate_function.name) is not type(node.surrogate_function):
+        raise TypeError(
+            f"its surrogate {node.surrogate_function!r} is a class of your own: its code would be "
+            "needed to load it"
+        )
     given: dict[str, Any] = {"kind": kind}
+    kept = flags_before(node)
     for field in _OPERANDS:
         value = getattr(node, field)
         if isinstance(value, Tensor):
@@ -163,7 +186,7 @@ def _write_node(node: IFNode, name: str, to: Writer) -> dict[str, Any]:
         else:
             given[field] = encode(value)
     for field in _OPTIONS:
-        given[field] = encode(getattr(node, field))
+        given[field] = encode(kept.get(field, getattr(node, field)))
     if node.learn_threshold:
         given["floor"] = {"tensor": to.tensor(node._floor, f"{name}.floor")}
     how = node.surrogate_function
@@ -223,13 +246,15 @@ def _read(entry: dict[str, Any], kind: Any, field: str, of: Reader, clock: Clock
     if not isinstance(kind, str) or kind not in LAYERS:
         known = ", ".join(sorted({*LAYERS, *_SPIKING, *_TIMED, *_PLAIN, "ChannelAffine"}))
         raise of.fail(f"{field}.kind", kind, f"one of {known}")
-    unknown = sorted(set(args) - set(LAYERS[kind][1]))
-    if unknown:
-        raise of.fail(f"{field}.args", unknown, f"the arguments of {kind}")
+    _exactly(args, LAYERS[kind][1], f"{field}.args", of)
     plain = {
         key: decode(value, lambda why, key=key: of.fail(f"{field}.args.{key}", why, "plain values"))  # type: ignore[misc]
         for key, value in args.items()
     }
+    layers = plain.get("num_layers", 1)
+    if type(layers) is not int or not 1 <= layers <= len(tensors) + 1:
+        # Before it is built: every layer of a recurrent network has tensors of its own.
+        raise of.fail(f"{field}.args.num_layers", layers, "as many layers as there are tensors for")
     layer = _build(kind, plain)
     wanted = {k: t.shape for k, t in (*layer.named_parameters(), *layer.named_buffers())}
     if set(wanted) != set(tensors):
@@ -261,12 +286,17 @@ def _read_spiking(
     kind: str, args: dict[str, Any], field: str, of: Reader, clock: Clock
 ) -> SpikingActivation:
     cls, own = _SPIKING[kind]
+    _exactly(
+        args, ("node", "label", "constant", "counts", "channel_dim", "scale", *own),
+        f"{field}.args", of,
+    )  # fmt: skip
     extra: dict[str, Any] = {}
     for name in own:
         value: Any = args.get(name)
         if name == "how":
             if not isinstance(value, dict):
                 raise of.fail(f"{field}.args.how", value, "an object")
+            _exactly(value, [f.name for f in dataclasses.fields(DSR)], f"{field}.args.how", of)
             extra[name] = DSR(**value)
         elif name == "round" and not isinstance(value, bool):
             raise of.fail(f"{field}.args.{name}", value, "true or false")
@@ -294,8 +324,18 @@ def _read_spiking(
     ).eval()
 
 
+def _exactly(given: dict[str, Any], names: Iterable[str], field: str, of: Reader) -> None:
+    """Refuse what lacks a field, which would silently be its default, or has another."""
+    names = set(names)
+    if set(given) != names:
+        lacks, more = sorted(names - set(given)), sorted(map(str, set(given) - names))
+        got = f"no {', '.join(lacks)}" if lacks else ", ".join(more)
+        raise of.fail(field, got, f"exactly {', '.join(sorted(names))}")
+
+
 def _refuse_not_finite(value: Any, field: str, of: Reader) -> None:
-    if isinstance(value, Tensor) and not bool(torch.isfinite(value.detach()).all()):
+    number = type(value) in (int, float) and not math.isfinite(value)
+    if number or (isinstance(value, Tensor) and not bool(torch.isfinite(value.detach()).all())):
         raise of.fail(field, "a value that is not finite", "finite numbers")
 
 
@@ -303,9 +343,8 @@ def _read_node(given: Any, field: str, of: Reader) -> IFNode:
     if not isinstance(given, dict) or given.get("kind") not in _NODES:
         raise of.fail(field, given, "an IFNode or LIFNode")
     floor = given.get("floor")
-    known = {"kind", "floor", "surrogate", "signed", "probe", *_OPERANDS, *_OPTIONS}
-    if set(given) - known:
-        raise of.fail(field, sorted(set(given) - known), f"{sorted(known)}")
+    known = {"kind", "surrogate", "signed", "probe", *_OPERANDS, *_OPTIONS}
+    _exactly(given, known | {"floor"} if "floor" in given else known, field, of)
 
     def plain(name: str) -> Any:
         def fail(why: str) -> Exception:
@@ -319,8 +358,11 @@ def _read_node(given: Any, field: str, of: Reader) -> IFNode:
         if name in tensors:
             if name != "mask":
                 _refuse_not_finite(value, f"{field}.{name}", of)
-        elif isinstance(value, str) and value != _WORDS.get(name):
+            continue
+        if isinstance(value, str) and value != _WORDS.get(name):
             raise of.fail(f"{field}.{name}", value, "a number, a tensor or its own word")
+        if name != "v_threshold":
+            _refuse_not_finite(value, f"{field}.{name}", of)
     threshold = operands["v_threshold"]
     if isinstance(threshold, Tensor):
         bad = not (threshold.is_floating_point() and bool((threshold.detach() > 0).all()))
@@ -330,6 +372,9 @@ def _read_node(given: Any, field: str, of: Reader) -> IFNode:
     if bad:
         raise of.fail(f"{field}.v_threshold", threshold, "positive finite numbers")
     arguments = {name: plain(name) for name in _OPTIONS}
+    for name in _FLAGS:
+        if not isinstance(arguments[name], bool):
+            raise of.fail(f"{field}.{name}", arguments[name], "true or false")
     for name, value in operands.items():
         if name not in ("mask", "beta"):
             arguments[name] = 1.0 if name in tensors else value
@@ -367,15 +412,16 @@ def _read_node(given: Any, field: str, of: Reader) -> IFNode:
 def _read_surrogate(given: Any, field: str, of: Reader) -> surrogate.Surrogate:
     given = dict(given) if isinstance(given, dict) else {}
     cls = surrogate.BY_NAME.get(str(given.pop("name", None)))
-    if cls is None or set(given) - {f.name for f in dataclasses.fields(cls)}:
+    if cls is None or set(given) != {f.name for f in dataclasses.fields(cls)}:
         known = ", ".join(surrogate.BY_NAME)
         raise of.fail(f"{field}.surrogate", given, f"one of {known}, with its own arguments")
     return cls(**given)
 
 
-def _checked(kind: Callable[..., Any], given: Any, field: str, of: Reader) -> Any:
+def _checked(kind: type[Signed] | type[Probe], given: Any, field: str, of: Reader) -> Any:
     if not isinstance(given, dict):
         raise of.fail(field, given, "an object or null")
+    _exactly(given, kind._fields, field, of)
     made = kind(**given)
     made.check()
     return made

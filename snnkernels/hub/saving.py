@@ -68,7 +68,8 @@ def save_pretrained(snn: ConvertedNetwork, folder: str | Path) -> Path:
 
     def write_weights(path: Path) -> None:
         try:
-            # One entry only: safetensors writes several in an order that changes from call to call.
+            # One entry: of several, safetensors writes the order of a hash table, and the same
+            # network would not give the same bytes.
             safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
         except safetensors.SafetensorError as error:  # what it makes of a full disk
             raise OSError(str(error)) from error

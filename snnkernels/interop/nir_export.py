@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any
 
@@ -17,11 +18,15 @@ from ..conversion.ops import MAX_POOL_MODULES, MAX_POOLS
 from ..conversion.pools import CumulativeMaxPool
 from ..conversion.spiking import CountSpikes, Repeat, SpikingActivation
 from ..conversion.steps import CAUSAL
+from ..monitors import unwatched
 from .nir_graph import Graph, Value, fail, nir_package
 from .rates import not_plain
 
 __all__ = ["to_nir"]
 
+_AVG_POOL = (
+    "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override",
+)  # fmt: skip
 WARNING = (
     "NIR's IF resets to a value and fires above its threshold; these neurons reset by subtraction, "
     "fire at it and start at v_init, which is in the metadata of the nodes. A reader that ignores "
@@ -37,7 +42,8 @@ def to_nir(snn: ConvertedNetwork, example: Tensor, *, fold_thresholds: bool = Tr
     ``v_init`` (in units of the threshold in the node) and ``T``. Sums are several edges into a
     node. :func:`from_nir` reads it back: with ``fold_thresholds=False``, or where thresholds are
     powers of two or were folded by ``convert(normalize="weights")``, the same spikes bit for bit;
-    else up to the rounding of the folded weights.
+    else up to the rounding of the folded weights. Networks in float16 or bfloat16 come back in
+    float32, whose currents are rounded less: their spikes may differ.
 
     Args:
         snn: of :func:`snnkernels.convert`, its neurons plain (opi, qcfs, light, ltb, ...).
@@ -59,7 +65,8 @@ def to_nir(snn: ConvertedNetwork, example: Tensor, *, fold_thresholds: bool = Tr
         raise TypeError(f"example must be a tensor [B, *], got {type(example).__name__}")
     _refuse_methods(snn)
     graph = Graph(nir, fold_thresholds, snn.T)
-    answer = _read(snn, example, graph)
+    with unwatched(snn):
+        answer = _read(snn, example, graph)
     names = graph.emit(answer, None)
     graph.add("output", nir.Output(output_type={"output": np.array(answer.shape)}), names)
     warnings.warn(WARNING, stacklevel=2)
@@ -156,7 +163,7 @@ def _values(part: fx.GraphModule, given: list[Any], seen: dict[fx.Node, Any], to
 def _value(
     part: fx.GraphModule, node: fx.Node, args: Any, kwargs: Any, shape: tuple[int, ...], to: Graph
 ) -> Value:
-    x: Any = args[0] if args else next(iter(kwargs.values()), None)
+    x: Any = args[0] if args else kwargs.get("input", next(iter(kwargs.values()), None))
     if node.op == "call_module":
         return _of_module(part.get_submodule(str(node.target)), node, x, shape, to)
     name = str(getattr(node.target, "__name__", node.target))
@@ -168,33 +175,46 @@ def _value(
     if name in ("add", "iadd", "sub", "isub") and all(isinstance(v, Value) for v in (x, other)):
         if "constant" in (x.kind, other.kind) or x.shape != other.shape:
             raise fail(node, f"{name} of a constant or of two shapes has no node in NIR")
-        second = other if "add" in name else _times(other, -1.0)
-        return Value("sum", shape, [x, second])
+        _refuse_more(node, 2, ("input", "other", "alpha"))
+        factor = float(kwargs.get("alpha", 1)) * (1.0 if "add" in name else -1.0)
+        return Value("sum", shape, [x, other if factor == 1 else _times(other, factor)])
     if name in ("mul", "imul", "truediv", "div", "neg"):
         number: Any = -1.0 if name == "neg" else other if isinstance(x, Value) else x
         value = x if isinstance(x, Value) else other
         plain = isinstance(number, (int, float)) and isinstance(value, Value)
         if plain and (isinstance(x, Value) or name in ("mul", "imul")):
+            _refuse_more(node, 2, ("input", "other"))
             return _times(value, 1 / number if "div" in name else float(number))
+    if name in ("flatten", "view", "reshape") and math.prod(shape) != math.prod(x.shape):
+        raise fail(node, f"{name} of {x.shape} to {shape} mixes the samples of a batch")
     if name in ("flatten", "view", "reshape") and len(shape) == 1:
         return _flat(x, shape)
     if name in ("contiguous", "flatten", "view", "reshape") and shape == x.shape:
         return x
     if name == "avg_pool2d":
-        given = dict(
-            zip(("kernel_size", "stride", "padding", "ceil_mode"), args[1:5], strict=False)
-        )
+        given = dict(zip(_AVG_POOL, args[1:], strict=False))
         given |= {k: v for k, v in kwargs.items() if k != "input"}
         pool = nn.AvgPool2d(**given)
         return _pool(pool, node, x, shape)
     if name == "adaptive_avg_pool2d":
         return _adaptive(node, x, shape)
-    if name == "mean" and len(x.shape) == 3 and shape in (x.shape[:1], (x.shape[0], 1, 1)):
+    if name == "mean" and len(x.shape) == 3 and len(shape) in (1, 3):
+        _refuse_more(node, 3, ("input", "dim", "keepdim"))
+        dims: Any = args[1] if len(args) > 1 else kwargs.get("dim")
+        if not isinstance(dims, (tuple, list)) or {d % 4 for d in dims} != {2, 3}:
+            raise fail(node, f"mean over dimensions {dims} has no node in NIR, (2, 3) has")
         pooled = _adaptive(node, x, (x.shape[0], 1, 1))
         return pooled if len(shape) == 3 else _flat(pooled, shape)
     if node.target in MAX_POOLS or name.startswith(("max_pool", "adaptive_max")):
         raise fail(node, "NIR has no max-pool; convert with maxpool='avg', or train with averages")
     raise fail(node, f"{name} has no node in NIR")
+
+
+def _refuse_more(node: fx.Node, most: int, names: tuple[str, ...]) -> None:
+    """Refuse arguments that would be left out, and the numbers others."""
+    more = [str(a) for a in node.args[most:]] + [k for k in node.kwargs if k not in names]
+    if more:
+        raise fail(node, f"its {', '.join(more)} has no place in NIR")
 
 
 def _times(value: Value, factor: float) -> Value:
@@ -246,7 +266,7 @@ def _of_module(
         return _pool(module, node, x, shape)
     if isinstance(module, nn.AdaptiveAvgPool2d):
         return _adaptive(node, x, shape)
-    if isinstance(module, nn.Flatten) and len(shape) == 1:
+    if isinstance(module, nn.Flatten) and shape == (math.prod(x.shape),):
         return _flat(x, shape)
     raise fail(node, f"{kind} has no node in NIR")
 

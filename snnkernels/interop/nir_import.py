@@ -79,6 +79,7 @@ class _Importer:
         self.clock = Clock()
         self.rows: list[NodeReport] = []
         self.foreign: list[str] = []
+        self.sizes: dict[str, tuple[int, ...]] = {}  # of neurons, as their node says
 
     def build(self) -> ConvertedNetwork:
         before = self._order()
@@ -105,6 +106,7 @@ class _Importer:
             raise ConversionError("the graph has no neurons (nir.IF or nir.LIF)")
         self.graph.output(outputs[0])
         self.graph.lint()
+        self._check_sizes()
         kinds = kinds_of(self.net, self.graph)
         parts = cut(self.net, self.graph, kinds, self.neurons, cumulative=False)
         T = self.T or 16
@@ -115,6 +117,22 @@ class _Importer:
                 "says; there was no metadata of snnkernels"
             )
         return ConvertedNetwork(parts, T, report, self.clock)
+
+    @torch.no_grad()
+    def _check_sizes(self) -> None:
+        """Refuse nodes that do not fit each other: torch would broadcast them."""
+        (source,) = (n for n in self.given.nodes.values() if isinstance(n, self.nir.Input))
+        try:
+            shape = [int(n) for n in np.asarray(source.input_type["input"]).reshape(-1)]
+            if math.prod(shape) > _MOST_TRIED:
+                return
+            weights = (t.dtype for t in self.net.parameters())
+            x = torch.zeros(1, *shape, dtype=next(weights, torch.float32))
+            _Sizes(self.net, self.graph, self.sizes).run(x)
+        except ConversionError:
+            raise
+        except (TypeError, ValueError, RuntimeError, KeyError):
+            return  # an input of unknown shape; a call says what does not fit
 
     def _order(self) -> dict[str, list[str]]:
         """Names in order of execution, with their sources."""
@@ -139,6 +157,7 @@ class _Importer:
         if isinstance(node, (nir.IF, nir.LIF)):
             path = self._put(name, Activation(nn.ReLU(), name))
             neuron = self._neuron(name, node)
+            self.sizes[path] = np.shape(node.v_threshold)
             about = node.metadata if isinstance(node.metadata, dict) else {}
             label = _text(about.get("label", name))
             self.neurons[path] = SpikingActivation(
@@ -221,6 +240,8 @@ class _Importer:
             given["beta"], channels = _shared(torch.tensor(1 - share))
             per_channel = per_channel or channels
             r = r / np.asarray(node.tau, dtype=np.float64)
+        if not np.all(np.isfinite(r)):
+            raise ConversionError(f"{name}: r is not finite")
         if np.any(r != 1):
             scale = torch.tensor(r).to(_tensor(node.v_threshold).dtype)
             given["input_scale"], channels = _shared(scale)
@@ -237,9 +258,16 @@ class _Importer:
         if given["tie"] not in (">", ">="):
             raise ConversionError(f"{name}: metadata tie={given['tie']!r}; known: > and >=")
         if "v_init" in about:
-            given["v_init"], channels = _shared(
-                _tensor(about["v_init"]).to(_tensor(node.v_threshold).dtype)
-            )
+            try:
+                start = _tensor(about["v_init"]).to(_tensor(node.v_threshold).dtype)
+            except (TypeError, ValueError) as error:
+                raise ConversionError(f"{name}: metadata v_init: {error}") from error
+            if start.numel() not in (1, np.size(node.v_threshold)) or not start.isfinite().all():
+                raise ConversionError(
+                    f"{name}: metadata v_init of shape {tuple(start.shape)} must be one finite "
+                    f"number or {np.shape(node.v_threshold)} of them"
+                )
+            given["v_init"], channels = _shared(start)
             per_channel = per_channel or channels
         if "T" in about and self.T is None:
             self.T = _steps(int(np.asarray(about["T"])))
@@ -256,6 +284,35 @@ class _Importer:
             )
         except (TypeError, ValueError) as error:
             raise ConversionError(f"{name}: {error}") from error
+
+
+# Elements of a larger input are not looked at: memory would be the file's to choose.
+_MOST_TRIED = 2**24
+
+
+class _Sizes(fx.Interpreter):
+    """Runs a graph and compares what meets."""
+
+    def __init__(self, net: nn.Module, graph: fx.Graph, sizes: dict[str, tuple[int, ...]]) -> None:
+        super().__init__(net, graph=graph)
+        self.sizes = sizes
+
+    def run_node(self, n: fx.Node) -> Any:
+        """One node."""
+        value = super().run_node(n)
+        if n.target is operator.add:
+            shapes = [tuple(self.env[a].shape[1:]) for a in n.all_input_nodes]
+            if len({*shapes}) > 1:
+                raise ConversionError(f"edges into one node bring {shapes[0]} and {shapes[1]}")
+        wanted = self.sizes.get(str(n.target)) if n.op == "call_module" else None
+        if wanted is not None and math.prod(wanted) != 1:
+            there = tuple(value.shape[1:])
+            full = wanted if len(wanted) != 1 else (*wanted, *(1,) * (len(there) - 1))
+            if len(full) != len(there) or any(
+                a not in (1, b) for a, b in zip(full, there, strict=True)
+            ):
+                raise ConversionError(f"{n.target}: {wanted} neurons, but its input is {there}")
+        return value
 
 
 def _filled(layer: Any, weight: Tensor, bias: Tensor | None) -> nn.Module:

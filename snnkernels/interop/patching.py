@@ -77,9 +77,11 @@ def patch(model: nn.Module, *, on_refused: str = "warn") -> PatchReport:
     """Replaces the neurons of other libraries by fused ones, in place, with the same numbers.
 
     Tie rule, kind of reset, surrogate and its width, ``detach_reset``, dtypes and state stay as
-    they are: spikes and membranes are the same bits. What cannot be done with the same numbers is
-    refused, with a reason, and stays as it is. References to a patched module stay good, modules
-    used in several places stay shared, and a second call changes nothing.
+    they are: for finite currents spikes and membranes are the same bits (zeros of Sinabs and Norse
+    but for their sign; behind an infinite current SpikingJelly's hard reset leaves NaN, ours not).
+    What cannot be done with the same numbers is refused, with a reason, and stays as it is.
+    References to a patched module stay good, modules used in several places stay shared, and a
+    second call changes nothing.
 
     Args:
         model: any module; itself or modules in it are neurons of SpikingJelly (0.0.0.0.14 or

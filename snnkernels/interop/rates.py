@@ -14,6 +14,7 @@ from ..conversion.network import ConvertedNetwork
 from ..conversion.pools import CumulativeMaxPool
 from ..conversion.spiking import SpikingActivation
 from ..conversion.steps import Steps
+from ..monitors import unwatched
 from ..neurons import IFNode
 
 __all__ = ["not_plain", "rate_form"]
@@ -70,7 +71,8 @@ def rate_form(snn: ConvertedNetwork) -> ConvertedNetwork:
                 f"{name}: method {snn.report.method!r} has no rate form: {reason}. Convert by "
                 "'opi', 'qcfs', 'light', 'parallel' or another method of plain neurons"
             )
-    twin = copy.deepcopy(snn)
+    with unwatched(snn):
+        twin = copy.deepcopy(snn)
     clock = twin._clock
     if not steps.parallel:
         clock.steps = Steps(whole=True, parallel=True)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from spikingjelly.activation_based import base
 from spikingjelly.activation_based.ann2snn.recipes import FXConversionRecipe, step_mode_adapters
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -17,10 +18,10 @@ from ..conversion.channels import channels_of
 from ..conversion.graphs import add_module, first_input, module_of, place_module
 from ..conversion.ops import MAX_POOL_MODULES
 from ..conversion.pools import CumulativeMaxPool
-from ..joined import join
+from ..joined import Between
 from ..neurons import IFNode
 
-__all__ = ["CumulativePool", "OPIRecipe"]
+__all__ = ["CumulativePool", "OPIRecipe", "RecipeNode"]
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _RELU_CALLS = (F.relu, F.relu_, torch.relu, torch.relu_)
@@ -29,11 +30,17 @@ _RELU_METHODS = ("relu", "relu_")
 _STATELESS = tuple(source for source, _ in step_mode_adapters._STEP_MODULE_TYPES)
 
 
-class CumulativePool(CumulativeMaxPool):
+class RecipeNode(IFNode, Between, base.MemoryModule):
+    """Our neuron, and a module with step modes and memory for SpikingJelly, which looks at classes.
+
+    Such a class is made here alone: an IFNode is the same whether SpikingJelly is there or not.
+    """
+
+
+class CumulativePool(CumulativeMaxPool, Between, base.MemoryModule):
     """Our max-pool of running sums with SpikingJelly's step modes; reset it before each batch."""
 
     def __init__(self, pool: nn.Module) -> None:
-        join(self)
         super().__init__(pool)
         self.step_mode = "s"
 
@@ -122,7 +129,7 @@ class OPIRecipe(FXConversionRecipe):
             theta, _, _ = rule_threshold(self.threshold, seen.histogram, self.T, self.part)
             theta = theta.float() if self.per_channel else theta.float().reshape(())
             v_init: Any = "half" if self.part == 0.5 else self.part * theta
-            node = IFNode(
+            node = RecipeNode(
                 theta,
                 step_mode="s",
                 v_init=v_init,

@@ -103,7 +103,10 @@ class SnnTorchNetwork(nn.Module):
             elif self.merged and not (layer.training and isinstance(layer, _BY_STEP)):
                 out = layer(out.flatten(0, 1)).unflatten(0, out.shape[:2])
             else:
-                out = torch.stack([layer(row) for row in out])
+                # In net's loop only the input's rows are views, and where memory is aligned decides
+                # the order of sums in a matrix product.
+                rows = out if out is x_seq else [row.clone() for row in out]
+                out = torch.stack([layer(row) for row in rows])
         return out
 
     def reset(self) -> None:

@@ -68,6 +68,7 @@ def qcfs_unchecked(
     x: Tensor, threshold: Tensor | None, value: float, levels: int, phase: float, clip_first: bool
 ) -> Tensor:
     """:func:`qcfs` of a threshold that training may have made anything; ``phase`` is rounded."""
+    checks.tensor("x", x)
     grad = threshold is not None and threshold.requires_grad
     if torch.is_grad_enabled() and (x.requires_grad or grad):
         return _Qcfs.apply(x, threshold, value, levels, phase, clip_first)

@@ -148,8 +148,8 @@ def accuracy_energy(
         )  # fmt: skip
         for x, y, T in zip(values, heights, (steps or ()) if i == 0 else (), strict=False):
             ax.annotate(
-                f"T={T}", (x, y), xytext=(-5, 5), textcoords="offset points", fontsize=8,
-                color=GREY, ha="right",
+                f"T={T}", (x, y), xytext=(0, 6), textcoords="offset points", fontsize=8,
+                color=GREY, ha="center",
             )  # fmt: skip
     if ann is not None:
         ax.plot(
@@ -162,7 +162,8 @@ def accuracy_energy(
     ax.margins(x=0.09, y=0.08)
     _plain_decades(ax)
     low, high = ax.get_ylim()
-    ax.set_ylim(max(0.0, low), min(101.0, high))
+    # Above 100 there is room for the numbers of steps only.
+    ax.set_ylim(max(0.0, low), min(105.0 if steps else 101.0, high))
     ax.grid(axis="y", color=LINES, linewidth=0.7)
     clean(ax)
     if ann is not None or "" not in energies:
