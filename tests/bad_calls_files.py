@@ -141,7 +141,7 @@ RAISES: tuple[Row, ...] = (
     *rows("cli eval", "--predict", "no/such/p.csv", "cli('eval', 'saved', '--data', 'digits', '--predict', 'no/such/p.csv')", CommandError, given="saved('saved')"),
     *rows("cli explain", "folder", "nowhere", "cli('explain', 'nowhere')", CommandError, names="folder"),
     *rows("cli explain", "folder", "config.json", "cli('explain', 'saved')", CommandError, given="saved('saved', cut='config.json')", names="config.json", foreign=True),
-    *rows("cli sweep", "checkpoint", "nowhere", "cli('sweep', 'nowhere.safetensors')", CommandError),
+    *rows("cli sweep", "checkpoint", "nowhere", "cli('sweep', 'nowhere.safetensors')", CommandError, names="model"),
     *rows("cli sweep", "--methods", "opy", "cli('sweep', 'm.safetensors', '--methods', 'opy')", CommandError, given="checkpoint('m.safetensors')", names="method"),
     *rows("cli bench", "target", "--neuron", "cli('bench')", CommandError, names="network"),
     *rows("cli bench", "--batch", "'0'", "cli('bench', '--neuron', '--batch', '0')", CommandError),

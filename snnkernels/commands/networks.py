@@ -126,7 +126,7 @@ def _checkpoint(path: Path) -> Given:
     if path.suffix != ".safetensors" or not path.is_file():
         raise FileNotFoundError(
             f"model={str(path)!r} is neither an entry (module:factory, file.py:factory) nor a "
-            ".safetensors file that exists"
+            ".safetensors file that exists: give one of these"
         )
     try:
         found = load_checkpoint(path, activations=ACTIVATIONS)
