@@ -26,9 +26,8 @@ tags:
 
 # {name}
 
-A spiking network converted from a trained ANN by
-[snnkernels](https://pypi.org/project/snnkernels/): method `{snn.report.method}`, {layers} layers of
-neurons, {weights:,} parameters. Its thresholds belong to T = {snn.T}{more}.
+A spiking network converted from a trained ANN by snnkernels: method `{snn.report.method}`,
+{layers} layers of neurons, {weights:,} parameters. Its thresholds belong to T = {snn.T}{more}.
 
 ```python
 import torch
