@@ -201,7 +201,8 @@ def test_flags_of_a_neuron_are_flags(saved: Path, tmp_path: Path, value: Any) ->
         "sha256": hashlib.sha256(content).hexdigest(),
     }
     (folder / CONFIG).write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"store_v_seq.*true or false"):
+    said = r"no store_v_seq" if value == "gone" else r"store_v_seq.*true or false"
+    with pytest.raises(ValueError, match=said):
         snnkernels.load_pretrained(folder)
 
 
