@@ -971,7 +971,9 @@ def test_release_14() -> None:
     assert (folder / "spikingjelly").is_dir(), folder
     path = filter(None, (str(folder), str(PACKAGE.parent), environment.get("PYTHONPATH")))
     environment["PYTHONPATH"] = os.pathsep.join(path)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    # Not `python -m pytest`, which puts the folder it runs in before the package under test.
+    run = "import sys, pytest; sys.path[:] = filter(None, sys.path); sys.exit(pytest.main())"
+    command = [sys.executable, "-c", run, "-q", "-p", "no:cacheprovider", __file__]
     done = subprocess.run(
         [*command, "-W", "ignore::DeprecationWarning"],
         env=environment, capture_output=True, text=True, check=False,

@@ -546,8 +546,17 @@ def test_histogram_worked_example(backend: Backend) -> None:
     histogram = Histogram(1, 4, torch.device(backend.device))
     histogram.update(torch.tensor([[0.0, 1.0, 2.0, 4.0]]).to(backend.device))
     histogram.update(torch.tensor([[8.0, 0.5, 0.0, 3.0]]).to(backend.device))
-    assert histogram.counts.tolist() == [[2, 3, 0, 1]]
-    assert histogram.sums.tolist() == [[1.5, 9.0, 0.0, 8.0]]
+    # 4 had a range of 8, in bins of 2; 8 has one of 16, in bins of 4. Zeros are in the total alone.
+    assert histogram.counts.tolist() == [[4, 1, 1, 0]]
+    tables = histogram.tables()
+    units = torch.tensor([[0.0, 8.0, 16.0, 16.0]]) * 2.0**-24  # of the power of two above each bin
+    assert (tables["mantissas"].cpu() * units).tolist() == [[0.0, 4.0, 8.0, 0.0]]
+    # What lies in the first bin, by its power of two: 0.5; 1; 2 and 3.
+    low = slice(148, 151)
+    assert tables["low_counts"][0, low].tolist() == [1, 1, 2]
+    sums = tables["low_mantissas"][0, low].cpu() * torch.tensor([1.0, 2.0, 4.0]) * 2.0**-24
+    assert sums.tolist() == [0.5, 1.0, 5.0]
+    assert tables["low_counts"].sum() == 4
     assert histogram.total == 8
 
 
