@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -44,6 +45,9 @@ class Team:
     def part() -> None:
         """Leave the others, if there are any."""
         if dist.is_available() and dist.is_initialized():
+            # A reducer of DDP in a reference cycle would keep the group, and its threads, until
+            # Python ends, which then aborts.
+            gc.collect()
             dist.destroy_process_group()
 
     @property
