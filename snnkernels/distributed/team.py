@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 from collections.abc import Iterator
@@ -130,4 +131,7 @@ def launched() -> Iterator[Any]:
         yield dist.group.WORLD
     finally:
         if made:
+            # What still holds the group in a reference cycle would keep its threads until Python
+            # ends, which then aborts.
+            gc.collect()
             dist.destroy_process_group()
