@@ -145,6 +145,17 @@ def test_batch_norm_that_trains_sees_one_step_at_a_time() -> None:
     assert torch.equal(net[0].running_var, other[0].running_var)
 
 
+def test_a_layer_in_two_places_runs_in_both() -> None:
+    shared = nn.Linear(5, 5)
+    neurons = [snn.Leaky(beta=0.875, init_hidden=True) for _ in range(2)]
+    check(
+        nn.Sequential(shared, neurons[0], shared, neurons[1]), 4 * currents(9, 3, 5), merged=False
+    )
+    for layer in (neurons[0], nn.BatchNorm1d(5)):
+        with pytest.raises(Refused, match=r"layer '2' .*several places"):
+            snnkernels.from_snntorch(nn.Sequential(layer, nn.Linear(5, 5), layer, neurons[1]))
+
+
 def test_it_shares_layers_and_membranes() -> None:
     net = network(True)
     fast = snnkernels.from_snntorch(net)

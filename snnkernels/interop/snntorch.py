@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import surrogate as _surrogate
 from .. import surrogate_foreign
@@ -162,17 +163,22 @@ def from_snntorch(
             f"from_snntorch: {type(net).__name__} has a forward of its own, whose loop over time "
             "cannot be seen; give its layers as nn.Sequential"
         )
-    for path, layer in _layers(net, ""):
+    layers = list(_layers(net, ""))
+    modules = [layer for _, layer in layers]
+    for path, layer in layers:
         try:
-            steps.append((layer, _kind(layer, stateless)))
+            kind = _kind(layer, stateless)
+            remembers = kind is not None or isinstance(layer, _BatchNorm)
+            if remembers and modules.count(layer) > 1:
+                raise Refused("it stands in several places, whose calls alternate within a step")
+            if kind is not None and kind.returns_mem and layer is not modules[-1]:
+                raise Refused(
+                    "it returns spikes and membranes, which the layer behind it cannot take; build "
+                    "it with init_hidden=True"
+                )
+            steps.append((layer, kind))
         except Refused as reason:
             refused.append(f"layer {path!r} ({type(layer).__name__}): {reason}")
-    for path, (layer, kind) in zip([p for p, _ in _layers(net, "")], steps, strict=False):
-        if kind is not None and kind.returns_mem and layer is not steps[-1][0] and not refused:
-            refused.append(
-                f"layer {path!r} ({type(layer).__name__}): it returns spikes and membranes, which "
-                "the layer behind it cannot take; build it with init_hidden=True"
-            )
     if not refused and not any(kind for _, kind in steps):
         refused.append("there is no neuron of snnTorch in it")
     if refused:
@@ -182,7 +188,9 @@ def from_snntorch(
 
 def _layers(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
     if type(module) is nn.Sequential:
-        for name, child in module.named_children():
+        # Not named_children, which leaves out a layer that it has seen.
+        for name, child in module._modules.items():
+            assert child is not None
             yield from _layers(child, f"{path}.{name}" if path else name)
         if not len(module):
             yield path, nn.Identity()
