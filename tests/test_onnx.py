@@ -143,6 +143,16 @@ def test_everything_and_several_outputs(tmp_path: Path) -> None:
         torch.testing.assert_close(got, want[name], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has other permissions")
+def test_others_may_read_the_file(tmp_path: Path) -> None:
+    optional("onnxscript")
+    (tmp_path / "usual").write_text("")
+    path = snnkernels.to_onnx(
+        snnkernels.convert(network(), X, T=4, progress=False), tmp_path / "net.onnx", X
+    )
+    assert path.stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
 def test_bad_arguments_leave_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     optional("onnxscript")
     snn = snnkernels.convert(network(), X, T=4, progress=False)

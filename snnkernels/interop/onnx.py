@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import tempfile
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from ..conversion.errors import ConversionError
 from ..conversion.inputs import leaves
 from ..conversion.network import ConvertedNetwork
+from ..files import write_bytes
 from ..hub.exporting import export, quiet_torch
 from .rates import rate_form
 
@@ -77,9 +77,8 @@ def to_onnx(
     names = [name or "output" for name in outputs]
     count = sum(s.kind.name == "USER_INPUT" for s in program.graph_signature.input_specs)
     given = list(snn.inputs) if count == len(snn.inputs) else None
-    handle, part = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-    os.close(handle)
-    try:
+    with tempfile.TemporaryDirectory(prefix="snnkernels-") as folder:
+        part = f"{folder}/net.onnx"
         try:
             with quiet_torch():
                 torch.onnx.export(
@@ -90,20 +89,18 @@ def to_onnx(
             raise ConversionError(
                 f"torch.onnx cannot write this network: {type(error).__name__}: {error}"
             ) from error
-        _check_opset(onnx, part, opset_version)
-        _name_batch(onnx, part, "batch" if dynamic_batch else None)
-        with open(part, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        if os.path.exists(part):
-            os.unlink(part)
+        model = onnx.load(part)
+    _check_opset(model, opset_version)
+    if dynamic_batch:
+        _name_batch(model)
+    onnx.checker.check_model(model, full_check=True)
+    write_bytes(path, model.SerializeToString())
     return path
 
 
-def _check_opset(onnx: Any, path: str, wanted: int | None) -> None:
+def _check_opset(model: Any, wanted: int | None) -> None:
     """The exporter keeps its own version, and only logs it, where it cannot convert the file."""
-    found = {i.domain: i.version for i in onnx.load(path).opset_import}.get("")
+    found = {i.domain: i.version for i in model.opset_import}.get("")
     if wanted is not None and found != wanted:
         raise ValueError(
             f"opset_version={wanted}: torch.onnx can write this network in version {found} only; "
@@ -111,17 +108,14 @@ def _check_opset(onnx: Any, path: str, wanted: int | None) -> None:
         )
 
 
-def _name_batch(onnx: Any, path: str, name: str | None) -> None:
-    """Check the file, and call the size of the batch by a name instead of torch's symbol."""
-    model = onnx.load(path)
+def _name_batch(model: Any) -> None:
+    """Call the size of the batch by a name instead of torch's symbol."""
     symbols = {d.dim_param for i in model.graph.input for d in i.type.tensor_type.shape.dim[:1]}
     symbols.discard("")
     for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
         for dim in value.type.tensor_type.shape.dim:
-            for symbol in symbols if name and dim.dim_param else ():
-                dim.dim_param = re.sub(rf"\b{re.escape(symbol)}\b", str(name), dim.dim_param)
-    onnx.checker.check_model(model, full_check=True)
-    onnx.save(model, path)
+            for symbol in symbols if dim.dim_param else ():
+                dim.dim_param = re.sub(rf"\b{re.escape(symbol)}\b", "batch", dim.dim_param)
 
 
 def _answer(program: Any) -> Any:
