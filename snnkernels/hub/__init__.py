@@ -1,8 +1,7 @@
 """Save, load, share and export converted networks.
 
 ``snn.save_pretrained(folder)``, :func:`load_pretrained`, ``snn.push_to_hub(repo_id)`` and
-``snn.export(example)``; see
-``docs/saving.md``.
+``snn.export(example)``; see ``docs/saving.md``.
 """
 
 from __future__ import annotations

@@ -86,7 +86,8 @@ def export(
     steps = snn.T if T is None else _steps(T)
     given = snn._ports.bind(as_given(example))
     inputs = tuple(given.named.values()) if isinstance(given, Inputs) else (given,)
-    batch = next(t for t in _tensors(inputs)).shape[0]
+    tensors = (t for t in torch.utils._pytree.tree_leaves(inputs) if isinstance(t, Tensor))
+    batch = next(tensors).shape[0]
     if dynamic_batch and batch < 2:
         raise ValueError(
             f"example has a batch of {batch}: torch.export takes 0 and 1 for constants. Give at "
@@ -134,7 +135,3 @@ def quiet_torch() -> Iterator[None]:
             yield
         finally:
             log.setLevel(level)
-
-
-def _tensors(inputs: tuple[Any, ...]) -> list[Tensor]:
-    return [t for t in torch.utils._pytree.tree_leaves(inputs) if isinstance(t, Tensor)]

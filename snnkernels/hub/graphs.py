@@ -16,7 +16,7 @@ from .store import Reader, Writer
 from .tables import ATTRIBUTES, FUNCTIONS, METHODS, NAME_OF_FUNCTION
 from .values import decode, encode, plain_name, plain_path
 
-__all__ = ["read_graph", "read_modules", "write_graph"]
+__all__ = ["plain_paths", "read_graph", "read_modules", "write_graph"]
 
 _OPS = ("placeholder", "get_attr", "call_function", "call_method", "call_module", "output")
 
@@ -27,7 +27,7 @@ def write_graph(graph: fx.GraphModule, part: str, to: Writer) -> dict[str, Any]:
     Raises:
         ConversionError: a node cannot be saved; names it and says why.
     """
-    paths = _plain_paths(graph)
+    paths = plain_paths(graph)
     modules: dict[str, int] = {}
     attributes: dict[str, str] = {}
     nodes = []
@@ -80,26 +80,22 @@ def _refused(node: fx.Node, part: str, why: str) -> ConversionError:
     )
 
 
-def _plain_paths(graph: fx.GraphModule) -> dict[str, str]:
-    """Paths of modules and constants, those with exotic letters spelled in plain ones."""
+def plain_paths(graph: fx.GraphModule) -> dict[str, str]:
+    """How paths of modules and constants are saved: exotic letters are spelled in plain ones."""
     plain: dict[str, str] = {}
     taken: set[str] = set()
     for node in graph.graph.nodes:
         path = str(node.target)
         if node.op not in ("call_module", "get_attr") or path in plain:
             continue
-        new, count = re.sub(r"[^A-Za-z0-9_.]", "_", path), 1
+        wanted = re.sub(r"[^A-Za-z0-9_.]", "_", path)
+        new, count = wanted, 1
         while new in taken:
             count += 1
-            new = f"{re.sub(r'[^A-Za-z0-9_.]', '_', path)}_{count}"
+            new = f"{wanted}_{count}"
         taken.add(new)
         plain[path] = new
     return plain
-
-
-def plain_path_of(graph: fx.GraphModule, path: str) -> str:
-    """How :func:`write_graph` spells the path of a module that is called."""
-    return _plain_paths(graph)[path]
 
 
 def _keyword(name: str) -> str:
@@ -129,7 +125,7 @@ def _target(node: fx.Node, paths: dict[str, str]) -> str:
             "function that is not in the list of those that are saved"
         )
     if name == "builtins.getattr":
-        _attribute(node.args, from_inputs(node))
+        _attribute(node.args, _from_inputs(node))
     return name
 
 
@@ -142,7 +138,7 @@ def _attribute(args: tuple[Any, ...], of_inputs: bool) -> None:
         raise TypeError(f"getattr{args[1:]} reads a private attribute")
 
 
-def from_inputs(node: fx.Node) -> bool:
+def _from_inputs(node: fx.Node) -> bool:
     """Whether ``node`` looks into an input of several parts."""
     while node.op == "call_function":
         if node.target is network_input:
@@ -225,7 +221,7 @@ def _read_node(
         raise of.fail(f"{field}.name", name, "a new name of letters, digits and _")
     if op not in _OPS:
         raise of.fail(f"{field}.op", op, ", ".join(_OPS))
-    if "output" in {n.op for n in list(graph.nodes)[-1:]}:
+    if made and made[next(reversed(made))].op == "output":
         raise of.fail(field, name, "nothing behind the output")
 
     def fail(why: str) -> Exception:
@@ -283,6 +279,6 @@ def _read_node(
         try:
             if kwargs or not isinstance(args[0], fx.Node):
                 raise TypeError("getattr is of a node")
-            _attribute(tuple(args), from_inputs(new))
+            _attribute(tuple(args), _from_inputs(new))
         except (TypeError, IndexError) as error:
             raise of.fail(f"{field}.args", error, "an attribute of a tensor") from error

@@ -22,7 +22,7 @@ from . import files
 from .files import CONFIG, GRAPH, WEIGHTS, Checked
 from .graphs import read_graph, read_modules
 from .shared import HUB_ID, NUMBERS, PARTS, VERSION, huggingface, safetensors_package
-from .store import Reader
+from .store import DTYPES, Reader
 from .values import FormatError, decode
 
 __all__ = ["load_pretrained"]
@@ -142,7 +142,7 @@ def _read(config: Checked, graph: Checked, weights: Any, device: torch.device) -
     there = {}
     for name in weights.keys():  # noqa: SIM118
         held = weights.get_slice(name)
-        there[name] = (list(held.get_shape()), _DTYPE.get(held.get_dtype(), held.get_dtype()))
+        there[name] = (list(held.get_shape()), DTYPES.get(held.get_dtype(), held.get_dtype()))
     of = Reader(graph.given.get("tensors"), weights.get_tensor, there, graph.where)
     read_modules(graph.given.get("modules"), of, clock)
     made = {name: read_graph(graph.given.get(name), name, of, device) for name in PARTS}
@@ -188,12 +188,6 @@ def _read(config: Checked, graph: Checked, weights: Any, device: torch.device) -
         raise config.fail("metadata", "an object")
     snn.metadata = metadata
     return snn.to(device)
-
-
-_DTYPE = {
-    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64",
-    "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
-}  # fmt: skip
 
 
 def _outputs(graph: fx.GraphModule) -> int:

@@ -20,7 +20,7 @@ from ..conversion.report import Report
 from . import files
 from .card import model_card
 from .files import CONFIG, GRAPH, README, WEIGHTS
-from .graphs import plain_path_of, write_graph
+from .graphs import plain_paths, write_graph
 from .shared import HUB_ID, NUMBERS, PARTS, VERSION, huggingface, safetensors_package
 from .store import Writer
 from .values import encode
@@ -136,6 +136,7 @@ def _described(snn: ConvertedNetwork) -> tuple[dict[str, Any], dict[str, Any], d
     graph.update({name: parts[name] for name in PARTS})
     graph |= {"modules": to.modules, "tensors": to.about, "spread": spread}
     report = _report(snn.report, to)
+    paths = plain_paths(snn.body)
     ports, fixed = snn._ports, {}
     for name, value in snn._ports.fixed.items():
         try:
@@ -158,7 +159,7 @@ def _described(snn: ConvertedNetwork) -> tuple[dict[str, Any], dict[str, Any], d
             "fixed": fixed,
             "packed": ports.packed,
         },
-        "counted": [plain_path_of(snn.body, path) for path in snn._counted],
+        "counted": [paths[path] for path in snn._counted],
         "of_body": list(snn._of_body),
         "of_suffix": list(snn._of_suffix),
         "report": report,

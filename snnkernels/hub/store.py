@@ -10,15 +10,13 @@ from torch import Tensor, nn
 
 from .values import FormatError
 
-__all__ = ["Reader", "Writer"]
+__all__ = ["DTYPES", "Reader", "Writer"]
 
-_STORED = {
-    str(dtype).removeprefix("torch."): dtype
-    for dtype in (
-        *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32),
-        *(torch.int16, torch.int8, torch.uint8, torch.bool),
-    )
-}
+# dtypes that are stored, by what safetensors calls them.
+DTYPES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64",
+    "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
+}  # fmt: skip
 
 
 class Writer:
@@ -43,10 +41,10 @@ class Writer:
         if id(tensor) in self._names:
             return self._names[id(tensor)]
         dtype = str(tensor.dtype).removeprefix("torch.")
-        if dtype not in _STORED or tensor.layout != torch.strided or tensor.is_meta:
+        if dtype not in DTYPES.values() or tensor.layout != torch.strided or tensor.is_meta:
             raise TypeError(
                 f"{wanted} is a tensor of {tensor.dtype}, {tensor.layout} on {tensor.device}; "
-                f"dense ones of {', '.join(_STORED)} can be saved"
+                f"dense ones of {', '.join(DTYPES.values())} can be saved"
             )
         name, count = wanted, 1
         while name in self.tensors:
