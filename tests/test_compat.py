@@ -16,12 +16,12 @@ from torch import Tensor, nn
 import snnkernels
 from snnkernels import surrogate
 from snnkernels.compat.spikingjelly import IFNode
-from snnkernels.interop import sj_run
+from snnkernels.interop import checks
 
 
 @pytest.fixture(autouse=True)
 def everything_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sj_run, "_said", set())
+    monkeypatch.setattr(checks, "_said", set())
     torch.manual_seed(0)
 
 

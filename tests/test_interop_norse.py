@@ -13,7 +13,7 @@ from support import assert_close, optional
 from torch import Tensor, nn
 
 import snnkernels
-from snnkernels.interop import norse_run, sj_run
+from snnkernels.interop import checks, norse_run
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -27,7 +27,7 @@ METHODS = ("super", "triangle", "tanh", "heavi_erfc")
 
 @pytest.fixture(autouse=True)
 def everything_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sj_run, "_said", set())
+    monkeypatch.setattr(checks, "_said", set())
     torch.manual_seed(0)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import snnkernels
 from snnkernels import surrogate, surrogate_foreign
-from snnkernels.interop import sinabs_run, sj_run
+from snnkernels.interop import checks, sinabs_run
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -25,7 +25,7 @@ with warnings.catch_warnings():
 
 @pytest.fixture(autouse=True)
 def everything_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sj_run, "_said", set())
+    monkeypatch.setattr(checks, "_said", set())
     torch.manual_seed(0)
 
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import snnkernels
 from snnkernels import kernels
-from snnkernels.interop import pytest_plugin, sj_run, sj_scaled
+from snnkernels.interop import checks, pytest_plugin, sj_run, sj_scaled
 from snnkernels.interop.patching import PatchError
 from snnkernels.interop.spikingjelly import release
 
@@ -55,7 +55,7 @@ RESETS = (None, 0.0, -0.3)
 
 @pytest.fixture(autouse=True)
 def everything_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sj_run, "_said", set())
+    monkeypatch.setattr(checks, "_said", set())
     torch.manual_seed(0)
 
 

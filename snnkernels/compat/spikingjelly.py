@@ -14,6 +14,7 @@ from torch import Tensor
 from .. import surrogate as _surrogate
 from ..interop import sj_run
 from ..interop.adapters import Refused
+from ..interop.checks import say
 from ..joined import join
 from .memory import MemoryModule
 
@@ -154,7 +155,7 @@ class IFNode(MemoryModule):
             except Refused as refused:
                 reason = str(refused)
         if surrogate is None:
-            sj_run.say(reason or "", "a compat.spikingjelly.IFNode runs step by step")
+            say(reason or "", "a compat.spikingjelly.IFNode runs step by step")
             spikes, v, v_seq = self._loop(x_seq, v, store)
         else:
             spikes, v, v_seq = sj_run.run(

@@ -14,7 +14,8 @@ from typing import Any
 from torch import nn
 
 from . import norse_run
-from .patching import Adapter, Refused, Swap
+from .adapters import Adapter, Refused
+from .swaps import Swap
 
 __all__ = ["ADAPTER"]
 
@@ -57,10 +58,7 @@ class Norse(Adapter):
 
     def hook(self) -> AbstractContextManager[None]:
         """``iaf_feed_forward_step``, and the forward passes of IAF and IAFCell."""
-        try:
-            import_module("norse.torch")
-        except ModuleNotFoundError as error:
-            raise ImportError(f"{error}. Norse is needed for this: pip install norse") from error
+        self.imported("norse.torch")
         return _HOOK()
 
 

@@ -13,19 +13,17 @@ from importlib import import_module
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import surrogate as _surrogate
 from .. import surrogate_foreign
 from ..kernels import call
-from ..kernels.spec import SPIKES, Asked
-from .patching import Refused
-from .sj_run import say
+from ..kernels.spec import SPIKES
+from .adapters import Refused
+from .checks import PLAIN, WITH_V_SEQ, positive, say, transformed
 
 __all__ = ["feed_forward_step", "forward", "parameters_refused", "surrogate_of"]
 
-_WITH_V_SEQ = Asked(v_seq=True)
-_PLAIN = (Tensor, nn.Parameter)
 _OWN = "a Norse neuron runs Norse's own code"
 
 
@@ -65,7 +63,7 @@ def parameters_refused(p: Any) -> str | None:
     reset, threshold = torch.as_tensor(p.v_reset).detach(), torch.as_tensor(p.v_th).detach()
     if reset.numel() != 1 or not math.isfinite(float(reset)):
         return "v_reset is not one finite number"
-    if not bool((torch.isfinite(threshold) & (threshold > 0)).all()):
+    if not positive(threshold):
         return "a threshold is not positive and finite"
     try:
         surrogate_of(p.method, _number(p.alpha))
@@ -94,7 +92,7 @@ def forward(x: Any, v: Any, p: Any, record: bool) -> tuple[Tensor, Tensor, Tenso
     else:
         reset = None
     result = call.run(
-        x, _WITH_V_SEQ if record else SPIKES, v, p.v_th, _number(p.v_reset),
+        x, WITH_V_SEQ if record else SPIKES, v, p.v_th, _number(p.v_reset),
         surrogate_of(p.method, _number(p.alpha)), False, None, None, None, None, ">", None, False,
         None,
     )  # fmt: skip
@@ -145,7 +143,7 @@ def _of_reset(grad: Tensor, like: Tensor) -> Tensor:
 
 
 def _why_not_now(x: Any, v: Any) -> str | None:
-    if type(x) not in _PLAIN or type(v) not in _PLAIN or x.layout != torch.strided:
+    if type(x) not in PLAIN or type(v) not in PLAIN or x.layout != torch.strided:
         return "the current is no plain tensor"
     if not x.dim() or not x.shape[0]:
         return "there are no steps"
@@ -153,9 +151,7 @@ def _why_not_now(x: Any, v: Any) -> str | None:
         return f"Norse keeps the membranes of {x.dtype} currents in {x.dtype}, ours are float32"
     if v.dim() and (v.shape != x.shape[1:] or v.dtype != x.dtype or v.device != x.device):
         return f"the membrane is {v.dtype} {tuple(v.shape)} on {v.device}"
-    if torch._C._are_functorch_transforms_active():
-        return "a transform of torch.func is active"
-    return None
+    return transformed()
 
 
 def feed_forward_step(theirs: Any) -> Any:

@@ -15,11 +15,11 @@ from torch import nn
 
 from .adapters import Adapter, Change, Refused, adapter_of, known, register
 from .report import PatchedModule, PatchReport
-from .swaps import Swap, patched
+from .swaps import patched
 
 __all__ = [
-    "Adapter", "Change", "PatchError", "PatchReport", "PatchedModule", "Refused", "Swap",
-    "adapter_of", "patch", "patched", "register", "unpatch",
+    "Adapter", "Change", "PatchError", "PatchReport", "PatchedModule", "Refused", "patch",
+    "patched", "register", "unpatch",
 ]  # fmt: skip
 
 # Where a patched module keeps what unpatch needs.
@@ -37,6 +37,14 @@ class PatchError(RuntimeError):
     def __init__(self, message: str, report: PatchReport) -> None:
         super().__init__(message)
         self.report = report
+
+
+def _paths(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """All paths of each module."""
+    paths: dict[nn.Module, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        paths.setdefault(module, []).append(path)
+    return paths
 
 
 def _library(module: nn.Module, libraries: set[str]) -> str | None:
@@ -125,9 +133,7 @@ def patch(model: nn.Module, *, on_refused: str = "warn") -> PatchReport:
 
 def _plan(model: nn.Module) -> tuple[list[_Plan], PatchReport]:
     """What is to be done, with nothing changed yet."""
-    paths: dict[nn.Module, list[str]] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        paths.setdefault(module, []).append(path)
+    paths = _paths(model)
     all_known = known()
     found = {module: _library(module, all_known) for module in paths}
     libraries = set(filter(None, found.values()))
@@ -217,11 +223,8 @@ def unpatch(model: nn.Module) -> int:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model={model!r} must be a torch.nn.Module")
-    paths: dict[nn.Module, list[str]] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        paths.setdefault(module, []).append(path)
     done = 0
-    for module, at in paths.items():
+    for module, at in _paths(model).items():
         mark = module.__dict__.get(_MARK)
         if mark is None:
             continue

@@ -15,7 +15,8 @@ from typing import Any
 from torch import nn
 
 from . import sinabs_run
-from .patching import Adapter, Refused, Swap
+from .adapters import Adapter, Refused
+from .swaps import Swap
 
 __all__ = ["ADAPTER"]
 
@@ -27,13 +28,6 @@ _WHY = {
     "ExpLeak": "it gives membranes, not spikes",
     "ExpLeakSqueeze": "it gives membranes, not spikes",
 }
-
-
-def _layers() -> Any:
-    try:
-        return import_module("sinabs.layers")
-    except ModuleNotFoundError as error:
-        raise ImportError(f"{error}. Sinabs is needed for this: pip install sinabs") from error
 
 
 class Sinabs(Adapter):
@@ -66,7 +60,7 @@ class Sinabs(Adapter):
 
     def hook(self) -> AbstractContextManager[None]:
         """``sinabs.layers.functional.lif_forward``."""
-        _layers()
+        self.imported("sinabs.layers")
         return _HOOK()
 
     @contextmanager
@@ -81,12 +75,12 @@ class Sinabs(Adapter):
 
 def _functions() -> Iterable[tuple[Any, str, Callable[[Any], Any]]]:
     # IAF and LIF look it up in the package at every call.
-    yield _layers().functional, "lif_forward", sinabs_run.lif_forward
+    yield import_module("sinabs.layers").functional, "lif_forward", sinabs_run.lif_forward
 
 
 def _forwards() -> Iterable[tuple[Any, str, Callable[[Any], Any]]]:
     # All others inherit it.
-    yield _layers().LIF, "forward", _forward
+    yield import_module("sinabs.layers").LIF, "forward", _forward
 
 
 def _forward(theirs: Any) -> Any:

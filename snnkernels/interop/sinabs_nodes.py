@@ -14,7 +14,7 @@ from sinabs.layers import IAF, LIF, IAFSqueeze, LIFSqueeze
 from torch import Tensor
 
 from . import sinabs_run
-from .sj_run import say
+from .checks import say
 
 __all__ = ["FUSED", "FusedIAF", "FusedIAFSqueeze", "FusedLIF", "FusedLIFSqueeze", "run"]
 

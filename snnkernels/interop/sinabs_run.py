@@ -15,20 +15,18 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import surrogate as _surrogate
 from .. import surrogate_foreign
 from ..kernels import call
 from ..kernels.arguments import MOST_SPIKES, NO_OPTIONS, Options
-from ..kernels.spec import SPIKES, Asked
-from .patching import Refused
-from .sj_run import say
+from ..kernels.spec import SPIKES
+from .adapters import Refused
+from .checks import PLAIN, WITH_V_SEQ, positive, say, transformed
 
 __all__ = ["forward", "lif_forward", "why_not"]
 
-_WITH_V_SEQ = Asked(v_seq=True)
-_PLAIN = (Tensor, nn.Parameter)
 _HALVES = (torch.float16, torch.bfloat16)
 OWN = "a Sinabs neuron runs Sinabs' own code"
 
@@ -83,8 +81,7 @@ def _why_not(
     if isinstance(threshold, Tensor):
         if threshold.requires_grad:
             return "its threshold is learned, and Sinabs' gradient leaves the spikes out of it"
-        held = threshold.detach()
-        if (look or not held.is_cuda) and not bool((torch.isfinite(held) & (held > 0)).all()):
+        if (look or not threshold.is_cuda) and not positive(threshold):
             return "a threshold is not positive and finite"
     try:
         most_spikes(spike_fn)
@@ -164,7 +161,7 @@ def surrogate_of(theirs: Any, threshold: Any) -> _surrogate.Surrogate:
 
 def _why_not_now(x: Any, v: Any, shape: Any, leaks: bool) -> str | None:
     """What only a call can tell."""
-    if type(x) not in _PLAIN or type(v) not in _PLAIN:
+    if type(x) not in PLAIN or type(v) not in PLAIN:
         return "the current is no plain tensor"
     if x.dtype in _HALVES:
         if leaks:
@@ -173,9 +170,7 @@ def _why_not_now(x: Any, v: Any, shape: Any, leaks: bool) -> str | None:
         return f"currents are {x.dtype}, ours are float32, float16 or bfloat16"
     if v.dtype != torch.float32 or v.shape != shape or v.device != x.device:
         return f"the membrane is {v.dtype} {tuple(v.shape)} on {v.device}"
-    if torch._C._are_functorch_transforms_active():
-        return "a transform of torch.func is active"
-    return None
+    return transformed()
 
 
 def forward(
@@ -219,7 +214,7 @@ def forward(
             return None
     held = threshold.detach() if isinstance(threshold, Tensor) else threshold
     result = call.run(
-        x.float(), _WITH_V_SEQ if record else SPIKES, v, held, v_reset, surrogate,
+        x.float(), WITH_V_SEQ if record else SPIKES, v, held, v_reset, surrogate,
         # MembraneReset asks where there is no spike: no gradient passes through that.
         v_reset is not None, None, None, None, scale, ">=", None, False, None, "recompute", "N,T",
         more,

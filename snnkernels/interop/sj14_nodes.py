@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import sj_run
 from .adapters import Refused
+from .checks import say
 from .sj_scaled import ScaledNode, ScalerIn, ScalerOut
 
 __all__ = ["BETWEEN_SCALERS", "FUSED", "SCALERS", "FusedIFNode", "FusedLIFNode", "run"]
@@ -57,7 +58,7 @@ def run(node: Any, x_seq: Tensor, store: bool, **scaling: Any) -> Tensor | None:
             if store:
                 node.v_seq = v_seq
             return spikes
-    sj_run.say(reason)
+    say(reason, sj_run.OWN)
     return None
 
 

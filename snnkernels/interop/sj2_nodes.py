@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import sj_run
 from .adapters import Refused
+from .checks import say
 from .sj_scaled import ScaledNode, ScalerIn, ScalerOut
 
 __all__ = [
@@ -73,7 +74,7 @@ class _Fused(ScaledNode):
                     x_seq, v, self.v_threshold, self.v_reset, surrogate, self.detach_reset, store,
                     beta=beta,
                 )  # fmt: skip
-        sj_run.say(reason)
+        say(reason, sj_run.OWN)
         return self._theirs(x_seq, v, store)
 
     def ready(self, x: Any) -> bool:
@@ -196,7 +197,7 @@ class FusedActivationAwareIFNode(_Fused, neuron.ActivationAwareIFNode):
                     fire_level=self._fire_level(threshold, x),
                 )  # fmt: skip
         if reason is not None:
-            sj_run.say(reason)
+            say(reason, sj_run.OWN)
         return self._loop(x_seq, v, store)
 
     def _fire_level(self, threshold: Tensor, x: Tensor) -> Tensor | None:

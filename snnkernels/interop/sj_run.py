@@ -9,25 +9,23 @@ are our bits for float32 and float64 currents.
 from __future__ import annotations
 
 import math
-import warnings
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import surrogate as _surrogate
 from ..kernels import call
 from ..kernels.arguments import NO_OPTIONS, Options
-from ..kernels.spec import SPIKES, Asked
+from ..kernels.spec import SPIKES
 from .adapters import Refused
+from .checks import PLAIN, WITH_V_SEQ, transformed
 
-__all__ = ["SURROGATES", "fire_level", "leak_of", "run", "say", "surrogate_of", "why_not"]
+__all__ = ["OWN", "SURROGATES", "fire_level", "leak_of", "run", "surrogate_of", "why_not"]
 
-_WITH_V_SEQ = Asked(v_seq=True)
 _STATES = (torch.float32, torch.float64)
-_PLAIN = (Tensor, nn.Parameter)
 SURROGATES = "spikingjelly.activation_based.surrogate"
-_said: set[tuple[str, str]] = set()
+OWN = "a SpikingJelly neuron runs SpikingJelly's own code"
 
 
 def surrogate_of(function: Any) -> _surrogate.Surrogate:
@@ -89,7 +87,7 @@ def why_not(x: Any, v: Any, v_threshold: Any, v_reset: Any, shape: Any) -> str |
         v_threshold, v_reset: of the neuron; a tensor threshold has been checked elsewhere.
         shape: the neurons' shape.
     """
-    if type(x) not in _PLAIN or (isinstance(v, Tensor) and type(v) not in _PLAIN):
+    if type(x) not in PLAIN or (isinstance(v, Tensor) and type(v) not in PLAIN):
         return "the current is no plain tensor"
     if x.device.type not in ("cpu", "cuda") or x.layout != torch.strided:
         return f"there are no kernels for {x.layout} tensors on {x.device.type} devices"
@@ -113,16 +111,7 @@ def why_not(x: Any, v: Any, v_threshold: Any, v_reset: Any, shape: Any) -> str |
             return f"v_reset={v_reset!r} is not finite"
         if v_reset == 0 and math.copysign(1.0, v_reset) < 0:
             return "v_reset=-0.0 has a sign that our reset keeps and SpikingJelly's sum loses"
-    if torch._C._are_functorch_transforms_active():
-        return "a transform of torch.func is active"
-    return None
-
-
-def say(reason: str, what: str = "a SpikingJelly neuron runs SpikingJelly's own code") -> None:
-    """Warns of a fall-back, once per reason in a process."""
-    if (reason, what) not in _said:
-        _said.add((reason, what))
-        warnings.warn(f"{what}: {reason}", RuntimeWarning, stacklevel=4)
+    return transformed()
 
 
 def run(
@@ -151,7 +140,7 @@ def run(
     if beta is not None or fire_level is not None:
         more = Options(beta=beta, fire_level=fire_level)
     result = call.run(
-        x_seq, _WITH_V_SEQ if store_v_seq else SPIKES, v, v_threshold, v_reset, surrogate,
+        x_seq, WITH_V_SEQ if store_v_seq else SPIKES, v, v_threshold, v_reset, surrogate,
         detach_reset, None, None, amplitude, input_scale, ">=", None, False, None,
         "recompute", "T,N", more,
     )  # fmt: skip

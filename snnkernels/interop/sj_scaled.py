@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules import module as _nn_module
 
 from .adapters import Change
+from .checks import positive
 
 __all__ = ["Scaled", "ScaledNode", "ScalerIn", "ScalerOut", "Unscaled", "find"]
 
@@ -158,7 +159,7 @@ def _plain(scaler: Any) -> bool:
         and isinstance(scale, Tensor)
         and scale.dtype == torch.float32
         and scale.dim() <= most
-        and bool((torch.isfinite(scale) & (scale > 0)).all())
+        and positive(scale)
     )
 
 

@@ -24,7 +24,8 @@ from .. import surrogate_foreign
 from ..kernels import call
 from ..kernels.arguments import NO_OPTIONS, Options
 from ..kernels.spec import SPIKES, Asked
-from .patching import Refused
+from .adapters import Refused
+from .checks import WITH_V_SEQ, positive
 
 __all__ = ["SnnTorchNetwork", "from_snntorch"]
 
@@ -41,7 +42,6 @@ _BY_STEP: tuple[type[nn.Module], ...] = (
     nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.Dropout, nn.Dropout1d, nn.Dropout2d,
     nn.Dropout3d, nn.AlphaDropout,
 )  # fmt: skip
-_WITH_V = Asked(v_seq=True)
 _WITH_CHARGES = Asked(charge_seq=True)
 _WHY = {
     "RLeaky": "it is recurrent: a step needs the spikes of the one before",
@@ -263,8 +263,7 @@ def _neuron(layer: Any, lapicque: bool) -> _Kind:
             raise Refused("Lapicque with 'zero' sets the membrane to 0 and drops the current")
         if not (bool((layer.R == 1).all()) and bool((layer.time_step == 1).all())):
             raise Refused("R or time_step is not 1: its current is rounded several times")
-    threshold = layer.threshold.detach()
-    if not bool((torch.isfinite(threshold) & (threshold > 0)).all()):
+    if not positive(layer.threshold):
         raise Refused("a threshold is not positive and finite")
     returns_mem = bool(layer.output or not layer.init_hidden)
     return _Kind(surrogate, reset == "_base_zero", delay, lapicque, returns_mem)
@@ -296,7 +295,7 @@ def _run(layer: Any, kind: _Kind, x: Tensor) -> Any:
         more = Options(beta=beta, reset_delay=not kind.zero)
     asked = SPIKES
     if kind.returns_mem:
-        asked = _WITH_CHARGES if kind.zero and kind.delay else _WITH_V
+        asked = _WITH_CHARGES if kind.zero and kind.delay else WITH_V_SEQ
     elif kind.zero and kind.delay:
         asked = _WITH_CHARGES  # the last one stays behind as mem
     result = call.run(

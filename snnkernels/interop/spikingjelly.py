@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from . import sj_run, sj_scaled
 from .adapters import Adapter, Change, Refused
+from .checks import positive, say
 from .swaps import Swap
 
 __all__ = ["ADAPTER", "recipe", "release"]
@@ -37,12 +38,7 @@ def release() -> str:
         ImportError: SpikingJelly is not installed.
         Refused: it is another release.
     """
-    try:
-        neuron = import_module(_NEURONS)
-    except ModuleNotFoundError as error:
-        raise ImportError(
-            f"{error}. SpikingJelly is needed for this: pip install spikingjelly"
-        ) from error
+    neuron = ADAPTER.imported(_NEURONS)
     if hasattr(neuron.IFNode, "jit_eval_multi_step_forward_soft_reset"):
         return "14"
     functional = import_module("spikingjelly.activation_based.functional")
@@ -144,8 +140,7 @@ class SpikingJelly(Adapter):
         if isinstance(threshold, Tensor) and cls.__name__ != "ActivationAwareIFNode":
             raise Refused("v_threshold was set to a tensor")
         if isinstance(threshold, Tensor):
-            held = threshold.detach()
-            if not bool((torch.isfinite(held) & (held > 0)).all()):
+            if not positive(threshold):
                 raise Refused("a threshold is not positive and finite")
             threshold = 1.0
         v = 0.0  # the membrane may come and go; a call looks at it again
@@ -286,7 +281,7 @@ def _call(
             return sj_run.run(
                 x_seq, v, v_threshold, v_reset, surrogate, detach_reset, store_v_seq, beta=beta
             )
-    sj_run.say(reason)
+    say(reason, sj_run.OWN)
     return None
 
 
