@@ -71,9 +71,10 @@ class IFNode(MemoryModule):
                 allowed = "a number or None" if name == "v_reset" else "a number"
                 raise TypeError(f"{name}={value!r} must be {allowed}")
         v_reset = None if v_reset is None else float(v_reset)
-        reason = sj_run.why_not(torch.empty(0), 0.0, float(v_threshold), v_reset, ())
-        if reason is not None:
-            raise ValueError(reason)
+        try:
+            sj_run.check(torch.empty(0), 0.0, float(v_threshold), v_reset, ())
+        except Refused as refused:
+            raise ValueError(str(refused)) from None
         if surrogate_function is None:
             surrogate_function = _surrogate.Sigmoid()
         elif isinstance(surrogate_function, str):
@@ -147,15 +148,11 @@ class IFNode(MemoryModule):
         else:
             start = (self.v_reset or 0.0) if isinstance(v, Tensor) else float(v)
             v = torch.full(shape, start, dtype=x_seq.dtype, device=x_seq.device)
-        reason = sj_run.why_not(x_seq, v, self.v_threshold, self.v_reset, shape)
-        surrogate = None
-        if reason is None:
-            try:
-                surrogate = self._surrogate()
-            except Refused as refused:
-                reason = str(refused)
-        if surrogate is None:
-            say(reason or "", "a compat.spikingjelly.IFNode runs step by step")
+        try:
+            sj_run.check(x_seq, v, self.v_threshold, self.v_reset, shape)
+            surrogate = self._surrogate()
+        except Refused as refused:
+            say(refused, "a compat.spikingjelly.IFNode runs step by step")
             spikes, v, v_seq = self._loop(x_seq, v, store)
         else:
             spikes, v, v_seq = sj_run.run(

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.spec import Asked
+from .adapters import Refused
 
-__all__ = ["PLAIN", "WITH_V_SEQ", "positive", "say", "transformed"]
+__all__ = ["PLAIN", "WITH_V_SEQ", "positive", "refuse_transforms", "say"]
 
 # Classes of tensors that kernels take; others may mean anything.
 PLAIN = (Tensor, nn.Parameter)
@@ -23,20 +24,20 @@ def positive(value: Tensor) -> bool:
     return bool((torch.isfinite(value) & (value > 0)).all())
 
 
-def transformed() -> str | None:
-    """Why no call is ours at all just now, or None."""
+def refuse_transforms() -> None:
+    """Raises :class:`.Refused` inside a transform of torch.func, where no call is ours."""
     if torch._C._are_functorch_transforms_active():
-        return "a transform of torch.func is active"
-    return None
+        raise Refused("a transform of torch.func is active")
 
 
-def say(reason: str, what: str) -> None:
+def say(refused: Refused, what: str) -> None:
     """Warns of a fall-back, once per reason in a process.
 
     Args:
-        reason: why.
+        refused: why.
         what: whose code runs instead.
     """
+    reason = str(refused)
     if (reason, what) not in _said:
         _said.add((reason, what))
         warnings.warn(f"{what}: {reason}", RuntimeWarning, stacklevel=4)

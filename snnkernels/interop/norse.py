@@ -51,9 +51,7 @@ class Norse(Adapter):
         step = import_module("norse.torch.module.iaf").iaf_feed_forward_step
         if module.activation is not step or module.activation_sparse is not None:
             raise Refused("its activation is not iaf_feed_forward_step")
-        reason = norse_run.parameters_refused(module.p)
-        if reason is not None:
-            raise Refused(reason)
+        norse_run.check_parameters(module.p)
         return fused[cls]
 
     def hook(self) -> AbstractContextManager[None]:

@@ -20,9 +20,9 @@ from .. import surrogate_foreign
 from ..kernels import call
 from ..kernels.spec import SPIKES
 from .adapters import Refused
-from .checks import PLAIN, WITH_V_SEQ, positive, say, transformed
+from .checks import PLAIN, WITH_V_SEQ, positive, refuse_transforms, say
 
-__all__ = ["feed_forward_step", "forward", "parameters_refused", "surrogate_of"]
+__all__ = ["check_parameters", "feed_forward_step", "forward", "surrogate_of"]
 
 _OWN = "a Norse neuron runs Norse's own code"
 
@@ -54,22 +54,22 @@ def _number(value: Any) -> float:
     return float(value.detach() if isinstance(value, Tensor) else value)
 
 
-def parameters_refused(p: Any) -> str | None:
-    """Why neurons with these parameters would not have the same numbers, or None."""
+def check_parameters(p: Any) -> None:
+    """Checks that neurons with these parameters have the same numbers.
+
+    Raises:
+        Refused: they would not, with the reason.
+    """
     for name in ("v_th", "v_reset"):
         value = getattr(p, name)
         if not isinstance(value, (Tensor, float, int)):
-            return f"{name}={value!r} is not a tensor or a number"
+            raise Refused(f"{name}={value!r} is not a tensor or a number")
     reset, threshold = torch.as_tensor(p.v_reset).detach(), torch.as_tensor(p.v_th).detach()
     if reset.numel() != 1 or not math.isfinite(float(reset)):
-        return "v_reset is not one finite number"
+        raise Refused("v_reset is not one finite number")
     if not positive(threshold):
-        return "a threshold is not positive and finite"
-    try:
-        surrogate_of(p.method, _number(p.alpha))
-    except Refused as refused:
-        return str(refused)
-    return None
+        raise Refused("a threshold is not positive and finite")
+    surrogate_of(p.method, _number(p.alpha))
 
 
 def forward(x: Any, v: Any, p: Any, record: bool) -> tuple[Tensor, Tensor, Tensor | None] | None:
@@ -78,11 +78,11 @@ def forward(x: Any, v: Any, p: Any, record: bool) -> tuple[Tensor, Tensor, Tenso
     ``v`` is what Norse's state holds. None, and a warning the first time, where Norse's own code
     must run.
     """
-    reason = parameters_refused(p)
-    if reason is None:
-        reason = _why_not_now(x, v)
-    if reason is not None:
-        say(reason, _OWN)
+    try:
+        check_parameters(p)
+        _check_call(x, v)
+    except Refused as refused:
+        say(refused, _OWN)
         return None
     # Norse asks for a gradient of the value that resets, which all start from as well.
     reset = p.v_reset if isinstance(p.v_reset, Tensor) and p.v_reset.requires_grad else None
@@ -142,16 +142,18 @@ def _of_reset(grad: Tensor, like: Tensor) -> Tensor:
     return grad.sum().to(like.dtype).reshape(like.shape)
 
 
-def _why_not_now(x: Any, v: Any) -> str | None:
+def _check_call(x: Any, v: Any) -> None:
     if type(x) not in PLAIN or type(v) not in PLAIN or x.layout != torch.strided:
-        return "the current is no plain tensor"
+        raise Refused("the current is no plain tensor")
     if not x.dim() or not x.shape[0]:
-        return "there are no steps"
+        raise Refused("there are no steps")
     if x.dtype not in (torch.float32, torch.float64):
-        return f"Norse keeps the membranes of {x.dtype} currents in {x.dtype}, ours are float32"
+        raise Refused(
+            f"Norse keeps the membranes of {x.dtype} currents in {x.dtype}, ours are float32"
+        )
     if v.dim() and (v.shape != x.shape[1:] or v.dtype != x.dtype or v.device != x.device):
-        return f"the membrane is {v.dtype} {tuple(v.shape)} on {v.device}"
-    return transformed()
+        raise Refused(f"the membrane is {v.dtype} {tuple(v.shape)} on {v.device}")
+    refuse_transforms()
 
 
 def feed_forward_step(theirs: Any) -> Any:

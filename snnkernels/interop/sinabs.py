@@ -53,9 +53,7 @@ class Sinabs(Adapter):
             raise Refused(_WHY.get(cls.__name__, "there is no kernel for this neuron"))
         if "forward" in module.__dict__:
             raise Refused("this one has a forward of its own")
-        reason = sinabs_run.why_not(module)
-        if reason is not None:
-            raise Refused(reason)
+        sinabs_run.check(module)
         return fused[cls]
 
     def hook(self) -> AbstractContextManager[None]:

@@ -14,6 +14,7 @@ from sinabs.layers import IAF, LIF, IAFSqueeze, LIFSqueeze
 from torch import Tensor
 
 from . import sinabs_run
+from .adapters import Refused
 from .checks import say
 
 __all__ = ["FUSED", "FusedIAF", "FusedIAFSqueeze", "FusedLIF", "FusedLIFSqueeze", "run"]
@@ -21,9 +22,10 @@ __all__ = ["FUSED", "FusedIAF", "FusedIAFSqueeze", "FusedLIF", "FusedLIFSqueeze"
 
 def run(node: Any, x: Tensor, theirs: Any = LIF.forward) -> Tensor:
     """The spikes of ``node`` for ``x`` ``[B, T, *]``, by our kernels or by ``theirs``."""
-    reason = sinabs_run.why_not(node, look=False)
-    if reason is not None:  # it has been changed since it was patched
-        say(reason, sinabs_run.OWN)
+    try:
+        sinabs_run.check(node, look=False)
+    except Refused as refused:  # it has been changed since it was patched
+        say(refused, sinabs_run.OWN)
         return theirs(node, x)
     batch, _, *trailing = x.shape
     shape = (batch, *trailing)

@@ -23,9 +23,9 @@ from ..kernels import call
 from ..kernels.arguments import MOST_SPIKES, NO_OPTIONS, Options
 from ..kernels.spec import SPIKES
 from .adapters import Refused
-from .checks import PLAIN, WITH_V_SEQ, positive, say, transformed
+from .checks import PLAIN, WITH_V_SEQ, positive, refuse_transforms, say
 
-__all__ = ["forward", "lif_forward", "why_not"]
+__all__ = ["OWN", "check", "forward", "lif_forward"]
 
 _HALVES = (torch.float16, torch.bfloat16)
 OWN = "a Sinabs neuron runs Sinabs' own code"
@@ -44,12 +44,17 @@ def _finite(value: Any) -> bool:
     return number is not None and math.isfinite(number)
 
 
-def why_not(module: Any, look: bool = True) -> str | None:
-    """Why the numbers of a neuron of Sinabs would not be the same, or None.
+def check(module: Any, look: bool = True) -> None:
+    """Checks that a neuron of Sinabs has the same numbers.
 
-    ``look``: also at numbers, for which a GPU has to be waited for.
+    Args:
+        module: the neuron.
+        look: also at numbers, for which a GPU has to be waited for.
+
+    Raises:
+        Refused: they would not be the same, with the reason.
     """
-    return _why_not(
+    _check(
         module.tau_syn if not module.train_alphas else module.alpha_syn,
         module.spike_threshold,
         module.spike_fn,
@@ -60,7 +65,7 @@ def why_not(module: Any, look: bool = True) -> str | None:
     )
 
 
-def _why_not(
+def _check(
     alpha_syn: Any,
     threshold: Any,
     spike_fn: Any,
@@ -68,29 +73,27 @@ def _why_not(
     surrogate_grad_fn: Any,
     min_v_mem: Any,
     look: bool,
-) -> str | None:
+) -> None:
     if alpha_syn is not None:
-        return "it has a synaptic current (tau_syn)"
+        raise Refused("it has a synaptic current (tau_syn)")
     if min_v_mem is not None:
         if isinstance(min_v_mem, Tensor) and min_v_mem.requires_grad:
-            return "its min_v_mem is learned"
+            raise Refused("its min_v_mem is learned")
         if look and not _finite(min_v_mem):
-            return "min_v_mem is not one finite number"
+            raise Refused("min_v_mem is not one finite number")
     if threshold is None or spike_fn is None:
-        return "it gives membranes, not spikes (no spike_fn)"
+        raise Refused("it gives membranes, not spikes (no spike_fn)")
     if isinstance(threshold, Tensor):
         if threshold.requires_grad:
-            return "its threshold is learned, and Sinabs' gradient leaves the spikes out of it"
+            raise Refused(
+                "its threshold is learned, and Sinabs' gradient leaves the spikes out of it"
+            )
         if (look or not threshold.is_cuda) and not positive(threshold):
-            return "a threshold is not positive and finite"
-    try:
-        most_spikes(spike_fn)
-        resets(reset_fn)
-        if look:
-            surrogate_of(surrogate_grad_fn, threshold)
-    except Refused as refused:
-        return str(refused)
-    return None
+            raise Refused("a threshold is not positive and finite")
+    most_spikes(spike_fn)
+    resets(reset_fn)
+    if look:
+        surrogate_of(surrogate_grad_fn, threshold)
 
 
 def most_spikes(spike_fn: Any) -> int | None:
@@ -159,18 +162,18 @@ def surrogate_of(theirs: Any, threshold: Any) -> _surrogate.Surrogate:
     return found
 
 
-def _why_not_now(x: Any, v: Any, shape: Any, leaks: bool) -> str | None:
+def _check_call(x: Any, v: Any, shape: Any, leaks: bool) -> None:
     """What only a call can tell."""
     if type(x) not in PLAIN or type(v) not in PLAIN:
-        return "the current is no plain tensor"
+        raise Refused("the current is no plain tensor")
     if x.dtype in _HALVES:
         if leaks:
-            return f"with {x.dtype} currents a leaky neuron rounds to {x.dtype} on the way"
+            raise Refused(f"with {x.dtype} currents a leaky neuron rounds to {x.dtype} on the way")
     elif x.dtype != torch.float32:
-        return f"currents are {x.dtype}, ours are float32, float16 or bfloat16"
+        raise Refused(f"currents are {x.dtype}, ours are float32, float16 or bfloat16")
     if v.dtype != torch.float32 or v.shape != shape or v.device != x.device:
-        return f"the membrane is {v.dtype} {tuple(v.shape)} on {v.device}"
-    return transformed()
+        raise Refused(f"the membrane is {v.dtype} {tuple(v.shape)} on {v.device}")
+    refuse_transforms()
 
 
 def forward(
@@ -192,9 +195,14 @@ def forward(
     if x.dim() < 2 or not x.shape[1]:
         return None
     shape = (x.shape[0], *x.shape[2:])
-    reason = _why_not_now(x, v, shape, alpha is not None)
-    if reason is not None:
-        say(reason, OWN)
+    surrogate = None
+    leaves = (x, v) if alpha is None else (x, v, alpha)
+    try:
+        _check_call(x, v, shape, alpha is not None)
+        if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves):
+            surrogate = surrogate_of(surrogate_grad_fn, threshold)
+    except Refused as refused:
+        say(refused, OWN)
         return None
     v_reset, most = resets(reset_fn), most_spikes(spike_fn)
     scale = None
@@ -204,14 +212,6 @@ def forward(
         more = Options(beta=alpha, max_spikes=most, v_min=v_min)
     if alpha is not None and norm_input:
         scale = 1 - alpha
-    surrogate = None
-    leaves = (x, v) if alpha is None else (x, v, alpha)
-    if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves):
-        try:
-            surrogate = surrogate_of(surrogate_grad_fn, threshold)
-        except Refused as refused:
-            say(str(refused), OWN)
-            return None
     held = threshold.detach() if isinstance(threshold, Tensor) else threshold
     result = call.run(
         x.float(), WITH_V_SEQ if record else SPIKES, v, held, v_reset, surrogate,
@@ -238,25 +238,27 @@ def lif_forward(theirs: Any) -> Any:
         norm_input: bool,
         record_states: bool = False,
     ) -> Any:
-        reason = _why_not(
-            alpha_syn, spike_threshold, spike_fn, reset_fn, surrogate_grad_fn, min_v_mem, False
-        )
-        if reason is None and set(state) == {"v_mem"}:
+        try:
+            _check(
+                alpha_syn, spike_threshold, spike_fn, reset_fn, surrogate_grad_fn, min_v_mem, False
+            )
+        except Refused as refused:
+            say(refused, OWN)
+            found = None
+        else:
             # IAF has an alpha of 1 on the CPU.
             fixed = isinstance(alpha_mem, Tensor) and not alpha_mem.requires_grad
             one = fixed and alpha_mem.dim() == 0 and not alpha_mem.is_cuda and alpha_mem == 1
             leaks = norm_input or not one
-            found = forward(
+            found = set(state) == {"v_mem"} and forward(
                 input_data, state["v_mem"], spike_threshold, spike_fn, reset_fn,
                 surrogate_grad_fn, min_v_mem, alpha_mem if leaks else None, norm_input,
                 record_states,
             )  # fmt: skip
-            if found is not None:
-                spikes, v, v_seq = found
-                record = {"v_mem": v_seq} if record_states else {}
-                return spikes, {"v_mem": v, "i_syn": input_data[:, -1]}, record
-        elif reason is not None:
-            say(reason, OWN)
+        if found:
+            spikes, v, v_seq = found
+            record = {"v_mem": v_seq} if record_states else {}
+            return spikes, {"v_mem": v, "i_syn": input_data[:, -1]}, record
         return theirs(
             input_data=input_data, alpha_mem=alpha_mem, alpha_syn=alpha_syn, state=state,
             spike_threshold=spike_threshold, spike_fn=spike_fn, reset_fn=reset_fn,

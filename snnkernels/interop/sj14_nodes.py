@@ -22,14 +22,13 @@ from .sj_scaled import ScaledNode, ScalerIn, ScalerOut
 __all__ = ["BETWEEN_SCALERS", "FUSED", "SCALERS", "FusedIFNode", "FusedLIFNode", "run"]
 
 
-def _why_not(node: Any, x: Any, shape: Any) -> str | None:
+def _check(node: Any, x: Any, shape: Any) -> None:
     v = node._memories["v"]
-    reason = sj_run.why_not(x, v, node.v_threshold, node.v_reset, shape)
-    if reason is None and not node.training and torch.is_grad_enabled():
+    sj_run.check(x, v, node.v_threshold, node.v_reset, shape)
+    if not node.training and torch.is_grad_enabled():
         tensors = [t for t in (x, v) if isinstance(t, Tensor)]
         if any(t.requires_grad for t in tensors):
-            reason = "in evaluation mode its spikes have no gradient, ours would have one"
-    return reason
+            raise Refused("in evaluation mode its spikes have no gradient, ours would have one")
 
 
 def run(node: Any, x_seq: Tensor, store: bool, **scaling: Any) -> Tensor | None:
@@ -43,23 +42,20 @@ def run(node: Any, x_seq: Tensor, store: bool, **scaling: Any) -> Tensor | None:
     """
     if not x_seq.shape[0]:
         return None
-    reason = _why_not(node, x_seq, x_seq.shape[1:])
-    if reason is None:
-        try:
-            surrogate = sj_run.surrogate_of(node.surrogate_function)
-            beta = _beta(node, x_seq) if isinstance(node, neuron.LIFNode) else None
-        except Refused as refused:
-            reason = str(refused)
-        else:
-            spikes, node._memories["v"], v_seq = sj_run.run(
-                x_seq, node._memories["v"], node.v_threshold, node.v_reset, surrogate,
-                node.detach_reset, store, beta=beta, **scaling,
-            )  # fmt: skip
-            if store:
-                node.v_seq = v_seq
-            return spikes
-    say(reason, sj_run.OWN)
-    return None
+    try:
+        _check(node, x_seq, x_seq.shape[1:])
+        surrogate = sj_run.surrogate_of(node.surrogate_function)
+        beta = _beta(node, x_seq) if isinstance(node, neuron.LIFNode) else None
+    except Refused as refused:
+        say(refused, sj_run.OWN)
+        return None
+    spikes, node._memories["v"], v_seq = sj_run.run(
+        x_seq, node._memories["v"], node.v_threshold, node.v_reset, surrogate, node.detach_reset,
+        store, beta=beta, **scaling,
+    )  # fmt: skip
+    if store:
+        node.v_seq = v_seq
+    return spikes
 
 
 def _beta(node: Any, x_seq: Tensor) -> float:
@@ -75,19 +71,11 @@ class _Fused(ScaledNode):
     """What the fused nodes share."""
 
     # Attributes of SpikingJelly's nodes.
-    surrogate_function: Any
     store_v_seq: bool
 
-    def ready(self, x: Any) -> bool:
+    def check(self, x: Tensor, shape: torch.Size) -> None:
         """See :class:`.sj_scaled.ScaledNode`."""
-        many = self.step_mode == "m"
-        if not isinstance(x, Tensor) or x.dim() < 1 + many or (many and not x.shape[0]):
-            return False
-        try:
-            sj_run.surrogate_of(self.surrogate_function)
-        except Refused:
-            return False
-        return _why_not(self, x, x.shape[1:] if many else x.shape) is None
+        _check(self, x, shape)
 
     def steps(self, x: Tensor, scaling: dict[str, Any]) -> Tensor:
         """See :class:`.sj_scaled.ScaledNode`."""

@@ -35,11 +35,9 @@ class _Fused(ScaledNode):
     # Attributes of SpikingJelly's nodes.
     v_threshold: Any
     v_reset: float | None
-    surrogate_function: Any
     detach_reset: bool
     store_v_seq: bool
     v_seq: Tensor | None
-    step_mode: str
     _memories: dict[str, Any]
     _neuron_precision: Any = None
 
@@ -54,42 +52,30 @@ class _Fused(ScaledNode):
             store, neuron_storage=precision[0], neuron_fwd=precision[1], neuron_bwd=precision[2],
         )  # fmt: skip
 
-    def _why_not(self, x: Any, v: Any, shape: Any) -> str | None:
+    def _check(self, x: Any, v: Any, shape: Any) -> None:
         if self._neuron_precision is not None:
-            return "PrecisionConfig chose how the membrane is stored"
-        return sj_run.why_not(x, v, self.v_threshold, self.v_reset, shape)
+            raise Refused("PrecisionConfig chose how the membrane is stored")
+        sj_run.check(x, v, self.v_threshold, self.v_reset, shape)
 
     def _run(self, x_seq: Tensor, v: Any, store: bool) -> tuple[Any, Any, Any]:
         if not x_seq.shape[0]:
             return self._theirs(x_seq, v, store)
-        reason = self._why_not(x_seq, v, x_seq.shape[1:])
-        if reason is None:
-            try:
-                surrogate = sj_run.surrogate_of(self.surrogate_function)
-                beta = self._beta()
-            except Refused as refused:
-                reason = str(refused)
-            else:
-                return sj_run.run(
-                    x_seq, v, self.v_threshold, self.v_reset, surrogate, self.detach_reset, store,
-                    beta=beta,
-                )  # fmt: skip
-        say(reason, sj_run.OWN)
-        return self._theirs(x_seq, v, store)
+        try:
+            self._check(x_seq, v, x_seq.shape[1:])
+            surrogate = sj_run.surrogate_of(self.surrogate_function)
+            beta = self._beta()
+        except Refused as refused:
+            say(refused, sj_run.OWN)
+            return self._theirs(x_seq, v, store)
+        return sj_run.run(
+            x_seq, v, self.v_threshold, self.v_reset, surrogate, self.detach_reset, store, beta=beta
+        )
 
-    def ready(self, x: Any) -> bool:
+    def check(self, x: Tensor, shape: torch.Size) -> None:
         """See :class:`.sj_scaled.ScaledNode`."""
-        many = self.step_mode == "m"
-        if not isinstance(x, Tensor) or x.dim() < 1 + many or (many and not x.shape[0]):
-            return False
         # A membrane of another shape or dtype becomes one that fits.
         v = self._memories["v"]
-        v = 0.0 if isinstance(v, Tensor) else v
-        try:
-            sj_run.surrogate_of(self.surrogate_function)
-        except Refused:
-            return False
-        return self._why_not(x, v, None) is None
+        self._check(x, 0.0 if isinstance(v, Tensor) else v, shape)
 
     def steps(self, x: Tensor, scaling: dict[str, Any]) -> Tensor:
         """See :class:`.sj_scaled.ScaledNode`."""
@@ -183,22 +169,20 @@ class FusedActivationAwareIFNode(_Fused, neuron.ActivationAwareIFNode):
     channel_dim: int
 
     def _run(self, x_seq: Tensor, v: Any, store: bool) -> tuple[Any, Any, Any]:
-        x = x_seq[:1].squeeze(0) if x_seq.shape[0] else x_seq.new_empty(x_seq.shape[1:])
-        reason = sj_run.why_not(x_seq, v, self.v_threshold, self.v_reset, x.shape)
-        if reason is None and x_seq.shape[0]:
-            try:
-                surrogate = sj_run.surrogate_of(self.surrogate_function)
-            except Refused as refused:
-                reason = str(refused)
-            else:
-                threshold = self._broadcast_parameter(self.v_threshold, x, "v_threshold")
-                return sj_run.run(
-                    x_seq, v, threshold, self.v_reset, surrogate, self.detach_reset, store,
-                    fire_level=self._fire_level(threshold, x),
-                )  # fmt: skip
-        if reason is not None:
-            say(reason, sj_run.OWN)
-        return self._loop(x_seq, v, store)
+        if not x_seq.shape[0]:
+            return self._loop(x_seq, v, store)
+        x = x_seq[0]
+        try:
+            sj_run.check(x_seq, v, self.v_threshold, self.v_reset, x.shape)
+            surrogate = sj_run.surrogate_of(self.surrogate_function)
+        except Refused as refused:
+            say(refused, sj_run.OWN)
+            return self._loop(x_seq, v, store)
+        threshold = self._broadcast_parameter(self.v_threshold, x, "v_threshold")
+        return sj_run.run(
+            x_seq, v, threshold, self.v_reset, surrogate, self.detach_reset, store,
+            fire_level=self._fire_level(threshold, x),
+        )  # fmt: skip
 
     def _fire_level(self, threshold: Tensor, x: Tensor) -> Tensor | None:
         """The least charge that fires, None where that is the threshold; kept while they last."""

@@ -19,9 +19,9 @@ from ..kernels import call
 from ..kernels.arguments import NO_OPTIONS, Options
 from ..kernels.spec import SPIKES
 from .adapters import Refused
-from .checks import PLAIN, WITH_V_SEQ, transformed
+from .checks import PLAIN, WITH_V_SEQ, refuse_transforms
 
-__all__ = ["OWN", "SURROGATES", "fire_level", "leak_of", "run", "surrogate_of", "why_not"]
+__all__ = ["OWN", "SURROGATES", "check", "fire_level", "leak_of", "run", "surrogate_of"]
 
 _STATES = (torch.float32, torch.float64)
 SURROGATES = "spikingjelly.activation_based.surrogate"
@@ -78,40 +78,45 @@ def leak_of(tau: float, v_reset: float | None, exact: bool) -> float:
     return 1.0 - 1.0 / tau
 
 
-def why_not(x: Any, v: Any, v_threshold: Any, v_reset: Any, shape: Any) -> str | None:
-    """Why a call must run the library's own code, or None.
+def check(x: Any, v: Any, v_threshold: Any, v_reset: Any, shape: Any) -> None:
+    """Checks that a call is ours.
 
     Args:
         x: the current of all steps.
         v: the membrane before the first.
         v_threshold, v_reset: of the neuron; a tensor threshold has been checked elsewhere.
         shape: the neurons' shape.
+
+    Raises:
+        Refused: the library's own code has to run, with the reason.
     """
     if type(x) not in PLAIN or (isinstance(v, Tensor) and type(v) not in PLAIN):
-        return "the current is no plain tensor"
+        raise Refused("the current is no plain tensor")
     if x.device.type not in ("cpu", "cuda") or x.layout != torch.strided:
-        return f"there are no kernels for {x.layout} tensors on {x.device.type} devices"
+        raise Refused(f"there are no kernels for {x.layout} tensors on {x.device.type} devices")
     if x.dtype not in _STATES:
-        return (
+        raise Refused(
             f"SpikingJelly keeps the membranes of {x.dtype} currents in {x.dtype}, where ours are "
             "float32: the numbers would differ. Give float32 currents, for example by "
             "x.float() before the neuron or by leaving autocast"
         )
     if isinstance(v, Tensor):
         if v.dtype != x.dtype or v.shape != shape or v.device != x.device:
-            return "the membrane has another dtype, shape or device than the current"
+            raise Refused("the membrane has another dtype, shape or device than the current")
     elif type(v) is not float or not math.isfinite(v):
-        return f"the membrane is {v!r}"
+        raise Refused(f"the membrane is {v!r}")
     if not isinstance(v_threshold, Tensor) and (
         type(v_threshold) not in (float, int) or not 1.2e-38 < v_threshold < 3.4e38
     ):
-        return f"v_threshold={v_threshold!r} is not positive and finite"
+        raise Refused(f"v_threshold={v_threshold!r} is not positive and finite")
     if v_reset is not None:
         if type(v_reset) not in (float, int) or not math.isfinite(v_reset):
-            return f"v_reset={v_reset!r} is not finite"
+            raise Refused(f"v_reset={v_reset!r} is not finite")
         if v_reset == 0 and math.copysign(1.0, v_reset) < 0:
-            return "v_reset=-0.0 has a sign that our reset keeps and SpikingJelly's sum loses"
-    return transformed()
+            raise Refused(
+                "v_reset=-0.0 has a sign that our reset keeps and SpikingJelly's sum loses"
+            )
+    refuse_transforms()
 
 
 def run(

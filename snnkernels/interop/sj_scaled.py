@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules import module as _nn_module
 
-from .adapters import Change
+from . import sj_run
+from .adapters import Change, Refused
 from .checks import positive
 
 __all__ = ["Scaled", "ScaledNode", "ScalerIn", "ScalerOut", "Unscaled", "find"]
@@ -41,13 +42,19 @@ class ScaledNode:
     # Set by patch: (first, last). A tuple, so that they are no submodules.
     _scalers: tuple[Any, Any] | None = None
     step_mode: str
+    surrogate_function: Any
 
-    def ready(self, x: Any) -> bool:
-        """Whether a call with this current, of one step or many, is ours."""
+    def check(self, x: Tensor, shape: torch.Size) -> None:
+        """Raises :class:`.Refused` unless a call with this current is ours.
+
+        Args:
+            x: of one step or many, as the step mode says.
+            shape: the neurons' shape.
+        """
         raise NotImplementedError
 
     def steps(self, x: Tensor, scaling: dict[str, Any]) -> Tensor:
-        """Runs the neuron as its step mode says, on a current that is ready."""
+        """Runs the neuron as its step mode says, on a current that is ours."""
         raise NotImplementedError
 
     def takes(self, x: Any) -> bool:
@@ -58,9 +65,16 @@ class ScaledNode:
             for name in _HOOKS:
                 if getattr(module, name):
                     return False
-        if _nn_module._has_any_global_hook() or not self.ready(x):
-            return False
         rows = 1 if self.step_mode == "m" else 0
+        if _nn_module._has_any_global_hook() or not isinstance(x, Tensor) or x.dim() < 1 + rows:
+            return False
+        if rows and not x.shape[0]:
+            return False
+        try:
+            sj_run.surrogate_of(self.surrogate_function)
+            self.check(x, x.shape[rows:])
+        except Refused:
+            return False
         return all(_fits(scaler, x, rows, self.step_mode) for scaler in (first, last))
 
     def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:

@@ -144,9 +144,7 @@ class SpikingJelly(Adapter):
                 raise Refused("a threshold is not positive and finite")
             threshold = 1.0
         v = 0.0  # the membrane may come and go; a call looks at it again
-        reason = sj_run.why_not(torch.empty(1), v, threshold, module.v_reset, ())
-        if reason is not None:
-            raise Refused(reason)
+        sj_run.check(torch.empty(1), v, threshold, module.v_reset, ())
         return nodes.FUSED[cls]
 
     def groups(self, model: nn.Module) -> Iterable[dict[nn.Module, Change]]:
@@ -268,21 +266,18 @@ def _call(
         return None
     if not (isinstance(x_seq, Tensor) and x_seq.dim() and x_seq.shape[0]):
         return None
-    reason = sj_run.why_not(x_seq, v, v_threshold, v_reset, x_seq.shape[1:])
-    if reason is None:
-        try:
-            if surrogate_function is None:
-                surrogate_function = import_module(sj_run.SURROGATES).Sigmoid()
-            surrogate = sj_run.surrogate_of(surrogate_function)
-            beta = None if tau is None else sj_run.leak_of(tau, v_reset, exact=False)
-        except Refused as refused:
-            reason = str(refused)
-        else:
-            return sj_run.run(
-                x_seq, v, v_threshold, v_reset, surrogate, detach_reset, store_v_seq, beta=beta
-            )
-    say(reason, sj_run.OWN)
-    return None
+    try:
+        sj_run.check(x_seq, v, v_threshold, v_reset, x_seq.shape[1:])
+        if surrogate_function is None:
+            surrogate_function = import_module(sj_run.SURROGATES).Sigmoid()
+        surrogate = sj_run.surrogate_of(surrogate_function)
+        beta = None if tau is None else sj_run.leak_of(tau, v_reset, exact=False)
+    except Refused as refused:
+        say(refused, sj_run.OWN)
+        return None
+    return sj_run.run(
+        x_seq, v, v_threshold, v_reset, surrogate, detach_reset, store_v_seq, beta=beta
+    )
 
 
 def _methods() -> Iterable[tuple[Any, str, Callable[[Any], Any]]]:
