@@ -28,7 +28,7 @@ from snnkernels.conversion.activations_rates import RateNorm
 from snnkernels.conversion.errors import ConversionError
 from snnkernels.conversion.methods import DSR, STBIF, Advanced, BitSerial, Burst
 from snnkernels.conversion.stochastic import stochastic_prefix
-from snnkernels.hub import files, modules, tables
+from snnkernels.hub import files, spiking, tables
 
 optional("safetensors")
 
@@ -232,10 +232,10 @@ def test_every_argument_of_a_neuron_is_saved_or_named() -> None:
         arguments = {*inspect.signature(snnkernels.IFNode).parameters}
         if cls is snnkernels.LIFNode:
             arguments |= {*inspect.signature(cls).parameters} - {"args", "kwargs"}
-        saved = {*modules._OPERANDS, *modules._OPTIONS, *modules._OTHERS}
+        saved = {*spiking._OPERANDS, *spiking._OPTIONS, *spiking._OTHERS}
         assert arguments <= saved, f"{cls.__name__}: save these too: {arguments - saved}"
         node = cls()
-        assert {*vars(node), *node._buffers, *node._parameters} <= modules._KNOWN
+        assert {*vars(node), *node._buffers, *node._parameters} <= spiking._KNOWN
 
 
 def test_what_a_save_would_drop_is_refused(
@@ -352,8 +352,6 @@ def test_plain_subclasses_and_parametrizations_are_layers(tmp_path: Path) -> Non
 
 
 def test_what_is_no_converted_network(snn: snnkernels.ConvertedNetwork, tmp_path: Path) -> None:
-    modules = snnkernels.convert_modules(network(), ["0"], T=2, threshold=1.0) if False else None
-    assert modules is None
     with pytest.raises(TypeError, match=r"got Plan; save the network and lower it again"):
         snnkernels.ConvertedNetwork.save_pretrained(snnkernels.lower(snn), tmp_path)
     with pytest.raises(ConversionError, match="call stochastic_prefix again"):

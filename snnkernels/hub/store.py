@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -114,6 +114,14 @@ class Reader:
     def fail(self, field: str, value: Any, allowed: str) -> FormatError:
         """The error for ``value`` in ``field``."""
         return FormatError(f"{self.where}: {field}: got {str(value)[:80]!r}; allowed: {allowed}")
+
+    def exactly(self, given: dict[str, Any], names: Iterable[str], field: str) -> None:
+        """Refuse what lacks a field, which would silently be its default, or has another."""
+        names = set(names)
+        if set(given) != names:
+            lacks, more = sorted(names - set(given)), sorted(map(str, set(given) - names))
+            got = f"no {', '.join(lacks)}" if lacks else ", ".join(more)
+            raise self.fail(field, got, f"exactly {', '.join(sorted(names))}")
 
     def tensor(self, name: Any) -> Tensor:
         """The tensor or parameter called ``name``; the same object each time."""
