@@ -27,6 +27,7 @@ __all__ = ["to_nir"]
 _AVG_POOL = (
     "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override",
 )  # fmt: skip
+_NO_MAX_POOL = "NIR has no max-pool; convert with maxpool='avg', or train with averages"
 WARNING = (
     "NIR's IF resets to a value and fires above its threshold; these neurons reset by subtraction, "
     "fire at it and start at v_init, which is in the metadata of the nodes. A reader that ignores "
@@ -75,14 +76,14 @@ def to_nir(snn: ConvertedNetwork, example: Tensor, *, fold_thresholds: bool = Tr
 
 
 def _refuse_methods(snn: ConvertedNetwork) -> None:
+    of_all = None
+    if snn._ports.packed:
+        of_all = "it has several inputs"
+    elif snn._clock.steps != CAUSAL:
+        of_all = "its neurons do not run step by step"
     for name, layer in snn.neurons():
-        reason = not_plain(layer, any_tie=True)
-        if reason is not None or snn._clock.steps != CAUSAL or snn._ports.packed:
-            reason = reason or (
-                "it has several inputs"
-                if snn._ports.packed
-                else "its neurons do not run step by step"
-            )
+        reason = not_plain(layer, any_tie=True) or of_all
+        if reason is not None:
             raise ConversionError(
                 f"{name}: method {snn.report.method!r} cannot be written as NIR: {reason}. Convert "
                 "by 'opi', 'qcfs', 'light' or another method of plain neurons"
@@ -121,16 +122,16 @@ def _read(snn: ConvertedNetwork, example: Tensor, graph: Graph) -> Value:
     finally:
         snn.reset()
     given = [static[i] for i in snn._of_body]
-    spikes = list(_values(snn.body, [*given, 1], runs.seen, graph))
-    rates = []
-    for path, value, count in zip(snn._counted, list(spikes), counts, strict=True):
+    fired = _values(snn.body, [*given, 1], runs.seen, graph)
+    spikes, rates = [], []
+    for path, value, count in zip(snn._counted, fired, counts, strict=True):
         layer = snn.body.get_submodule(path)
         assert isinstance(layer, SpikingActivation)
         rates.append(layer.rate(count, 1, example.dtype))
         if layer.scale is not None:  # behind the neurons spikes weigh what was folded
-            spikes[len(rates) - 1] = Value(
-                "spikes", value.shape, name=value.name, weight=layer.scale.double()
-            )
+            weight = layer.scale.double()
+            value = Value("spikes", value.shape, name=value.name, weight=weight)
+        spikes.append(value)
     runs = _Shapes(snn.suffix)
     runs.run(*(statics[i] for i in snn._of_suffix), *rates)
     behind = [static[i] for i in snn._of_suffix]
@@ -206,7 +207,7 @@ def _value(
         pooled = _adaptive(node, x, (x.shape[0], 1, 1))
         return pooled if len(shape) == 3 else _flat(pooled, shape)
     if node.target in MAX_POOLS or name.startswith(("max_pool", "adaptive_max")):
-        raise fail(node, "NIR has no max-pool; convert with maxpool='avg', or train with averages")
+        raise fail(node, _NO_MAX_POOL)
     raise fail(node, f"{name} has no node in NIR")
 
 
@@ -234,7 +235,7 @@ def _of_module(
         return x
     kind = type(module).__name__
     if isinstance(module, (CumulativeMaxPool, *MAX_POOL_MODULES)):
-        raise fail(node, "NIR has no max-pool; convert with maxpool='avg', or train with averages")
+        raise fail(node, _NO_MAX_POOL)
     if isinstance(module, (nn.Conv1d, nn.Conv2d)):
         if module.padding_mode != "zeros":
             raise fail(node, f"padding_mode={module.padding_mode!r} is not in NIR")
@@ -246,13 +247,10 @@ def _of_module(
             raise fail(node, f"NIR's Affine takes a vector, not {x.shape}")
         return _layer("Linear", module.weight, module.bias, x, shape, node, {})
     if isinstance(module, (ChannelAffine, _BatchNorm)):
-        scale, shift = (
-            (module.scale, module.shift)
-            if isinstance(module, ChannelAffine)
-            else _scale_and_shift(module)
-        )
-        dtype = scale.dtype if isinstance(module, ChannelAffine) else torch.float32
-        scale, shift = scale.detach().to(dtype), shift.detach().to(dtype)
+        if isinstance(module, ChannelAffine):
+            scale, shift = module.scale.detach(), module.shift.detach()
+        else:
+            scale, shift = (t.detach().float() for t in _scale_and_shift(module))
         if len(shape) == 1:
             return _layer("Linear", torch.diag(scale), shift, x, shape, node, {})
         rank = len(shape) - 1

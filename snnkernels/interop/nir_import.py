@@ -156,9 +156,9 @@ class _Importer:
         kind = type(node).__name__
         if isinstance(node, (nir.IF, nir.LIF)):
             path = self._put(name, Activation(nn.ReLU(), name))
-            neuron = self._neuron(name, node)
-            self.sizes[path] = np.shape(node.v_threshold)
             about = node.metadata if isinstance(node.metadata, dict) else {}
+            neuron = self._neuron(name, node, about)
+            self.sizes[path] = np.shape(node.v_threshold)
             label = _text(about.get("label", name))
             self.neurons[path] = SpikingActivation(
                 neuron, label, constant=False, counts=False, channel_dim=1, clock=self.clock
@@ -227,9 +227,7 @@ class _Importer:
             "Conv2d, Scale, AvgPool2d, SumPool2d, Flatten, IF and LIF"
         )
 
-    def _neuron(self, name: str, node: Any) -> IFNode:
-        about = node.metadata if isinstance(node.metadata, dict) else {}
-        ours = "reset" in about
+    def _neuron(self, name: str, node: Any, about: dict[str, Any]) -> IFNode:
         threshold, per_channel = _shared(_tensor(node.v_threshold))
         given: dict[str, Any] = {"v_threshold": threshold}
         r = np.asarray(node.r, dtype=np.float64) * self.dt
@@ -271,17 +269,11 @@ class _Importer:
             per_channel = per_channel or channels
         if "T" in about and self.T is None:
             self.T = _steps(int(np.asarray(about["T"])))
-        if not ours:
+        if "reset" not in about:
             self.foreign.append(name)
-        leaky = isinstance(node, self.nir.LIF)
-        beta = given.pop("beta", None)
-        dim = 1 if per_channel else None
+        make = LIFNode if isinstance(node, self.nir.LIF) else IFNode
         try:
-            return (
-                LIFNode(beta, channel_dim=dim, **given)
-                if leaky
-                else IFNode(channel_dim=dim, **given)
-            )
+            return make(channel_dim=1 if per_channel else None, **given)
         except (TypeError, ValueError) as error:
             raise ConversionError(f"{name}: {error}") from error
 
