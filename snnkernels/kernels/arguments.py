@@ -43,6 +43,14 @@ class Options(NamedTuple):
 
 
 NO_OPTIONS = Options()
+# What an option cannot be combined with.
+_CLASHES = {
+    "max_spikes": ("tie='>'", "fire_level", "probe"),
+    "signed": ("v_reset", "tie='>'", "fire_level", "probe"),
+    "parallel": ("v_reset", "tie='>'", "fire_level", "beta", "probe"),
+    "reset_delay": ("max_spikes", "signed", "parallel", "v_reset", "probe"),
+    "v_min": ("probe", "parallel", "signed", "reset_delay"),
+}
 
 
 def steps_and_shape(x: Any, T: Any) -> tuple[int, Size]:
@@ -172,26 +180,26 @@ def neuron(
 def _with_more_options(given: Neuron, x: Tensor, steps: int, shape: Size, more: Options) -> Neuron:
     options = given.options
     fields: dict[str, Any] = {}
-    kinds = {
+    there = {
         "max_spikes": more.max_spikes is not None,
         "signed": more.signed is not None,
-        "parallel": bool(more.parallel),
+        "parallel": more.parallel,
+        "reset_delay": more.reset_delay,
+        "v_min": more.v_min is not None,
+        "probe": more.probe is not None,
+        "v_reset": options & params.HARD_RESET,
+        "tie='>'": options & params.STRICT,
+        "fire_level": options & params.FIRE_LEVEL,
+        "beta": options & params.BETA,
     }
-    chosen = [name for name, there in kinds.items() if there]
+    chosen = [name for name in ("max_spikes", "signed", "parallel") if there[name]]
     if len(chosen) > 1:
         raise ValueError(f"{' and '.join(chosen)} exclude each other")
-    for name in chosen:
-        clash = {
-            **({} if name == "max_spikes" else {"v_reset": params.HARD_RESET}),
-            "tie='>'": params.STRICT,
-            "fire_level": params.FIRE_LEVEL,
-            **({"beta": params.BETA} if name == "parallel" else {}),
-        }
-        for other, bit in clash.items():
-            if options & bit:
-                raise ValueError(f"{name} cannot be combined with {other}")
-        if more.probe is not None:
-            raise ValueError(f"{name} cannot be combined with probe")
+    for name, others in _CLASHES.items():
+        if there[name]:
+            for other in others:
+                if there[other]:
+                    raise ValueError(f"{name} cannot be combined with {other}")
     if more.max_spikes is not None:
         if type(more.max_spikes) is not int:
             raise TypeError(f"max_spikes={more.max_spikes!r} must be an int or None")
@@ -210,8 +218,7 @@ def _with_more_options(given: Neuron, x: Tensor, steps: int, shape: Size, more: 
         if given.spike_dtype == torch.uint8:
             raise ValueError("signed spikes do not fit spike_dtype=torch.uint8; use torch.int8")
         options |= params.SIGNED
-        limit = 2**31 - 1
-        fields |= {"count_low": low, "count_high": limit if high is None else high}
+        fields |= {"count_low": low, "count_high": MOST_STEPS if high is None else high}
         fields["margin"] = float(margin)
     if more.probe is not None:
         if not isinstance(more.probe, Probe):
@@ -224,24 +231,11 @@ def _with_more_options(given: Neuron, x: Tensor, steps: int, shape: Size, more: 
         options |= params.PROBE_MASK if kind == "mask" else params.PROBE_SHIFT
         fields |= {"probe": probe, "iterations": iterations, "margin": float(margin)}
     if more.reset_delay:
-        clash = {"v_reset": params.HARD_RESET, "probe": params.PROBE_MASK | params.PROBE_SHIFT}
-        others = [*chosen, *(other for other, bit in clash.items() if options & bit)]
-        if others:
-            raise ValueError(f"reset_delay cannot be combined with {others[0]}")
         options |= params.RESET_DELAY
     if more.v_min is not None:
         v_min = operands.number("v_min", more.v_min)
         if math.isinf(v_min):
             raise ValueError(f"v_min={v_min!r} must be finite or None")
-        clash = {
-            "probe": more.probe is not None,
-            "parallel": more.parallel,
-            "signed": more.signed is not None,
-            "reset_delay": more.reset_delay,
-        }
-        for name, there in clash.items():
-            if there:
-                raise ValueError(f"v_min cannot be combined with {name}")
         options |= params.CLIP
         fields["v_min"] = v_min
     if more.mask is not None:
