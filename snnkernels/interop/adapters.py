@@ -53,15 +53,6 @@ class Adapter:
     library: str = ""
     pip: str = ""
 
-    def imported(self, name: str) -> Any:
-        """A module of the library; where it is not installed, an ImportError that says how to."""
-        try:
-            return import_module(name)
-        except ModuleNotFoundError as error:
-            raise ImportError(
-                f"{error}. {type(self).__name__} is needed for this: pip install {self.pip}"
-            ) from error
-
     def recognises(self, module: nn.Module) -> bool:
         """Whether ``module`` is a neuron of the library, or of a class that derives from one.
 

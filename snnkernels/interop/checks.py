@@ -3,19 +3,35 @@
 from __future__ import annotations
 
 import warnings
+from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..kernels.spec import Asked
-from .adapters import Refused
+from .adapters import Adapter, Refused
 
-__all__ = ["PLAIN", "WITH_V_SEQ", "positive", "refuse_transforms", "say"]
+__all__ = ["PLAIN", "WITH_V_SEQ", "imported", "positive", "refuse_transforms", "say"]
 
 # Classes of tensors that kernels take; others may mean anything.
 PLAIN = (Tensor, nn.Parameter)
 WITH_V_SEQ = Asked(v_seq=True)
 _said: set[tuple[str, str]] = set()
+
+
+def imported(name: str, adapter: Adapter) -> Any:
+    """A module of the adapter's library.
+
+    Raises:
+        ImportError: it is not installed; says how to.
+    """
+    try:
+        return import_module(name)
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"{error}. {type(adapter).__name__} is needed for this: pip install {adapter.pip}"
+        ) from error
 
 
 def positive(value: Tensor) -> bool:

@@ -15,6 +15,7 @@ from torch import nn
 
 from . import norse_run
 from .adapters import Adapter, Refused
+from .checks import imported
 from .swaps import Swap
 
 __all__ = ["ADAPTER"]
@@ -56,7 +57,7 @@ class Norse(Adapter):
 
     def hook(self) -> AbstractContextManager[None]:
         """``iaf_feed_forward_step``, and the forward passes of IAF and IAFCell."""
-        self.imported("norse.torch")
+        imported("norse.torch", self)
         return _HOOK()
 
 

@@ -16,6 +16,7 @@ from torch import nn
 
 from . import sinabs_run
 from .adapters import Adapter, Refused
+from .checks import imported
 from .swaps import Swap
 
 __all__ = ["ADAPTER"]
@@ -58,7 +59,7 @@ class Sinabs(Adapter):
 
     def hook(self) -> AbstractContextManager[None]:
         """``sinabs.layers.functional.lif_forward``."""
-        self.imported("sinabs.layers")
+        imported("sinabs.layers", self)
         return _HOOK()
 
     @contextmanager

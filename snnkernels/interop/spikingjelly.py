@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from . import sj_run, sj_scaled
 from .adapters import Adapter, Change, Refused
-from .checks import positive, say
+from .checks import imported, positive, say
 from .swaps import Swap
 
 __all__ = ["ADAPTER", "recipe", "release"]
@@ -38,7 +38,7 @@ def release() -> str:
         ImportError: SpikingJelly is not installed.
         Refused: it is another release.
     """
-    neuron = ADAPTER.imported(_NEURONS)
+    neuron = imported(_NEURONS, ADAPTER)
     if hasattr(neuron.IFNode, "jit_eval_multi_step_forward_soft_reset"):
         return "14"
     functional = import_module("spikingjelly.activation_based.functional")
