@@ -153,6 +153,8 @@ def load_weights(model: nn.Module, path: Path) -> str:
 
     import torch
 
+    from ..models import differences
+
     if not path.is_file():
         raise FileNotFoundError(f"--weights={path}: no such file")
     blob = path.read_bytes()
@@ -184,15 +186,7 @@ def load_weights(model: nn.Module, path: Path) -> str:
         raise ValueError(f"--weights={path} holds no state dict: save model.state_dict()")
     if state and all(key.startswith("module.") for key in state):
         state = {key.removeprefix("module."): v for key, v in state.items()}  # of DataParallel
-    wanted = model.state_dict()
-    wrong = [f"missing {key}" for key in wanted if key not in state]
-    wrong += [f"unexpected {key}" for key in state if key not in wanted]
-    wrong += [
-        f"{key} is {list(state[key].shape)}, the network has {list(value.shape)}"
-        for key, value in wanted.items()
-        if key in state and state[key].shape != value.shape
-    ]
-    if wrong:
+    if wrong := differences(model, state):
         more = f"; and {len(wrong) - 4} more" if len(wrong) > 4 else ""
         raise ValueError(f"--weights={path} does not fit the network: {'; '.join(wrong[:4])}{more}")
     model.load_state_dict(state)
