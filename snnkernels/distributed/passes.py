@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..files import new_file
 from .dealing import _DIFFERENT, Dealt
 from .team import Team, portable
 
@@ -75,15 +75,10 @@ class Checkpoint:
             return
         failed = None
         if self.team.leads:
-            part = self.path.with_name(self.path.name + ".part")
             try:
-                with part.open("wb") as file:
+                with new_file(self.path) as new, new.open("wb") as file:
                     torch.save({"about": self.about, "done": done, "state": state}, file)
-                    file.flush()
-                    os.fsync(file.fileno())
-                part.replace(self.path)
             except (OSError, RuntimeError) as error:  # a full disk: the file before stays
-                part.unlink(missing_ok=True)
                 failed = OSError(f"checkpoint={str(self.path)!r} cannot be written: {error}")
         self.team.agree(failed)
         self._last = time.monotonic()
