@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .output import add_command, positive, print_table, progress_bar
+from .pictures import new_figure, save_figure
 
 if TYPE_CHECKING:
     import torch
@@ -55,7 +56,7 @@ def _run_demo(args: argparse.Namespace) -> dict[str, Any]:
     from snnkernels import data, models, plots
     from snnkernels.conversion import convert
 
-    _figure((1, 1))  # a missing package should stop the demo before the training, not after
+    new_figure(1, 1)  # a missing package should stop the demo before the training, not after
     train, test = data.digits(train=True), data.digits(train=False)
     if args.out.exists() and not args.out.is_dir():
         raise NotADirectoryError(f"--out={args.out} is a file: give a folder")
@@ -95,9 +96,9 @@ def _run_demo(args: argparse.Namespace) -> dict[str, Any]:
         rows,
     )
 
-    figure = _figure((5.2, 3.6))
+    figure = new_figure(5.2, 3.6)
     plots.accuracy_curve(STEPS, dict(reversed(curves.items())), ann=ann_acc, ax=figure.subplots())
-    figure.savefig(args.out / "accuracy_vs_T.png", dpi=150)
+    save_figure(figure, args.out / "accuracy_vs_T.png", 150)
     _raster(spiking, x[:1], int(y[0]), args.out / "raster.png")
     told, speed = _race(spiking["v_init = θ/2"], x[:128])
     print(told)
@@ -161,17 +162,6 @@ def _train(train: ImageSet, epochs: int, seed: int, batch_size: int = 64) -> nn.
     return model.eval()
 
 
-def _figure(size: tuple[float, float]) -> Any:
-    """Return a figure that belongs to no window system: the demo only saves files."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as e:
-        raise ImportError(
-            "the demo's pictures need matplotlib; install it with: pip install matplotlib"
-        ) from e
-    return Figure(figsize=size, layout="constrained")
-
-
 def _neurons(snn: nn.Module, x: torch.Tensor, steps: int) -> list[_Call]:
     """Return (neuron, its arguments) for each spiking layer of one run, in order of execution.
 
@@ -227,14 +217,14 @@ def _raster(spiking: Mapping[str, nn.Module], x: torch.Tensor, label: int, path:
     # The busiest neurons, in order: rates become visible, silent rows do not take the space.
     total = torch.stack([s.sum(0) for s in fired.values()]).sum(0)
     active = total.sort(stable=True).indices[total.count_nonzero().neg() :][-64:]
-    figure = _figure((8.4, 4.4))
+    figure = new_figure(8.4, 4.4)
     axes = figure.subplots(1, len(fired), sharey=True)
     for ax, (name, s) in zip(axes, fired.items(), strict=True):
         plots.raster(s[:, active], ax, title=name)
         ax.set_ylabel("")
     axes[0].set_ylabel("neuron, by number of spikes")
     figure.suptitle(f"Last spiking layer, one test image of the digit {label}", fontsize=11)
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path, 150)
 
 
 def _race(

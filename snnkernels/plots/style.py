@@ -14,8 +14,10 @@ __all__ = [
     "INSIDE",
     "LINES",
     "MARKERS",
+    "MISSING",
     "PARTS",
     "axes_of",
+    "check_report",
     "clean",
     "shortened",
 ]
@@ -33,6 +35,7 @@ INSIDE = 4
 INK = "#333333"
 GREY = "#888888"
 LINES = "#dddddd"
+MISSING = "pictures need matplotlib; install it with: pip install matplotlib"
 
 
 def shortened(name: str, most: int = 28) -> str:
@@ -56,9 +59,7 @@ def axes_of(ax: Axes | None, size: tuple[float, float]) -> Any:
     try:
         from matplotlib import pyplot
     except ImportError as e:
-        raise ImportError(
-            "pictures need matplotlib; install it with: pip install matplotlib"
-        ) from e
+        raise ImportError(MISSING) from e
     return pyplot.subplots(figsize=size, layout="constrained")[1]
 
 
