@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import copy
-import statistics
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .bench import cpu_row, kernel_race
 from .output import add_command, positive, print_table, progress_bar
 from .pictures import new_figure, save_figure
 
@@ -118,17 +117,11 @@ def _quiet_backend() -> Iterator[None]:
     """
     from snnkernels.kernels.backends import get_backend, use_backend
 
-    if get_backend() == "auto" and not _cpu_row().available:
+    if get_backend() == "auto" and not cpu_row().available:
         with use_backend("reference"):
             yield
     else:
         yield
-
-
-def _cpu_row() -> Any:
-    from snnkernels import backend_info
-
-    return next(row for row in backend_info().rows if row.name == "cpu")
 
 
 def _train(train: ImageSet, epochs: int, seed: int, batch_size: int = 64) -> nn.Module:
@@ -233,9 +226,7 @@ def _race(
     """Time the fused kernel against the reference on the widest layer's own current."""
     import torch
 
-    from snnkernels.kernels.backends import use_backend
-
-    row = _cpu_row()
+    row = cpu_row()
     if not row.available:
         return (
             f"No fused CPU kernel here, so the networks above ran through the reference and there "
@@ -244,20 +235,7 @@ def _race(
     # The first layer may see an image that is constant in time; the ones after it see spikes.
     call = max(_neurons(snn, x, steps)[1:], key=lambda c: c[1][0].numel())
     shape = list(call[1][0].shape)
-    spikes: dict[str, torch.Tensor] = {}
-    seconds: dict[str, list[float]] = {"cpu": [], "reference": []}
-    for name in seconds:
-        with use_backend(name):
-            spikes[name] = _fire(call)
-    if not torch.equal(spikes["cpu"], spikes["reference"]):
-        raise RuntimeError("the fused kernel and the reference differ in their spikes")
-    for _ in range(rounds):
-        for name, times in seconds.items():
-            with use_backend(name):
-                start = time.perf_counter()
-                _fire(call)
-                times.append(time.perf_counter() - start)
-    fused, reference = (1e3 * statistics.median(times) for times in seconds.values())
+    fused, reference = (1e3 * s for s in kernel_race(lambda: _fire(call), rounds))
     return (
         f"T = {steps}, current {shape}: fused kernel {fused:.2f} ms, reference {reference:.2f} ms, "
         f"{reference / fused:.1f}x, equal spikes (medians of {rounds}, interleaved, "
