@@ -13,7 +13,7 @@ from ..files import new_file
 from .dealing import _DIFFERENT, Dealt
 from .team import Team, portable
 
-__all__ = ["Checkpoint", "run"]
+__all__ = ["Checkpoint", "bar_of", "run"]
 
 EVERY = 16  # batches of a rank between two meetings
 SECONDS = 300.0  # between two checkpoints
@@ -82,6 +82,18 @@ class Checkpoint:
                 failed = OSError(f"checkpoint={str(self.path)!r} cannot be written: {error}")
         self.team.agree(failed)
         self._last = time.monotonic()
+
+
+def bar_of(loader: Any, team: Team, what: str, show: bool) -> Any:
+    """A tqdm bar of this rank's batches, on the first rank, if tqdm is there; else None."""
+    if not show or not team.leads:
+        return None
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return None
+    total = -(-len(loader) // team.size) if hasattr(loader, "__len__") else None
+    return tqdm(total=total, desc=what, unit="batch", leave=False)
 
 
 def run(
