@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from .surrogate import (
@@ -20,15 +21,15 @@ from .surrogate import (
 __all__ = ["of_norse", "of_sinabs", "of_snntorch", "of_spikingjelly", "resolve"]
 
 # By class: ours from the alpha of theirs.
-_SPIKINGJELLY = {
-    "ATan": lambda a: ATan(a),
-    "Sigmoid": lambda a: Sigmoid(a),
-    "PiecewiseQuadratic": lambda a: Triangle(a),
-    "Rect": lambda a: Rectangle(a),
+_SPIKINGJELLY: dict[str, Callable[[float], Surrogate]] = {
+    "ATan": ATan,
+    "Sigmoid": Sigmoid,
+    "PiecewiseQuadratic": Triangle,
+    "Rect": Rectangle,
     "SoftSign": lambda a: SuperSpike(a, scale=a / 2),
     "SuperSpike": lambda a: SuperSpike(1.0, scale=a),
-    "PiecewiseExp": lambda a: Exponential(a),
-    "Erf": lambda a: Erf(a),
+    "PiecewiseExp": Exponential,
+    "Erf": Erf,
 }
 # By function, whose one parameter is the first of these names.
 _SNNTORCH: dict[str, tuple[str, type[Surrogate]]] = {
