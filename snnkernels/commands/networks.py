@@ -153,7 +153,7 @@ def load_weights(model: nn.Module, path: Path) -> str:
 
     import torch
 
-    from ..models import differences
+    from ..models.checkpoints import differences
 
     if not path.is_file():
         raise FileNotFoundError(f"--weights={path}: no such file")
