@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import torch
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -16,6 +19,7 @@ __all__ = [
     "MARKERS",
     "MISSING",
     "PARTS",
+    "array_of",
     "axes_of",
     "check_report",
     "clean",
@@ -50,6 +54,15 @@ def check_report(report: Any) -> None:
     """Raise TypeError unless it is the report of a conversion."""
     if not hasattr(report, "rows"):
         raise TypeError(f"report must be a Report (snn.report), got {type(report).__name__}")
+
+
+def array_of(value: Any) -> np.ndarray:
+    """Numbers as numpy has them, wherever they were."""
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu()
+        value = value.float() if value.dtype == torch.bfloat16 else value
+        return value.numpy()
+    return np.asarray(value)
 
 
 def axes_of(ax: Axes | None, size: tuple[float, float]) -> Any:
