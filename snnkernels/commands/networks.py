@@ -153,19 +153,15 @@ def load_weights(model: nn.Module, path: Path) -> str:
 
     import torch
 
+    from ..hub.shared import safetensors_package
     from ..models.checkpoints import differences
 
     if not path.is_file():
         raise FileNotFoundError(f"--weights={path}: no such file")
+    load = safetensors_package().torch.load if path.suffix == ".safetensors" else None
     blob = path.read_bytes()
     try:
-        if path.suffix == ".safetensors":
-            try:
-                from safetensors.torch import load
-            except ImportError as e:
-                raise ImportError(
-                    ".safetensors needs safetensors: pip install 'snnkernels[hub]'"
-                ) from e
+        if load is not None:
             state: Any = load(blob)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
@@ -174,8 +170,6 @@ def load_weights(model: nn.Module, path: Path) -> str:
             f"--weights={path} holds more than tensors, and nothing else is unpickled: save "
             "model.state_dict()"
         ) from e
-    except ImportError:
-        raise
     except Exception as e:
         raise ValueError(f"--weights={path} cannot be read: {said(e)}") from e
     for key in ("state_dict", "model_state_dict", "model"):
