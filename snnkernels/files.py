@@ -11,6 +11,7 @@ from pathlib import Path
 
 __all__ = [
     "check_new_folder",
+    "new_file",
     "new_folder",
     "unwritten",
     "usual_mode",
@@ -33,8 +34,8 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
     target = Path(path)
     if not target.parent.is_dir():
         raise FileNotFoundError(f"{target} cannot be written: there is no folder {target.parent}")
-    with unwritten(target):
-        _write(target, data)
+    with unwritten(target), new_file(target) as new:
+        new.write_bytes(data)
 
 
 @contextmanager
@@ -48,17 +49,25 @@ def unwritten(target: Path) -> Iterator[None]:
         raise (OSError(error.errno, said) if error.errno else OSError(said)) from error
 
 
-def _write(target: Path, data: bytes) -> None:
+@contextmanager
+def new_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield an empty file that becomes ``path`` when the block ends without an error.
+
+    Raises:
+        OSError: the folder does not exist or cannot be written to.
+    """
+    target = Path(path).absolute()
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".new")
+    os.close(handle)
+    new = Path(name)
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
+        yield new
+        with new.open("rb+") as file:
             os.fsync(file.fileno())
-        usual_mode(name)  # mkstemp's are for the owner alone
-        os.replace(name, target)
+        usual_mode(new)
+        new.replace(target)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        new.unlink(missing_ok=True)
         raise
 
 

@@ -25,10 +25,7 @@ def reset_net(net: nn.Module) -> None:
         TypeError: ``net`` is no module.
         Exception: what a module's own ``reset()`` raises.
     """
-    for _, module in _named(net):
-        reset = getattr(module, "reset", None)
-        if callable(reset):
-            reset()
+    _call(net, "reset")
 
 
 def detach_net(net: nn.Module) -> None:
@@ -43,10 +40,7 @@ def detach_net(net: nn.Module) -> None:
         TypeError: ``net`` is no module.
         Exception: what a module's own ``detach()`` raises.
     """
-    for _, module in _named(net):
-        detach = getattr(module, "detach", None)
-        if callable(detach):
-            detach()
+    _call(net, "detach")
 
 
 def set_step_mode(net: nn.Module, step_mode: str) -> None:
@@ -81,6 +75,14 @@ def set_step_mode(net: nn.Module, step_mode: str) -> None:
             raise ValueError(
                 f"{_called(name, module)} does not take step_mode={step_mode!r}: {error}"
             ) from error
+
+
+def _call(net: nn.Module, method: str) -> None:
+    """Call ``method`` of every module that has it."""
+    for _, module in _named(net):
+        found = getattr(module, method, None)
+        if callable(found):
+            found()
 
 
 def _named(net: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -6,6 +6,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from .explain import example_of
 from .networks import add_device, device_of, load_model, load_saved
 from .output import add_command, positive, print_table
 
-__all__ = ["add_parser"]
+__all__ = ["add_parser", "cpu_row", "kernel_race"]
 
 
 def add_parser(commands: Any) -> None:
@@ -80,6 +81,33 @@ def race(
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 
+def cpu_row() -> Any:
+    """Whether there is a fused CPU kernel here, and why not."""
+    from .. import backend_info
+
+    return next(row for row in backend_info().rows if row.name == "cpu")
+
+
+def kernel_race(spikes: Callable[[], Any], rounds: int) -> tuple[float, float]:
+    """Median seconds of a call through the fused CPU kernel and through the reference.
+
+    Raises:
+        RuntimeError: they do not give the same spikes.
+    """
+    import torch
+
+    from ..kernels.backends import use_backend
+
+    def through(name: str) -> Any:
+        with use_backend(name):
+            return spikes()
+
+    if not torch.equal(through("cpu"), through("reference")):
+        raise RuntimeError("the fused kernel and the reference differ in their spikes")
+    found = race({name: partial(through, name) for name in ("cpu", "reference")}, rounds)
+    return found["cpu"], found["reference"]
+
+
 def _machine() -> dict[str, Any]:
     from ..sweep import _machine
 
@@ -92,11 +120,9 @@ def _machine() -> dict[str, Any]:
 def _neuron(args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
-    from .. import backend_info
     from ..functional import if_multi_step
-    from ..kernels.backends import use_backend
 
-    cpu = next(row for row in backend_info().rows if row.name == "cpu")
+    cpu = cpu_row()
     if not cpu.available:
         raise RuntimeError(f"there is no fused CPU kernel here: {cpu.reason}. {cpu.remedy}")
     rows = []
@@ -105,23 +131,17 @@ def _neuron(args: argparse.Namespace) -> dict[str, Any]:
             x = torch.randn(T, batch, args.neurons, generator=torch.Generator().manual_seed(0))
             x = x.mul_(0.5).add_(0.2)
 
-            def call(name: str, x: Any = x) -> Any:
-                with use_backend(name), torch.no_grad():
-                    return if_multi_step(x, 0.5, 1.0)
+            def spikes(x: Any = x) -> Any:
+                with torch.no_grad():
+                    return if_multi_step(x, 0.5, 1.0)[0]
 
-            def spikes(name: str, call: Any = call) -> Any:
-                out = call(name)
-                return out[0] if isinstance(out, tuple) else out
-
-            if not torch.equal(spikes("cpu"), spikes("reference")):
-                raise RuntimeError("the fused kernel and the reference differ in their spikes")
-            found = race({n: lambda n=n, c=call: c(n) for n in ("cpu", "reference")}, args.rounds)  # type: ignore[misc]
+            fused, reference = kernel_race(spikes, args.rounds)
             rows.append(
                 {
                     "T": T, "batch": batch, "neurons": args.neurons,
-                    "reference over fused": found["reference"] / found["cpu"],
-                    "fused ms": 1e3 * found["cpu"], "reference ms": 1e3 * found["reference"],
-                    "updates per second": x.numel() / found["cpu"],
+                    "reference over fused": reference / fused,
+                    "fused ms": 1e3 * fused, "reference ms": 1e3 * reference,
+                    "updates per second": x.numel() / fused,
                 }
             )  # fmt: skip
     header = ["T x batch x neurons", "times faster", "fused ms", "reference ms", "updates/s"]

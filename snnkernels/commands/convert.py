@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import platform
 import shlex
 import sys
 from datetime import datetime, timezone
@@ -91,8 +90,9 @@ def _arguments(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
 def _run(args: argparse.Namespace) -> dict[str, Any]:
     from .. import convert
     from ..files import check_new_folder, new_folder
+    from ..html_report.page import versions
     from ..hub.shared import safetensors_package
-    from .measure import accuracy_of, measure, operations_of
+    from .measure import accuracy_of, measure, operations_of, usual_steps
 
     if args.images < 0:
         raise ValueError(f"--images={args.images} must be at least 0")
@@ -123,9 +123,8 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
 
     ann = found = operations = accuracy = None
     if test is not None:
-        steps = sorted({T for T in (1, 2, 4, 8, 16, 32) if T < args.T} | {args.T})
         ann = accuracy_of(given.model, test, args.batch_size)
-        found = measure(snn, test, steps, args.batch_size)
+        found = measure(snn, test, usual_steps(args.T), args.batch_size)
         operations = operations_of(snn, test, args.T)
         accuracy = {"ANN": ann, "images": len(test), "rows": found.rows}
     settings = {
@@ -135,7 +134,7 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
         "arguments": {**told, "on_unsupported": args.on_unsupported},
         "input": _input_of(loader),
         "accuracy": accuracy,
-        "versions": _versions(),
+        "versions": versions(),
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": "snnkernels " + shlex.join(args.argv),
     }  # fmt: skip
@@ -220,17 +219,6 @@ def _input_of(loader: Any) -> dict[str, Any] | None:
     if not loader:
         return None
     return {"shape": list(loader[0].shape[1:]), "dtype": str(loader[0].dtype).rpartition(".")[2]}
-
-
-def _versions() -> dict[str, str]:
-    import torch
-
-    from .. import __version__
-
-    return {
-        "snnkernels": __version__, "torch": torch.__version__, "Python": platform.python_version(),
-        "platform": platform.platform(),
-    }  # fmt: skip
 
 
 def _told(

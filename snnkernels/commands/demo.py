@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 import copy
-import statistics
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .bench import cpu_row, kernel_race
 from .output import add_command, positive, print_table, progress_bar
+from .pictures import new_figure, save_figure
 
 if TYPE_CHECKING:
     import torch
@@ -55,7 +55,7 @@ def _run_demo(args: argparse.Namespace) -> dict[str, Any]:
     from snnkernels import data, models, plots
     from snnkernels.conversion import convert
 
-    _figure((1, 1))  # a missing package should stop the demo before the training, not after
+    new_figure(1, 1)  # a missing package should stop the demo before the training, not after
     train, test = data.digits(train=True), data.digits(train=False)
     if args.out.exists() and not args.out.is_dir():
         raise NotADirectoryError(f"--out={args.out} is a file: give a folder")
@@ -95,9 +95,9 @@ def _run_demo(args: argparse.Namespace) -> dict[str, Any]:
         rows,
     )
 
-    figure = _figure((5.2, 3.6))
+    figure = new_figure(5.2, 3.6)
     plots.accuracy_curve(STEPS, dict(reversed(curves.items())), ann=ann_acc, ax=figure.subplots())
-    figure.savefig(args.out / "accuracy_vs_T.png", dpi=150)
+    save_figure(figure, args.out / "accuracy_vs_T.png", 150)
     _raster(spiking, x[:1], int(y[0]), args.out / "raster.png")
     told, speed = _race(spiking["v_init = θ/2"], x[:128])
     print(told)
@@ -117,17 +117,11 @@ def _quiet_backend() -> Iterator[None]:
     """
     from snnkernels.kernels.backends import get_backend, use_backend
 
-    if get_backend() == "auto" and not _cpu_row().available:
+    if get_backend() == "auto" and not cpu_row().available:
         with use_backend("reference"):
             yield
     else:
         yield
-
-
-def _cpu_row() -> Any:
-    from snnkernels import backend_info
-
-    return next(row for row in backend_info().rows if row.name == "cpu")
 
 
 def _train(train: ImageSet, epochs: int, seed: int, batch_size: int = 64) -> nn.Module:
@@ -159,17 +153,6 @@ def _train(train: ImageSet, epochs: int, seed: int, batch_size: int = 64) -> nn.
     finally:
         torch.set_num_threads(threads)
     return model.eval()
-
-
-def _figure(size: tuple[float, float]) -> Any:
-    """Return a figure that belongs to no window system: the demo only saves files."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as e:
-        raise ImportError(
-            "the demo's pictures need matplotlib; install it with: pip install matplotlib"
-        ) from e
-    return Figure(figsize=size, layout="constrained")
 
 
 def _neurons(snn: nn.Module, x: torch.Tensor, steps: int) -> list[_Call]:
@@ -227,14 +210,14 @@ def _raster(spiking: Mapping[str, nn.Module], x: torch.Tensor, label: int, path:
     # The busiest neurons, in order: rates become visible, silent rows do not take the space.
     total = torch.stack([s.sum(0) for s in fired.values()]).sum(0)
     active = total.sort(stable=True).indices[total.count_nonzero().neg() :][-64:]
-    figure = _figure((8.4, 4.4))
+    figure = new_figure(8.4, 4.4)
     axes = figure.subplots(1, len(fired), sharey=True)
     for ax, (name, s) in zip(axes, fired.items(), strict=True):
         plots.raster(s[:, active], ax, title=name)
         ax.set_ylabel("")
     axes[0].set_ylabel("neuron, by number of spikes")
     figure.suptitle(f"Last spiking layer, one test image of the digit {label}", fontsize=11)
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path, 150)
 
 
 def _race(
@@ -243,9 +226,7 @@ def _race(
     """Time the fused kernel against the reference on the widest layer's own current."""
     import torch
 
-    from snnkernels.kernels.backends import use_backend
-
-    row = _cpu_row()
+    row = cpu_row()
     if not row.available:
         return (
             f"No fused CPU kernel here, so the networks above ran through the reference and there "
@@ -254,20 +235,7 @@ def _race(
     # The first layer may see an image that is constant in time; the ones after it see spikes.
     call = max(_neurons(snn, x, steps)[1:], key=lambda c: c[1][0].numel())
     shape = list(call[1][0].shape)
-    spikes: dict[str, torch.Tensor] = {}
-    seconds: dict[str, list[float]] = {"cpu": [], "reference": []}
-    for name in seconds:
-        with use_backend(name):
-            spikes[name] = _fire(call)
-    if not torch.equal(spikes["cpu"], spikes["reference"]):
-        raise RuntimeError("the fused kernel and the reference differ in their spikes")
-    for _ in range(rounds):
-        for name, times in seconds.items():
-            with use_backend(name):
-                start = time.perf_counter()
-                _fire(call)
-                times.append(time.perf_counter() - start)
-    fused, reference = (1e3 * statistics.median(times) for times in seconds.values())
+    fused, reference = (1e3 * s for s in kernel_race(lambda: _fire(call), rounds))
     return (
         f"T = {steps}, current {shape}: fused kernel {fused:.2f} ms, reference {reference:.2f} ms, "
         f"{reference / fused:.1f}x, equal spikes (medians of {rounds}, interleaved, "

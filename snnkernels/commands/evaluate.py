@@ -73,14 +73,14 @@ def source_of(args: argparse.Namespace, about: dict[str, Any]) -> str:
 def _run(args: argparse.Namespace) -> dict[str, Any]:
     from ..engine import lower
     from ..files import write_text
-    from .measure import measure
+    from .measure import measure, usual_steps
 
     if args.predict is not None and not args.predict.absolute().parent.is_dir():
         raise FileNotFoundError(f"--predict={args.predict}: its folder does not exist")
     snn, about = load_saved(args.folder, args.device)
     source = source_of(args, about)
     images = load_data(source, False, limit=args.images, options=remembered(about, args))
-    steps = args.T or sorted({T for T in (1, 2, 4, 8, 16, 32) if T < snn.T} | {snn.T})
+    steps = args.T or usual_steps(snn.T)
     found = measure(lower(snn) if args.engine else snn, images, steps, args.batch_size)
     classes = getattr(images, "classes", None) or (about.get("data") or {}).get("classes") or []
     if args.predict is not None:

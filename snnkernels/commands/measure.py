@@ -13,7 +13,7 @@ from .output import progress_bar
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Measured", "accuracy_of", "measure", "operations_of"]
+__all__ = ["Measured", "accuracy_of", "measure", "operations_of", "usual_steps"]
 
 _TIMED = 3  # calls whose median is the time
 _COUNTED = 16  # images whose operations are counted
@@ -118,6 +118,11 @@ def _time(run: Any, x: Tensor, rows: list[dict[str, Any]]) -> None:
                 times.append(time.perf_counter() - start)
     for row in rows:
         row["ms per image"] = 1e3 * statistics.median(seconds[row["T"]]) / len(x)
+
+
+def usual_steps(T: int) -> list[int]:
+    """The numbers of steps of a curve that ends at T."""
+    return sorted({t for t in (1, 2, 4, 8, 16, 32) if t < T} | {T})
 
 
 def operations_of(run: Any, images: Any, T: int) -> Any:

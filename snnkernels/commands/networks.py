@@ -153,17 +153,15 @@ def load_weights(model: nn.Module, path: Path) -> str:
 
     import torch
 
+    from ..hub.shared import safetensors_package
+    from ..models.checkpoints import differences
+
     if not path.is_file():
         raise FileNotFoundError(f"--weights={path}: no such file")
+    load = safetensors_package().torch.load if path.suffix == ".safetensors" else None
     blob = path.read_bytes()
     try:
-        if path.suffix == ".safetensors":
-            try:
-                from safetensors.torch import load
-            except ImportError as e:
-                raise ImportError(
-                    ".safetensors needs safetensors: pip install 'snnkernels[hub]'"
-                ) from e
+        if load is not None:
             state: Any = load(blob)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
@@ -172,8 +170,6 @@ def load_weights(model: nn.Module, path: Path) -> str:
             f"--weights={path} holds more than tensors, and nothing else is unpickled: save "
             "model.state_dict()"
         ) from e
-    except ImportError:
-        raise
     except Exception as e:
         raise ValueError(f"--weights={path} cannot be read: {said(e)}") from e
     for key in ("state_dict", "model_state_dict", "model"):
@@ -184,15 +180,7 @@ def load_weights(model: nn.Module, path: Path) -> str:
         raise ValueError(f"--weights={path} holds no state dict: save model.state_dict()")
     if state and all(key.startswith("module.") for key in state):
         state = {key.removeprefix("module."): v for key, v in state.items()}  # of DataParallel
-    wanted = model.state_dict()
-    wrong = [f"missing {key}" for key in wanted if key not in state]
-    wrong += [f"unexpected {key}" for key in state if key not in wanted]
-    wrong += [
-        f"{key} is {list(state[key].shape)}, the network has {list(value.shape)}"
-        for key, value in wanted.items()
-        if key in state and state[key].shape != value.shape
-    ]
-    if wrong:
+    if wrong := differences(model, state):
         more = f"; and {len(wrong) - 4} more" if len(wrong) > 4 else ""
         raise ValueError(f"--weights={path} does not fit the network: {'; '.join(wrong[:4])}{more}")
     model.load_state_dict(state)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ from .datasets import add_data, load_data, remembered
 from .evaluate import source_of
 from .networks import load_saved
 from .output import add_command, positive
+from .pictures import new_figure, save_figure
 
 __all__ = ["add_parser"]
 
@@ -67,7 +66,7 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"--out={out}: the name must end in {', '.join(_FORMATS)}")
     if not out.absolute().parent.is_dir():
         raise FileNotFoundError(f"--out={out}: its folder does not exist")
-    _figure_class()  # a missing package is told before the work
+    new_figure(1, 1)  # a missing package is told before the work
     if args.source.is_file():
         if kind != "accuracy":
             raise ValueError(f"--kind={kind}: a sweep's CSV has accuracy only")
@@ -76,37 +75,9 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
         args.folder = args.source
         snn, about = load_saved(args.source)
         figure = _of_network(args, kind, snn, about)
-    _save(figure, out, args.dpi)
+    save_figure(figure, out, args.dpi)
     print(f"Picture: {out}")
     return {"source": args.source, "kind": kind, "picture": out, "bytes": out.stat().st_size}
-
-
-def _figure_class() -> Any:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as e:
-        raise ImportError(
-            "pictures need matplotlib; install it with: pip install matplotlib"
-        ) from e
-    return Figure
-
-
-def _save(figure: Any, path: Path, dpi: int) -> None:
-    from ..files import usual_mode
-
-    handle, name = tempfile.mkstemp(dir=path.absolute().parent, suffix=path.suffix)
-    os.close(handle)
-    try:
-        figure.savefig(name, dpi=dpi)
-        usual_mode(name)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
-def _figure(width: float, height: float) -> Any:
-    return _figure_class()(figsize=(width, height), layout="constrained")
 
 
 def _sweep(path: Path) -> Any:
@@ -123,7 +94,7 @@ def _sweep(path: Path) -> Any:
     for row in rows:
         about = ", ".join((row["network"], row["data"], f"{row['images']} images"))
         networks.setdefault(f"{about}, for T = {row['for T']}", []).append(row)
-    figure = _figure(8.2 * len(networks), 4.6)
+    figure = new_figure(8.2 * len(networks), 4.6)
     axes = figure.subplots(1, len(networks), squeeze=False)[0]
     for ax, (name, part) in zip(axes, networks.items(), strict=True):
         try:
@@ -141,11 +112,11 @@ def _of_network(args: argparse.Namespace, kind: str, snn: Any, about: dict[str, 
     if kind in ("accuracy", "energy"):
         return _measured(args, kind, about)
     if kind == "errors":
-        figure = _figure(6.6, 0.3 * max(len(layers), 2) + 1.3)
+        figure = new_figure(6.6, 0.3 * max(len(layers), 2) + 1.3)
         plots.error_sources(report, ax=figure.subplots())
         return figure
     if kind == "correlation":
-        figure = _figure(max(4.6, 0.42 * len(layers) + 1.4), 3.6)
+        figure = new_figure(max(4.6, 0.42 * len(layers) + 1.4), 3.6)
         plots.correlations(report, ax=figure.subplots())
         return figure
     if kind == "activation":
@@ -157,12 +128,12 @@ def _of_network(args: argparse.Namespace, kind: str, snn: Any, about: dict[str, 
     x = images[: args.images][0]
     if kind == "rates":
         rates = metrics.firing_rates(snn, x, T=args.T, per="neuron")
-        figure = _figure(6.8, max(3.6, 0.3 * len(rates) + 1.1))
+        figure = new_figure(6.8, max(3.6, 0.3 * len(rates) + 1.1))
         plots.rate_histogram(rates, ax=figure.subplots())
         return figure
     if kind == "layers":
         found = metrics.synaptic_operations(snn, x, T=args.T)
-        figure = _figure(6.6, 0.36 * len({row.name for row in found.layers}) + 1.3)
+        figure = new_figure(6.6, 0.36 * len({row.name for row in found.layers}) + 1.3)
         plots.energy_layers(found, ax=figure.subplots())
         return figure
     return _one_layer(args, kind, snn, images)
@@ -178,7 +149,7 @@ def _measured(args: argparse.Namespace, kind: str, about: dict[str, Any]) -> Any
             f"{args.source} has no accuracies: convert with --data and --images, or plot a sweep"
         )
     accuracies, ann = [row["accuracy"] for row in rows], measured.get("ANN")
-    figure = _figure(5.4, 3.8)
+    figure = new_figure(5.4, 3.8)
     if kind == "accuracy":
         plots.accuracy_curve([row["T"] for row in rows], accuracies, ann=ann, ax=figure.subplots())
         return figure
@@ -202,7 +173,7 @@ def _activation(args: argparse.Namespace, report: Any) -> Any:
         raise ValueError(f"{args.source} has no sample of activations: convert with --data")
     columns = min(4, len(rows))
     lines = -(-len(rows) // columns)
-    figure = _figure(3.2 * columns, 3.2 * lines)
+    figure = new_figure(3.2 * columns, 3.2 * lines)
     axes = figure.subplots(lines, columns, squeeze=False).flatten()
     for ax, row in zip(axes, rows, strict=False):
         plots.rate_activation(row.points[0], row.points[1], title=row.name, ax=ax)
@@ -229,7 +200,7 @@ def _one_layer(args: argparse.Namespace, kind: str, snn: Any, images: Any) -> An
     order = total.sort(stable=True).indices
     active = order[int((total == 0).sum()) :] if bool(total.any()) else order
     if kind == "raster":
-        figure = _figure(7.0, 4.2)
+        figure = new_figure(7.0, 4.2)
         ax = figure.subplots()
         title = f"{name}, image {args.image}, {min(64, len(active))} busiest neurons"
         plots.raster(spikes[:, active[-64:]], ax, title=title)
@@ -240,7 +211,7 @@ def _one_layer(args: argparse.Namespace, kind: str, snn: Any, images: Any) -> An
             f"--layer={name}: neurons of {snn.report.method} have no membranes to draw"
         )
     chosen = active[torch.linspace(0, len(active) - 1, min(3, len(active))).long()]
-    figure = _figure(7.4, 3.4)
+    figure = new_figure(7.4, 3.4)
     ax = plots.membrane(
         v[:, chosen], 1.0, spikes=spikes[:, chosen], labels=[f"neuron {int(i)}" for i in chosen],
         ax=figure.subplots(),

@@ -10,6 +10,7 @@ from typing import Any
 from .datasets import add_data, data_options, load_data
 from .networks import hash_of, load_model
 from .output import add_command, print_table, progress_bar
+from .pictures import new_figure, save_figure
 
 __all__ = ["add_parser", "draw_curves"]
 
@@ -72,7 +73,10 @@ def _sweep(args: argparse.Namespace, group: Any) -> dict[str, Any]:
     if args.weights is not None and len(args.network) > 1:
         raise ValueError(f"--weights={args.weights} is for one entry, got {len(args.network)}")
     if not args.no_plot:
-        _figure_class()  # a missing package is told before the work
+        try:
+            new_figure(1, 1)  # a missing package is told before the work
+        except ImportError as e:
+            raise ImportError(f"{e}, or pass --no-plot") from e
     leads = Team(group).leads
     args.json = args.json and leads  # one document, not one of each rank
     trials = [parse_trial(text) for text in args.methods or _default_methods()]
@@ -129,23 +133,13 @@ def _default_methods() -> list[str]:
     return list(METHODS)
 
 
-def _figure_class() -> Any:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as e:
-        raise ImportError(
-            "the picture needs matplotlib (pip install matplotlib), or pass --no-plot"
-        ) from e
-    return Figure
-
-
 def _picture(figures: dict[str, tuple[dict[Any, Any], float]], path: Path) -> None:
-    figure = _figure_class()(figsize=(8.2 * len(figures), 4.6), layout="constrained")
+    figure = new_figure(8.2 * len(figures), 4.6)
     axes = figure.subplots(1, len(figures), squeeze=False)[0]
     for ax, (name, (found, ann)) in zip(axes, figures.items(), strict=True):
         draw_curves(ax, found, ann, name)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    save_figure(figure, path, 130)
 
 
 def draw_curves(ax: Any, found: dict[str, Any], ann: float, name: str) -> None:

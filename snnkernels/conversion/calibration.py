@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils.data import Dataset, IterableDataset
 
+from ..distributed.passes import bar_of
 from .balancing import Balancing
 from .divergence import kl_threshold
 from .errors import ConversionError
@@ -163,17 +164,6 @@ def batches(loader: Any, device: torch.device | None, inputs: Any = None) -> Ite
         yield given.to(device) if device is not None else given
 
 
-def _bar(loader: Any, ranks: int, show: bool) -> Any:
-    if not show or isinstance(loader, Tensor):
-        return None
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return None
-    total = -(-len(loader) // ranks) if hasattr(loader, "__len__") else None
-    return tqdm(total=total, desc="calibrating", unit="batch", leave=False)
-
-
 @torch.no_grad()
 def collect(
     model: fx.GraphModule,
@@ -238,7 +228,8 @@ def collect(
             model(source.first[:SAMPLE])
         if not once:
             counting = True
-            bar = _bar(source.loader, team.size, progress and team.leads)
+            show = progress and not isinstance(source.loader, Tensor)
+            bar = bar_of(source.loader, team, "calibrating", show)
             source.run(work, found, ".currents" if currents else "")
     finally:
         if bar is not None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .dealing import Dealt, Split, check_call, fingerprint, identity
-from .passes import Checkpoint, run
+from .passes import Checkpoint, bar_of, run
 from .team import Team
 
 __all__ = ["Evaluation", "evaluate"]
@@ -139,7 +139,7 @@ def evaluate(
     kept = Checkpoint(checkpoint, team, about)
     if kept.state is not None:
         counts += kept.state
-    bar = _bar(loader, team, progress)
+    bar = bar_of(loader, team, "evaluating", progress)
     try:
         if kept.done >= 0:
             dealt.start = kept.done
@@ -165,14 +165,3 @@ def _pair(item: Any) -> _Pair:
             f"labels must be integers [B], one for each input; got {tuple(y.shape)}, {y.dtype}{of}"
         )
     return _Pair(x, y)
-
-
-def _bar(loader: Any, team: Team, show: bool) -> Any:
-    if not show or not team.leads:
-        return None
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return None
-    total = -(-len(loader) // team.size) if hasattr(loader, "__len__") else None
-    return tqdm(total=total, desc="evaluating", unit="batch", leave=False)

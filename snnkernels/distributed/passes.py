@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,10 +9,11 @@ from typing import Any
 
 import torch
 
+from ..files import new_file
 from .dealing import _DIFFERENT, Dealt
 from .team import Team, portable
 
-__all__ = ["Checkpoint", "run"]
+__all__ = ["Checkpoint", "bar_of", "run"]
 
 EVERY = 16  # batches of a rank between two meetings
 SECONDS = 300.0  # between two checkpoints
@@ -75,18 +75,25 @@ class Checkpoint:
             return
         failed = None
         if self.team.leads:
-            part = self.path.with_name(self.path.name + ".part")
             try:
-                with part.open("wb") as file:
+                with new_file(self.path) as new, new.open("wb") as file:
                     torch.save({"about": self.about, "done": done, "state": state}, file)
-                    file.flush()
-                    os.fsync(file.fileno())
-                part.replace(self.path)
             except (OSError, RuntimeError) as error:  # a full disk: the file before stays
-                part.unlink(missing_ok=True)
                 failed = OSError(f"checkpoint={str(self.path)!r} cannot be written: {error}")
         self.team.agree(failed)
         self._last = time.monotonic()
+
+
+def bar_of(loader: Any, team: Team, what: str, show: bool) -> Any:
+    """A tqdm bar of this rank's batches, on the first rank, if tqdm is there; else None."""
+    if not show or not team.leads:
+        return None
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return None
+    total = -(-len(loader) // team.size) if hasattr(loader, "__len__") else None
+    return tqdm(total=total, desc=what, unit="batch", leave=False)
 
 
 def run(

@@ -17,7 +17,7 @@ from ..files import write_text
 from ..metrics import Operations, energy
 from .pictures import pictures
 
-__all__ = ["to_html"]
+__all__ = ["to_html", "versions"]
 
 
 def to_html(
@@ -70,7 +70,7 @@ def to_html(
         _energy_table(operations),
         _notes(report),
         _pairs("Settings", settings),
-        _pairs("Made with", _versions()),
+        _pairs("Made with", versions()),
     ]
     assets = files(__package__)
     head = f"""<!doctype html>
@@ -279,7 +279,8 @@ def _pairs(name: str, values: Mapping[str, Any] | None) -> str:
     return _section(name, f'<table class="pairs"><tbody>\n{rows}</tbody></table>\n')
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """What this runs on: of the package, torch, Python and the platform."""
     from .. import __version__
 
     return {

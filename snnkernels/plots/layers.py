@@ -6,8 +6,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .spikes import _array
-from .style import COLOURS, GREY, INK, LINES, PARTS, axes_of, check_report, clean, shortened
+from .style import (
+    COLOURS,
+    GREY,
+    INK,
+    LINES,
+    PARTS,
+    array_of,
+    axes_of,
+    check_report,
+    clean,
+    shortened,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -45,7 +55,7 @@ def rate_activation(
         ValueError: shapes differ, or there is nothing to draw.
         ImportError: matplotlib is not installed.
     """
-    x, y = _array(activation).reshape(-1), _array(answer).reshape(-1)
+    x, y = array_of(activation).reshape(-1), array_of(answer).reshape(-1)
     if x.shape != y.shape or not x.size:
         raise ValueError(
             f"activation has {x.size} values, answer has {y.size}: there must be as many, at "
@@ -77,7 +87,7 @@ def rate_activation(
 
 def correlation(x: Any, y: Any) -> float | None:
     """Pearson's, or None where one side is constant."""
-    a, b = (_array(v).astype(np.float64).reshape(-1) for v in (x, y))
+    a, b = (array_of(v).astype(np.float64).reshape(-1) for v in (x, y))
     a, b = a - a.mean(), b - b.mean()
     size = float(np.sqrt((a * a).sum() * (b * b).sum()))
     return float((a * b).sum()) / size if size > 0 else None
@@ -166,17 +176,9 @@ def error_sources(report: Report, *, ax: Axes | None = None) -> Axes:
         left += width
     for place in places[endless]:
         ax.text(0, place, " silent in the ANN, not here", va="center", fontsize=8, color=GREY)
-    ax.set_yticks(places, [shortened(row.name) for row in rows])
-    ax.invert_yaxis()
     ax.set_xlim(0, max(float(lengths.max()) * 1.04, 0.1))
     ax.set_xlabel("error against the ANN (% of the activation), parted by squares")
-    ax.grid(axis="x", color=LINES, linewidth=0.7, zorder=0)
-    clean(ax)
-    ax.tick_params(axis="y", length=0)
-    ax.legend(
-        frameon=False, fontsize=9, ncols=len(names), loc="lower left", bbox_to_anchor=(-0.02, 1.0),
-        columnspacing=1.2, handlelength=1.0, borderaxespad=0.2,
-    )  # fmt: skip
+    _bars_of_layers(ax, [row.name for row in rows], ncols=len(names), columnspacing=1.2)
     return ax
 
 
@@ -211,14 +213,19 @@ def energy_layers(operations: Operations, *, ax: Axes | None = None) -> Axes:
             places + offset, [values[name] / 1e6 for name in names], height=0.38, color=colour,
             label=f"{label}: {sum(values.values()) / 1e6:.3g} µJ", zorder=3,
         )  # fmt: skip
-    ax.set_yticks(places, [shortened(name) for name in names])
-    ax.invert_yaxis()
     ax.set_xlabel("energy of the arithmetic, µJ per sample")
+    _bars_of_layers(ax, names, ncols=2)
+    return ax
+
+
+def _bars_of_layers(ax: Any, names: list[str], **legend: Any) -> None:
+    """What bars of layers have around them: names from above to below, a legend in one line."""
+    ax.set_yticks(range(len(names)), [shortened(name) for name in names])
+    ax.invert_yaxis()
     ax.grid(axis="x", color=LINES, linewidth=0.7, zorder=0)
     clean(ax)
     ax.tick_params(axis="y", length=0)
     ax.legend(
-        frameon=False, fontsize=9, ncols=2, loc="lower left", bbox_to_anchor=(-0.02, 1.0),
-        handlelength=1.0, borderaxespad=0.2,
+        frameon=False, fontsize=9, loc="lower left", bbox_to_anchor=(-0.02, 1.0),
+        handlelength=1.0, borderaxespad=0.2, **legend,
     )  # fmt: skip
-    return ax

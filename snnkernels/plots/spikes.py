@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from .style import COLOURS, GREY, INK, INSIDE, LINES, axes_of, clean, shortened
+from .style import COLOURS, GREY, INK, INSIDE, LINES, array_of, axes_of, clean, shortened
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -93,7 +93,7 @@ def membrane(
         ValueError: a shape does not fit; names it.
         ImportError: matplotlib is not installed.
     """
-    lines = _array(v)
+    lines = array_of(v)
     lines = lines.reshape(-1, 1) if lines.ndim == 1 else lines
     if lines.ndim != 2 or not 1 <= lines.shape[1] <= len(COLOURS):
         raise ValueError(
@@ -101,7 +101,7 @@ def membrane(
             f"{tuple(lines.shape)}: choose some"
         )
     steps, neurons = lines.shape
-    fired = None if spikes is None else _array(spikes) != 0
+    fired = None if spikes is None else array_of(spikes) != 0
     if fired is not None:
         if fired.size != lines.size or fired.shape[:1] != (steps,):
             raise ValueError(
@@ -110,7 +110,7 @@ def membrane(
         fired = fired.reshape(lines.shape)
     if labels is not None and len(labels) != neurons:
         raise ValueError(f"labels={labels!r} must have {neurons} names")
-    theta = None if threshold is None else _array(threshold).reshape(-1)
+    theta = None if threshold is None else array_of(threshold).reshape(-1)
     if theta is not None and theta.size not in (1, neurons):
         raise ValueError(f"threshold has {theta.size} values; v takes one, or {neurons}")
     ax = axes_of(ax, (6.4, 3.2))
@@ -183,7 +183,7 @@ def rate_histogram(
         ImportError: matplotlib is not installed.
     """
     layers = dict(rates) if isinstance(rates, Mapping) else {"": rates}
-    values = {name: _array(r).astype(np.float64).reshape(-1) for name, r in layers.items()}
+    values = {name: array_of(r).astype(np.float64).reshape(-1) for name, r in layers.items()}
     if not values or any(v.size == 0 for v in values.values()):
         raise ValueError("rates are empty: there is nothing to draw")
     if bins < 1:
@@ -239,11 +239,3 @@ def _rows_of_shares(
     bar.set_label("neurons (%)", color=INK, size=9)
     bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize=8, labelcolor=INK, color=GREY)
-
-
-def _array(value: Any) -> np.ndarray:
-    if isinstance(value, torch.Tensor):
-        value = value.detach().cpu()
-        value = value.float() if value.dtype == torch.bfloat16 else value
-        return value.numpy()
-    return np.asarray(value)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import torch
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -14,8 +17,11 @@ __all__ = [
     "INSIDE",
     "LINES",
     "MARKERS",
+    "MISSING",
     "PARTS",
+    "array_of",
     "axes_of",
+    "check_report",
     "clean",
     "shortened",
 ]
@@ -33,6 +39,7 @@ INSIDE = 4
 INK = "#333333"
 GREY = "#888888"
 LINES = "#dddddd"
+MISSING = "pictures need matplotlib; install it with: pip install matplotlib"
 
 
 def shortened(name: str, most: int = 28) -> str:
@@ -49,6 +56,15 @@ def check_report(report: Any) -> None:
         raise TypeError(f"report must be a Report (snn.report), got {type(report).__name__}")
 
 
+def array_of(value: Any) -> np.ndarray:
+    """Numbers as numpy has them, wherever they were."""
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu()
+        value = value.float() if value.dtype == torch.bfloat16 else value
+        return value.numpy()
+    return np.asarray(value)
+
+
 def axes_of(ax: Axes | None, size: tuple[float, float]) -> Any:
     """``ax``, or that of a new figure of ``size`` inches."""
     if ax is not None:
@@ -56,9 +72,7 @@ def axes_of(ax: Axes | None, size: tuple[float, float]) -> Any:
     try:
         from matplotlib import pyplot
     except ImportError as e:
-        raise ImportError(
-            "pictures need matplotlib; install it with: pip install matplotlib"
-        ) from e
+        raise ImportError(MISSING) from e
     return pyplot.subplots(figsize=size, layout="constrained")[1]
 
 
