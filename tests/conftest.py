@@ -18,6 +18,7 @@ from support import (
     build_host_shim,
     compiler,
     extension,
+    optional,
 )
 
 import snnkernels
@@ -75,7 +76,7 @@ def host_shim(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     """The GPU kernels as a CPU module; built once and kept between sessions."""
     if compiler() is None:
         pytest.skip("the host shim needs a C++ compiler (CXX or c++)")
-    pytest.importorskip("pybind11")
+    optional("pybind11")
     cache = getattr(request.config, "cache", None)
     folder = cache.mkdir("host_shim") if cache else tmp_path_factory.mktemp("host_shim")
     return build_host_shim(folder)

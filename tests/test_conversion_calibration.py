@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import ROOT
+from support import ROOT, optional
 from torch import Tensor, nn
 
 from snnkernels.conversion import ClipReLU, ConversionError, convert
@@ -209,7 +209,7 @@ def test_float64_networks_keep_float64_thresholds() -> None:
 
 
 def test_progress_bar_obeys(capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("tqdm")
+    optional("tqdm")
     convert(net(), DATA.split(16), progress=False)
     assert capsys.readouterr().err == ""
     convert(net(), DATA.split(16), progress=True)
