@@ -134,14 +134,17 @@ def find_nvcc() -> str | None:
     return shutil.which(named) or shutil.which("nvcc", path=str(Path(home) / "bin"))
 
 
-def in_a_process(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs Python code with the copy of the package under test."""
+def in_a_process(
+    code: str, *options: str, timeout: float | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Runs Python code, with options of the interpreter, and the copy of the package under test."""
     path = os.pathsep.join(filter(None, (str(PACKAGE.parent), os.environ.get("PYTHONPATH"))))
     return subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, *options, "-c", code],
         capture_output=True,
         text=True,
         check=False,
+        timeout=timeout,
         cwd=sys.prefix,  # in a clone, python -c would import the source folder
         env={**os.environ, "PYTHONPATH": path, **environment},
     )
