@@ -23,6 +23,7 @@ from support import (
 
 import snnkernels
 from snnkernels import ConvertedNetwork, Plan
+from snnkernels.interop import sj_run
 from snnkernels.kernels import backends, plan
 
 # Tests of test_fuzz*.py draw support.FUZZ examples, the other property tests 50, or 20,000 each by
@@ -156,6 +157,13 @@ def kernel(request: pytest.FixtureRequest) -> Iterator[Backend]:
 def level(request: pytest.FixtureRequest) -> Iterator[Backend]:
     """As ``backend``, and every SIMD level of the CPU extension."""
     yield from _ready(request.param, request)
+
+
+@pytest.fixture
+def everything_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What patched neurons warn of once is said again; the same random numbers for each test."""
+    monkeypatch.setattr(sj_run, "_said", set())
+    torch.manual_seed(0)
 
 
 # These run twice: converted networks as they are, and lowered by the engine.

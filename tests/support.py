@@ -294,6 +294,11 @@ def currents(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> 
     return torch.where(torch.rand(shape, generator=g) < 0.5, grid.double(), noise).to(dtype)
 
 
+def sixteenths(*shape: int, scale: float = 12, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Normal numbers rounded so that many sums land on the threshold, from torch's generator."""
+    return (torch.randn(*shape) * scale).round().div(16).to(dtype)
+
+
 def dyadic(*shape: int, seed: int = 0, low: int = -16, high: int = 24, scale: int = 16) -> Tensor:
     """Multiples of 1/scale in float64: sums of thousands are exact in float32."""
     return torch.randint(low, high + 1, shape, generator=generator(seed)).double() / scale

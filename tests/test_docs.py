@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import re
 import shlex
@@ -121,7 +120,10 @@ def test_a_command_is_one(page: str, line: str) -> None:
     if words[0] == "snnkernels":
         from snnkernels.cli import _parser
 
-        with contextlib.suppress(SystemExit) if "--help" in words else contextlib.nullcontext():
+        if "--help" in words:
+            with pytest.raises(SystemExit, match=r"^0$"):
+                _parser().parse_args(words[1:])
+        else:
             _parser().parse_args(words[1:])
     elif words[0] == "python" and words[1] != "-m":
         assert (ROOT / words[1]).is_file(), line
