@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+import warnings
 from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
@@ -83,6 +84,10 @@ def test_python_of_a_page_runs(
             # With SNNKERNELS_TEST_ALL=1, as in CI, a package that is not there is a failure.
             if block.needs and not support.ALL and importlib.util.find_spec(block.needs) is None:
                 continue
+            if block.needs:  # other libraries' warnings when they are imported are theirs
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    importlib.import_module(block.needs)
             # Lines are the page's, so that a traceback leads there.
             code = "\n" * block.line + block.code
             exec(compile(code, str(ROOT / page), "exec"), namespace)
