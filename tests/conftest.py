@@ -18,10 +18,12 @@ from support import (
     build_host_shim,
     compiler,
     extension,
+    optional,
 )
 
 import snnkernels
 from snnkernels import ConvertedNetwork, Plan
+from snnkernels.interop import checks
 from snnkernels.kernels import backends, plan
 
 # Tests of test_fuzz*.py draw support.FUZZ examples, the other property tests 50, or 20,000 each by
@@ -75,7 +77,7 @@ def host_shim(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     """The GPU kernels as a CPU module; built once and kept between sessions."""
     if compiler() is None:
         pytest.skip("the host shim needs a C++ compiler (CXX or c++)")
-    pytest.importorskip("pybind11")
+    optional("pybind11")
     cache = getattr(request.config, "cache", None)
     folder = cache.mkdir("host_shim") if cache else tmp_path_factory.mktemp("host_shim")
     return build_host_shim(folder)
@@ -155,6 +157,13 @@ def kernel(request: pytest.FixtureRequest) -> Iterator[Backend]:
 def level(request: pytest.FixtureRequest) -> Iterator[Backend]:
     """As ``backend``, and every SIMD level of the CPU extension."""
     yield from _ready(request.param, request)
+
+
+@pytest.fixture
+def everything_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What patched neurons warn of once is said again; the same random numbers for each test."""
+    monkeypatch.setattr(checks, "_said", set())
+    torch.manual_seed(0)
 
 
 # These run twice: converted networks as they are, and lowered by the engine.

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from snnkernels.conversion import QCFS
+import snnkernels
+from snnkernels.conversion import QCFS, ClipReLU
+from snnkernels.conversion.activations import ThresholdReLU
+from snnkernels.conversion.activations_rates import RateNorm
 
 
 def dyadic(*shape: int, seed: int = 0, scale: int = 8, low: int = -16, high: int = 16) -> Tensor:
@@ -51,6 +57,22 @@ def randomize(net: nn.Module, seed: int = 0) -> nn.Module:
 
 def images(batch: int = 8, channels: int = 3, size: int = 8, seed: int = 0) -> Tensor:
     return torch.randn(batch, channels, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+_TRAINED: dict[str, Callable[[], nn.Module]] = {
+    "": nn.ReLU,
+    "QCFS": lambda: QCFS(8, 1.5),
+    "ClipReLU": lambda: ClipReLU(1.5),
+    "RateNorm": RateNorm,
+    "ThresholdReLU": ThresholdReLU,
+}
+
+
+def activation_for(method: Any) -> Callable[[], nn.Module]:
+    """What a network has to be trained with for a conversion method."""
+    name = method if isinstance(method, str) else method.name
+    (trains,) = (m["trains"] for m in snnkernels.methods() if m["name"] == name)
+    return _TRAINED[trains]
 
 
 class Everything(nn.Module):

@@ -134,14 +134,17 @@ def find_nvcc() -> str | None:
     return shutil.which(named) or shutil.which("nvcc", path=str(Path(home) / "bin"))
 
 
-def in_a_process(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs Python code with the copy of the package under test."""
+def in_a_process(
+    code: str, *options: str, timeout: float | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Runs Python code, with options of the interpreter, and the copy of the package under test."""
     path = os.pathsep.join(filter(None, (str(PACKAGE.parent), os.environ.get("PYTHONPATH"))))
     return subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, *options, "-c", code],
         capture_output=True,
         text=True,
         check=False,
+        timeout=timeout,
         cwd=sys.prefix,  # in a clone, python -c would import the source folder
         env={**os.environ, "PYTHONPATH": path, **environment},
     )
@@ -289,6 +292,11 @@ def currents(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> 
     grid = torch.randint(-8, 17, shape, generator=g) / 8
     noise = torch.randn(shape, generator=g, dtype=torch.float64) * 0.7 + 0.3
     return torch.where(torch.rand(shape, generator=g) < 0.5, grid.double(), noise).to(dtype)
+
+
+def sixteenths(*shape: int, scale: float = 12, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Normal numbers rounded so that many sums land on the threshold, from torch's generator."""
+    return (torch.randn(*shape) * scale).round().div(16).to(dtype)
 
 
 def dyadic(*shape: int, seed: int = 0, low: int = -16, high: int = 24, scale: int = 16) -> Tensor:

@@ -142,6 +142,26 @@ def test_cpu_results_hold_no_times() -> None:
             assert row["command"].startswith("python benchmarks/"), path
 
 
+def test_page_of_other_libraries_tests_is_what_the_rows_say() -> None:
+    page = (ROOT / "docs" / "interop_suites.md").read_text(encoding="utf-8")
+    with (BENCHMARKS / "results" / "interop_suites.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["library"].split()[0] for row in rows} == {"spikingjelly", "sinabs", "norse"}
+    for row in rows:
+        plain, ours = (re.findall(r"(\d+) (\w+)", row[c]) for c in ("plain", "with the plug-in"))
+        if row["library"].startswith("spikingjelly"):
+            name = re.search(r"test_\w+", row["tests"])[0]  # type: ignore[index]
+            (line,) = re.findall(rf"^\| (?:on PyPI: )?`{name}`.*$", page, re.M)
+            cells = [cell.strip() for cell in line.strip("|").split("|")]
+            assert plain[0][0] in re.findall(r"\d+", cells[1]), line
+            assert ours[0][0] in re.findall(r"\d+", cells[2]), line
+            assert cells[3] == row["calls of ours"], line
+        else:
+            said = ", ".join(f"{count} {what}" for count, what in plain)
+            assert plain == ours
+            assert f"| {said} | {said} |" in page
+
+
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 def test_run_gpu_is_a_script() -> None:
     done = subprocess.run(["bash", "-n", str(RUN_GPU)], capture_output=True, text=True)

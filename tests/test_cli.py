@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import PACKAGE
+from support import PACKAGE, optional
 
 import snnkernels
 from snnkernels import cli, data, models
@@ -57,7 +57,7 @@ def test_plain_table(capsys: pytest.CaptureFixture[str], no_rich: None) -> None:
 
 
 def test_rich_table_shows_the_same_cells(capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("rich")
+    optional("rich")
     cli.print_table(*TABLE)
     out = capsys.readouterr().out
     assert "Numbers" in out
@@ -249,7 +249,7 @@ def test_command_line_import_is_lean() -> None:
 
 
 def test_training_is_reproducible() -> None:
-    pytest.importorskip("sklearn")
+    optional("sklearn")
     train = data.digits()
     few = data.ImageSet(
         train.images[:96],
@@ -267,7 +267,7 @@ def test_training_is_reproducible() -> None:
 
 def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for package in ("sklearn", "matplotlib", "safetensors"):
-        pytest.importorskip(package)
+        optional(package)
     out = tmp_path / "made" / "here"
     assert cli.main(["demo", "--epochs", "3", "--out", str(out)]) == 0
     printed = capsys.readouterr().out
@@ -308,7 +308,7 @@ def test_demo_without_its_packages(monkeypatch, capsys, tmp_path: Path) -> None:
 
 @pytest.fixture
 def plots():
-    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib = optional("matplotlib")
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -357,7 +357,7 @@ def test_raster_without_spikes(plots) -> None:
 
 
 def test_pictures_need_no_pyplot_when_given_axes() -> None:
-    pytest.importorskip("matplotlib")
+    optional("matplotlib")
     code = (
         "import sys; from matplotlib.figure import Figure; from snnkernels import plots\n"
         "plots.raster(__import__('torch').eye(3), Figure().subplots())\n"
@@ -380,7 +380,7 @@ def test_the_demo_as_a_document(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for package in ("sklearn", "matplotlib", "safetensors"):
-        pytest.importorskip(package)
+        optional(package)
     torch.manual_seed(0)
     ann = models.small_cnn().eval()  # what it says is tested above; here how
     monkeypatch.setattr(demo, "_train", lambda *args: ann)

@@ -16,13 +16,8 @@ from torch import Tensor, nn
 import snnkernels
 from snnkernels import surrogate
 from snnkernels.compat.spikingjelly import IFNode
-from snnkernels.interop import checks
 
-
-@pytest.fixture(autouse=True)
-def everything_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks, "_said", set())
-    torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures("everything_is_said")
 
 
 def loop(x_seq: Tensor, v: Tensor, v_reset: float | None, detach: bool) -> tuple[Tensor, Tensor]:

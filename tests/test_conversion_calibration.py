@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import ROOT, optional
 from torch import Tensor, nn
 
 from snnkernels.conversion import ClipReLU, ConversionError, convert
@@ -208,7 +209,7 @@ def test_float64_networks_keep_float64_thresholds() -> None:
 
 
 def test_progress_bar_obeys(capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("tqdm")
+    optional("tqdm")
     convert(net(), DATA.split(16), progress=False)
     assert capsys.readouterr().err == ""
     convert(net(), DATA.split(16), progress=True)
@@ -289,6 +290,20 @@ def test_merged_histograms_are_one_of_all_values(dtype: torch.dtype) -> None:
     again.update(values)
     assert again.total == 12_000
     assert torch.equal(again.points()[0], whole.points()[0])
+
+
+@pytest.mark.parametrize(
+    ("bins", "kept", "sent"), [(1024, 29_024, 20_832), (8192, 201_056, 135_520)]
+)
+def test_bytes_of_a_histogram_are_those_of_the_page(bins: int, kept: int, sent: int) -> None:
+    """docs/scaling.md counts memory and messages with them."""
+    histogram = filled(torch.ones(1, 2), bins=bins)
+    tables = [value for value in vars(histogram).values() if isinstance(value, Tensor)]
+    assert sum(t.nbytes for t in tables) == kept
+    assert sum(t.nbytes for name, t in histogram.tables().items() if name != "total") == sent
+    page = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+    assert f"| {kept:,} |" in page
+    assert f"{sent:,}" in page
 
 
 def test_a_bin_that_holds_too_many_values_is_an_error() -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support import optional
 from torch.utils.data import DataLoader
 
 from snnkernels import data
@@ -219,7 +220,7 @@ def test_object_arrays_are_refused(tmp_path: Path) -> None:
 
 
 def test_jpeg_bundle(tmp_path: Path) -> None:
-    pytest.importorskip("PIL")
+    optional("PIL")
     path = write_bundle(tmp_path / "bundle.npz")
     for train, start in ((True, 0), (False, 100)):
         found = data.cifar10_jpeg(path, train)
@@ -232,7 +233,7 @@ def test_jpeg_bundle(tmp_path: Path) -> None:
 
 
 def test_damaged_bundle(tmp_path: Path) -> None:
-    pytest.importorskip("PIL")
+    optional("PIL")
     path = tmp_path / "bundle.npz"
     with pytest.raises(FileNotFoundError, match="no JPEG bundle"):
         data.cifar10_jpeg(path)
@@ -264,14 +265,14 @@ def test_damaged_bundle(tmp_path: Path) -> None:
 
 
 def test_load_cifar10_takes_both(tmp_path: Path) -> None:
-    pytest.importorskip("PIL")
+    optional("PIL")
     bundle = write_bundle(tmp_path / "bundle.npz")
     assert data.load_cifar10(bundle, False).name == "CIFAR-10, JPEG copies"
     assert data.load_cifar10(write_folder(tmp_path, "binary"), False).name == "CIFAR-10"
 
 
 def test_digits() -> None:
-    pytest.importorskip("sklearn")
+    optional("sklearn")
     train, test = data.digits(True), data.digits(False)
     assert (len(train), len(test)) == (1433, 364)
     assert train.images.shape[1:] == (1, 8, 8)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import re
 import shlex
 import subprocess
 import sys
+import warnings
 from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
@@ -84,6 +84,10 @@ def test_python_of_a_page_runs(
             # With SNNKERNELS_TEST_ALL=1, as in CI, a package that is not there is a failure.
             if block.needs and not support.ALL and importlib.util.find_spec(block.needs) is None:
                 continue
+            if block.needs:  # other libraries' warnings when they are imported are theirs
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    importlib.import_module(block.needs)
             # Lines are the page's, so that a traceback leads there.
             code = "\n" * block.line + block.code
             exec(compile(code, str(ROOT / page), "exec"), namespace)
@@ -121,7 +125,10 @@ def test_a_command_is_one(page: str, line: str) -> None:
     if words[0] == "snnkernels":
         from snnkernels.cli import _parser
 
-        with contextlib.suppress(SystemExit) if "--help" in words else contextlib.nullcontext():
+        if "--help" in words:
+            with pytest.raises(SystemExit, match=r"^0$"):
+                _parser().parse_args(words[1:])
+        else:
             _parser().parse_args(words[1:])
     elif words[0] == "python" and words[1] != "-m":
         assert (ROOT / words[1]).is_file(), line

@@ -15,12 +15,13 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from support import optional
 
 from snnkernels import data, models
 from snnkernels.conversion.activations import QCFS
 
-pytest.importorskip("safetensors")
-Image = pytest.importorskip("PIL.Image")
+optional("safetensors")
+Image = optional("PIL.Image")
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 TRAIN, TEST = 24, 10

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import any_networks as nets
 import pytest
 import torch
-from conversion_helpers import Everything, images
+from conversion_helpers import Everything, activation_for, images
 from support import PURE, compiler, in_a_process
 from torch import Tensor, nn
 
@@ -19,11 +20,11 @@ from snnkernels.conversion.methods import DSR, STBIF, BitSerial
 from snnkernels.hub import export
 
 
-def network() -> nn.Module:
+def network(act: Callable[[], nn.Module] = nn.ReLU) -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(
-        *(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.AvgPool2d(2), nn.Flatten()),
-        *(nn.Linear(16, 6), nn.ReLU(), nn.Linear(6, 3)),
+        *(nn.Conv2d(3, 4, 3, padding=1), act(), nn.AvgPool2d(2), nn.Flatten()),
+        *(nn.Linear(16, 6), act(), nn.Linear(6, 3)),
     ).eval()
 
 
@@ -57,21 +58,24 @@ def test_torch_export_itself(snn: snnkernels.ConvertedNetwork) -> None:
     assert targets(program) == {"snnkernels.if_forward.default"}
 
 
-METHODS = ["opi", "light", "parallel", "srp", "cos", "ttfs", "burst", "signed", "ptl"]
+# "advanced" trains: its network is one of "opi" with other weights.
+METHODS = [m["name"] for m in snnkernels.methods() if m["name"] != "advanced"]
 
 
 @pytest.mark.parametrize("method", [*METHODS, STBIF(levels=4), DSR(kind="lif")], ids=str)
 @torch.no_grad()
 def test_methods_in_our_operators(method: Any) -> None:
-    snn = snnkernels.convert(network(), X, method=method, T=3, progress=False)
+    ann = network(activation_for(method))
+    snn = snnkernels.convert(ann, X, method=method, T=3, progress=False)
     check(snn.export(X), snn, X, 3)
     assert torch.equal(snn(X), snn(X))  # nothing stays behind
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["srp", BitSerial(unrolled=True)], ids=str)
+@pytest.mark.parametrize("method", [*METHODS, BitSerial(unrolled=True)], ids=str)
 def test_methods_in_operators_of_torch(method: Any) -> None:
-    snn = snnkernels.convert(network(), X, method=method, T=3, progress=False)
+    ann = network(activation_for(method))
+    snn = snnkernels.convert(ann, X, method=method, T=3, progress=False)
     program = snn.export(X, T=2, operators="torch")
     assert not targets(program)
     check(program, snn, X, 2)
@@ -140,13 +144,16 @@ print("same")
     os.environ.get("SNNKERNELS_TEST_THOROUGH") != "1",
     reason="compiles for a minute: SNNKERNELS_TEST_THOROUGH=1",
 )
-def test_compiled_ahead_of_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("operators", ["snnkernels", "torch"])
+def test_compiled_ahead_of_time(
+    operators: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """AOTInductor calls our operator in a Python process that has imported snnkernels."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     torch.manual_seed(0)
     net, x = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)), torch.randn(4, 6)
     snn = snnkernels.convert(net, x, T=2, progress=False)
-    program = snn.export(x)
+    program = snn.export(x, operators=operators)
     code = f"""
 import torch, snnkernels
 program = torch.export.load({str(tmp_path / "net.pt2")!r})

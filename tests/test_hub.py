@@ -17,28 +17,18 @@ import any_networks as nets
 import pytest
 import torch
 import torch.nn.functional as F
-from conversion_helpers import Everything, images
+from conversion_helpers import Everything, activation_for, images
 from support import PACKAGE, in_a_process, optional
 from torch import Tensor, nn
 
 import snnkernels
 from snnkernels.conversion import ops
-from snnkernels.conversion.activations import QCFS, ClipReLU, ThresholdReLU
-from snnkernels.conversion.activations_rates import RateNorm
 from snnkernels.conversion.errors import ConversionError
 from snnkernels.conversion.methods import DSR, STBIF, Advanced, BitSerial, Burst
 from snnkernels.conversion.stochastic import stochastic_prefix
 from snnkernels.hub import files, spiking, tables
 
 optional("safetensors")
-
-ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
-    "": nn.ReLU,
-    "QCFS": lambda: QCFS(8, 1.5),
-    "ClipReLU": lambda: ClipReLU(1.5),
-    "RateNorm": RateNorm,
-    "ThresholdReLU": ThresholdReLU,
-}
 
 
 def network(act: Callable[[], nn.Module] = nn.ReLU) -> nn.Module:
@@ -85,9 +75,8 @@ METHODS = [
 
 @pytest.mark.parametrize("method", METHODS, ids=str)
 def test_every_method_gives_the_same_bits(method: Any, tmp_path: Path) -> None:
-    name = method if isinstance(method, str) else method.name
-    (trains,) = (m["trains"] for m in snnkernels.methods() if m["name"] == name)
-    snn = snnkernels.convert(network(ACTIVATIONS[trains]), X, method=method, T=4, progress=False)
+    ann = network(activation_for(method))
+    snn = snnkernels.convert(ann, X, method=method, T=4, progress=False)
     same(snn, snnkernels.load_pretrained(snn.save_pretrained(tmp_path / "net")), X)
 
 
@@ -393,7 +382,7 @@ def test_a_save_that_fails_leaves_the_old_one(
 ) -> None:
     """os.replace fails at its first, second, ... call: the folder holds the old save or the new."""
     folder = tmp_path / "net"
-    other = snnkernels.convert(network(ACTIVATIONS["QCFS"]), X, method="qcfs", T=2)
+    other = snnkernels.convert(network(activation_for("qcfs")), X, method="qcfs", T=2)
     replace, seen = os.replace, set()
     for allowed in range(6):
         shutil.rmtree(folder, ignore_errors=True)

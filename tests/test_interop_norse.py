@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 from support import assert_close, optional
-from torch import Tensor, nn
+from support import sixteenths as currents
+from torch import nn
 
 import snnkernels
-from snnkernels.interop import checks, norse_run
+from snnkernels.interop import norse_run
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -25,15 +26,7 @@ with warnings.catch_warnings():
 METHODS = ("super", "triangle", "tanh", "heavi_erfc")
 
 
-@pytest.fixture(autouse=True)
-def everything_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks, "_said", set())
-    torch.manual_seed(0)
-
-
-def currents(*shape: int) -> Tensor:
-    """Sixteenths, so that many land on the threshold."""
-    return (torch.randn(*shape) * 12).round() / 16
+pytestmark = pytest.mark.usefixtures("everything_is_said")
 
 
 def parameters(**given: Any) -> Any:

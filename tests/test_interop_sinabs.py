@@ -5,16 +5,17 @@ from __future__ import annotations
 import copy
 import pickle
 import warnings
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from support import assert_close, optional
+from support import assert_close, optional, sixteenths
 from torch import Tensor, nn
 
 import snnkernels
 from snnkernels import surrogate, surrogate_foreign
-from snnkernels.interop import checks, sinabs_run
+from snnkernels.interop import sinabs_run
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -23,15 +24,8 @@ with warnings.catch_warnings():
     from sinabs import layers as theirs
 
 
-@pytest.fixture(autouse=True)
-def everything_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks, "_said", set())
-    torch.manual_seed(0)
-
-
-def currents(*shape: int) -> Tensor:
-    """Sixteenths, so that many land on a multiple of the threshold."""
-    return (torch.randn(*shape) * 20).round() / 16
+pytestmark = pytest.mark.usefixtures("everything_is_said")
+currents = partial(sixteenths, scale=20)
 
 
 def both(cls: str = "IAF", **given: Any) -> tuple[Any, Any]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import warnings
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from support import assert_close, assert_same_bits, optional
+from support import assert_close, assert_same_bits, optional, sixteenths
 from torch import Tensor, nn
 
 import snnkernels
@@ -22,14 +23,8 @@ with warnings.catch_warnings():
     from snntorch import utils
 
 
-@pytest.fixture(autouse=True)
-def seeded() -> None:
-    torch.manual_seed(0)
-
-
-def currents(*shape: int) -> Tensor:
-    """Sixteenths, so that many land on the threshold."""
-    return (torch.randn(*shape) * 20).round() / 16
+pytestmark = pytest.mark.usefixtures("everything_is_said")
+currents = partial(sixteenths, scale=20)
 
 
 def loop(net: nn.Module, x: Tensor) -> tuple[Tensor, ...]:

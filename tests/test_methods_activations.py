@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from support import optional
 from torch import Tensor, nn
 
 import snnkernels
@@ -207,7 +208,7 @@ def test_second_stage_trains_scales_alone() -> None:
 
 
 def test_shared_scale_is_one_parameter(tmp_path) -> None:
-    pytest.importorskip("safetensors")
+    optional("safetensors")
     net = models.resnet20(activation=RateNorm)
     (scale,) = lock_rates(net, shared=True)
     assert scale.item() == 2.5
@@ -260,7 +261,7 @@ def test_rate_inference_loss_bounds_the_error_of_rates() -> None:
     ids=repr,
 )
 def test_checkpoints_bring_their_activation_back(module: nn.Module, tmp_path) -> None:
-    pytest.importorskip("safetensors")
+    optional("safetensors")
     import copy
 
     net = models.resnet20(activation=lambda: copy.deepcopy(module)).eval()

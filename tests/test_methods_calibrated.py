@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conversion_helpers import Concat, Everything, Shortcut, images
+from support import optional
 from torch import Tensor, nn
 
 from snnkernels import ConversionError, convert
@@ -316,7 +317,7 @@ def test_one_pass_loaders_and_few_images() -> None:
 
 
 def test_progress_bar_obeys(capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("tqdm")
+    optional("tqdm")
     ann, x = deep(), images(8)
     convert(ann, x, method=Advanced(iterations=1), T=2, progress=False)
     assert capsys.readouterr().err == ""

@@ -6,11 +6,12 @@ import hashlib
 
 import pytest
 import torch
+from support import optional
 from torch import nn
 
 from snnkernels import models
 
-safetensors_torch = pytest.importorskip("safetensors.torch")
+safetensors_torch = optional("safetensors.torch")
 
 
 class Staircase(nn.Module):

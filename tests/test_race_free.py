@@ -16,7 +16,7 @@ import sysconfig
 from pathlib import Path
 
 import pytest
-from support import CSRC, PACKAGE, PURE, check_call, compiler
+from support import CSRC, PACKAGE, PURE, check_call, compiler, optional
 from test_packaging import sanitizer_library
 
 SHIM = Path(__file__).parent / "host_shim" / "omp_threads.cpp"
@@ -113,7 +113,7 @@ def watched(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     """The extension with ThreadSanitizer, one SIMD level at -O1; kept between sessions."""
     if sanitizer_library("libtsan.so") is None:
         pytest.skip("the compiler has no libtsan")
-    pybind11 = pytest.importorskip("pybind11")
+    pybind11 = optional("pybind11")
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     sources = sorted(p for p in CSRC.iterdir() if p.suffix in (".h", ".cpp"))
     digest = hashlib.sha256(b"".join(p.read_bytes() for p in [*sources, SHIM]) + suffix.encode())

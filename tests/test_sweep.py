@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import optional
 from torch import Tensor, nn
 
 from snnkernels import cli, models, sweep
@@ -171,8 +172,8 @@ def test_the_table_parts_what_does_not_compare(ann: nn.Module) -> None:
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("sklearn")
-    pytest.importorskip("matplotlib")
+    optional("sklearn")
+    optional("matplotlib")
     torch.manual_seed(0)
     path = tmp_path / "net.safetensors"
     models.save_checkpoint(models.small_cnn().eval(), path, "small_cnn")
@@ -197,7 +198,7 @@ def test_without_methods_the_command_tries_all(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A network trained with plain ReLU: what needs other training is named with its reason."""
-    pytest.importorskip("sklearn")
+    optional("sklearn")
     torch.manual_seed(0)
     path = tmp_path / "net.safetensors"
     models.save_checkpoint(models.small_cnn().eval(), path, "small_cnn")
