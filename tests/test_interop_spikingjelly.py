@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 import snnkernels
 from snnkernels import kernels
-from snnkernels.interop import checks, pytest_plugin, sj_run, sj_scaled
+from snnkernels.interop import pytest_plugin, sj_run, sj_scaled
 from snnkernels.interop.patching import PatchError
 from snnkernels.interop.spikingjelly import release
 
