@@ -130,11 +130,15 @@ keep "network_$device.csv" network_maps.csv
 
 # The caching allocator hides overruns; one launch at a time makes errors point at their kernel. A
 # sanitizer slows a run a hundredfold: one test of each kind, and our kernels alone where the tool
-# allows it (initcheck has to see everybody's writes).
+# allows it (initcheck has to see everybody's writes): the filter reads mangled names, and all of
+# ours are in namespace snn.
 small="test_tables or test_by_hand or test_offsets_into_a_sentinel_buffer or test_chunks_of_time"
+small+=" or test_qcfs_worked_example or test_pool_worked_example or test_dsr_worked_example"
+small+=" or test_mmse_worked_example or test_histogram_stays_inside_its_table"
+small+=" or test_ttfs_worked_example or test_bit_planes_worked_example or test_packed_layouts"
 sanitize() {
   local tool=$1 limit=$2 only=()
-  [ "$tool" = initcheck ] || only=(--kernel-regex kns=if_)
+  [ "$tool" = initcheck ] || only=(--kernel-name kns=_ZN3snn)
   gpu_step "compute-sanitizer $tool" "$limit" \
     env PYTORCH_NO_CUDA_MEMORY_CACHING=1 CUDA_LAUNCH_BLOCKING=1 \
     compute-sanitizer --tool "$tool" ${only[@]+"${only[@]}"} --error-exitcode 9 \
