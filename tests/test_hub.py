@@ -169,7 +169,7 @@ def test_layers_without_weights_load_without_a_warning(tmp_path: Path) -> None:
         net = nn.Sequential(nn.Linear(0, 3), nn.ReLU(), nn.Linear(3, 2)).eval()
     x = torch.zeros(4, 0)
     snn = snnkernels.convert(net, x, T=4, progress=False)
-    snnkernels.save_pretrained(snn, tmp_path / "net")
+    snn.save_pretrained(tmp_path / "net")
     same(snn, snnkernels.load_pretrained(tmp_path / "net"), x)
 
 
