@@ -476,6 +476,28 @@ def test_steps_are_checked(T: object) -> None:
         convert(convnet(), x, T=4).certify(x, T)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("shape", [(4, 6), (2, 7, 6)], ids=str)
+def test_sums_over_the_batch_behind_the_neurons(shape: tuple[int, ...]) -> None:
+    """Found by fuzzing: one sum over all the bounds at once, which seven channels hid."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last, self.flat = nn.Linear(6, 5), nn.Linear(5, 3), len(shape) == 2
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.relu(self.first(x))
+            return self.last(x.mean(0, keepdim=True) if self.flat else x.sum(dim=0))
+
+    x = torch.rand(shape, generator=torch.Generator().manual_seed(1))
+    snn = convert(Net().eval(), x, T=8, progress=False)
+    with torch.no_grad():
+        answer, proof = snn(x), snn.certify(x)
+    assert answer.shape == proof.low.shape == proof.quantised.shape
+    assert ((proof.low - 1e-5 <= answer) & (answer <= proof.high + 1e-5)).all()
+    assert ((proof.low - 1e-5 <= proof.quantised) & (proof.quantised <= proof.high + 1e-5)).all()
+
+
 def test_an_answer_without_classes_is_refused() -> None:
     """Found by test_fuzz_networks.py: it was an IndexError."""
 

@@ -146,7 +146,7 @@ def test_hostile_fields(
             inner = inner[key]
         how = draw(st.sampled_from(("value", "value", "value", "another", "gone", "twice")))
         if how == "value":
-            inner[way[-1]] = draw(st.sampled_from(HOSTILE))
+            inner[way[-1]] = copy.deepcopy(draw(st.sampled_from(HOSTILE)))
         elif how == "gone":
             del inner[way[-1]]
         elif how == "twice" and isinstance(inner, list):

@@ -163,6 +163,16 @@ def test_dtype_memory_and_what_learns(tmp_path: Path) -> None:
     }
 
 
+def test_layers_without_weights_load_without_a_warning(tmp_path: Path) -> None:
+    """Found by fuzzing: torch warns that it has nothing to draw."""
+    with pytest.warns(UserWarning, match="zero-element"):
+        net = nn.Sequential(nn.Linear(0, 3), nn.ReLU(), nn.Linear(3, 2)).eval()
+    x = torch.zeros(4, 0)
+    snn = snnkernels.convert(net, x, T=4, progress=False)
+    snn.save_pretrained(tmp_path / "net")
+    same(snn, snnkernels.load_pretrained(tmp_path / "net"), x)
+
+
 def test_shared_weights_stay_shared_and_learn(tmp_path: Path) -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:

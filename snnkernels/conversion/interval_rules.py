@@ -173,7 +173,8 @@ class IntervalInterpreter(fx.Interpreter):
         if name in MOVES:
             return first.map(again)
         if name in SUMMING:
-            terms = first.low[0].numel() if name in ("mean", "sum") else _spatial(first)
+            summed = first.low.numel() // max(1, again(first.low).numel())
+            terms = summed if name in ("mean", "sum") else _spatial(first)
             return linear(first, again, terms, self.eps)
         if name in ("interpolate", "upsample"):
             mode = kwargs.get("mode", args[3] if len(args) > 3 else "nearest")
@@ -232,12 +233,7 @@ class IntervalInterpreter(fx.Interpreter):
         factor = torch.as_tensor(b).double()
         factor = 1 / factor if name in ("div", "divide", "truediv") else factor
         up, down = signs(factor)
-
-        def times(weight: Tensor) -> Callable[[Tensor], Tensor]:
-            # The batch apart from the seven: the factor may have one value for each input.
-            return lambda r: (r.reshape(7, -1, *r.shape[1:]) * weight).flatten(0, 1)
-
-        return affine(a, times(up), times(down), None, 2, self.eps)
+        return affine(a, lambda part: part * up, lambda part: part * down, None, 2, self.eps)
 
     def _product(
         self, n: fx.Node, name: str, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]

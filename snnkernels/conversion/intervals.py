@@ -159,17 +159,16 @@ def affine(
 
     Args:
         x: ``[B, *in]``.
-        up, down: apply ``W+`` and ``-W-`` (not negative both), without bias, to ``[7 * B, *in]``;
+        up, down: apply ``W+`` and ``-W-`` (not negative both), without bias, to ``[B, *in]``;
             ``down`` is None where no weight is negative.
         bias: what is added to every step, broadcasting to ``[B, *out]``, or None.
         terms: products in a sum.
         eps: unit roundoff of the network's arithmetic.
     """
-    rows = torch.cat([*x.parts, x.size])
 
     def apply(function: Callable[[Tensor], Tensor]) -> Tensor:
-        out = function(rows)
-        return out.reshape(7, -1, *out.shape[1:])
+        # One after the other: behind the neurons a map may sum over the batch.
+        return torch.stack([function(part) for part in (*x.parts, x.size)])
 
     a = apply(up)
     d = torch.zeros_like(a) if down is None else apply(down)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -107,7 +108,9 @@ def _argument(module: Any, field: str) -> Any:
 
 def _build(kind: str, args: dict[str, Any]) -> nn.Module:
     """A layer without memory."""
-    with torch.device("meta"):
+    with torch.device("meta"), warnings.catch_warnings():
+        # Weights come from the file: that torch has none to draw for an empty layer is no news.
+        warnings.filterwarnings("ignore", "Initializing zero-element tensors", UserWarning)
         return LAYERS[kind][0](**args).eval()
 
 
