@@ -7,8 +7,11 @@ Environment:
                       70 75 80 90 100 120)
     SNNKERNELS_SANITIZE  e.g. "address,undefined": an instrumented CPU extension, for tests
     CXX, NVCC         the compilers
+    SOURCE_DATE_EPOCH the time (in seconds) of every file of a source distribution, whose bytes are
+                      then the same wherever it is made
 """
 
+import gzip
 import os
 import platform
 import re
@@ -17,10 +20,13 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 from pathlib import Path
+from typing import Any
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.sdist import sdist
 
 ROOT = Path(__file__).resolve().parent
 X86 = platform.machine().lower() in ("x86_64", "amd64")
@@ -261,6 +267,31 @@ class BuildExt(build_ext):
         )
 
 
+class Sdist(sdist):
+    """With SOURCE_DATE_EPOCH: no time, owner or umask of this machine in the archive."""
+
+    def make_archive(
+        self, base_name: str, format: str, root_dir: Any = None, base_dir: Any = None, **owner: Any
+    ) -> str:
+        epoch = os.environ.get("SOURCE_DATE_EPOCH")
+        if epoch is None or format != "gztar" or root_dir is not None:
+            return super().make_archive(base_name, format, root_dir, base_dir, **owner)
+
+        def same(info: tarfile.TarInfo) -> tarfile.TarInfo:
+            info.mtime, info.uid, info.gid, info.uname, info.gname = int(epoch), 0, 0, "", ""
+            info.mode = 0o755 if info.isdir() or info.mode & 0o100 else 0o644
+            return info
+
+        target = f"{base_name}.tar.gz"
+        with (
+            open(target, "wb") as file,
+            gzip.GzipFile("", "wb", fileobj=file, mtime=int(epoch)) as packed,
+            tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT) as archive,
+        ):
+            archive.add(base_dir, filter=same)
+        return target
+
+
 extensions = []
 if setting("SNNKERNELS_CPU") != "0":
     extensions.append(Extension("snnkernels._cpu", []))
@@ -284,5 +315,5 @@ setup(
         "snnkernels._csrc": ["*.h", "*.cuh", "*.cu", "*.cpp"],
     },
     ext_modules=extensions,
-    cmdclass={"build_ext": BuildExt},
+    cmdclass={"build_ext": BuildExt, "sdist": Sdist},
 )

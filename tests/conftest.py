@@ -32,7 +32,8 @@ hypothesis.settings.register_profile(
     "default",
     deadline=None,
     max_examples=50,
-    derandomize=os.environ.get("CI") == "true",
+    # The same examples for every change, other ones every night.
+    derandomize=os.environ.get("CI") == "true" and HYPOTHESIS != "nightly",
     # The `backend` fixture is one thing for all examples of a test.
     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
 )
