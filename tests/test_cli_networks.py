@@ -247,6 +247,22 @@ def test_a_checkpoint_and_weights(here: Path, capsys: Any) -> None:
     assert "file.py:factory with --weights w.safetensors" in error
 
 
+def test_an_old_torch_is_no_safe_reader_of_its_own_format(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from safetensors.torch import save_file
+
+    state = entries.object_of("net.py:build")().state_dict()
+    torch.save(state, "w.pt")
+    save_file(state, "w.safetensors")
+    monkeypatch.setattr(torch, "__version__", type(torch.__version__)("2.9.1+cpu"))
+    with pytest.warns(UserWarning, match=r"--weights=w.pt: with torch 2.9.1.*CVE-2026-24747"):
+        networks.load_model("net.py:build", Path("w.pt"))
+    networks.load_model("net.py:build", Path("w.safetensors"))
+    monkeypatch.setattr(torch, "__version__", type(torch.__version__)("2.10.0"))
+    networks.load_model("net.py:build", Path("w.pt"))
+
+
 def test_a_sweep_takes_entries(here: Path, capsys: Any) -> None:
     argv = ("--data", "net.py:data", "--methods", "opi", "--T", "1", "2", "--no-plot")
     found = run(capsys, "sweep", "net.py:build", *argv)

@@ -144,12 +144,16 @@ def _checkpoint(path: Path) -> Given:
 def load_weights(model: nn.Module, path: Path) -> str:
     """Load a state dict strictly and return the SHA-256 of its file.
 
+    Warns where torch is too old to read its own format safely.
+
     Raises:
         ValueError: the file is no state dict, or does not fit; names what differs.
         FileNotFoundError: there is no such file.
     """
     import hashlib
+    import io
     import pickle
+    import warnings
 
     import torch
 
@@ -159,12 +163,20 @@ def load_weights(model: nn.Module, path: Path) -> str:
     if not path.is_file():
         raise FileNotFoundError(f"--weights={path}: no such file")
     load = safetensors_package().torch.load if path.suffix == ".safetensors" else None
+    if load is None and torch.__version__ < "2.10":  # a TorchVersion: compared as a version
+        warnings.warn(
+            f"--weights={path}: with torch {torch.__version__} a crafted file of this format can "
+            "run code, weights_only or not (CVE-2026-24747, before torch 2.10). If it is not "
+            "yours, use torch 2.10 or later, or safetensors",
+            UserWarning,
+            stacklevel=2,
+        )
     blob = path.read_bytes()
     try:
         if load is not None:
             state: Any = load(blob)
         else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = torch.load(io.BytesIO(blob), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as e:
         raise ValueError(
             f"--weights={path} holds more than tensors, and nothing else is unpickled: save "
