@@ -15,11 +15,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import cosmic_ray
 from cosmic_ray.commands import execute, init
 from cosmic_ray.config import ConfigDict, load_config
 from cosmic_ray.work_db import WorkDB, use_db
-from cosmic_ray.work_item import MutationSpec, TestOutcome, WorkResult, WorkerOutcome
+from cosmic_ray.work_item import TestOutcome, WorkerOutcome, WorkResult
 
 HERE = Path(__file__).resolve().parent
 NOT_PYTHON = "not Python"
@@ -82,11 +81,11 @@ def one(module: str, tests: list[str], config: ConfigDict) -> tuple[str, int, in
                 }
             )
             with use_db(f"out/{name}.sqlite", WorkDB.Mode.create) as session:
-                init.init([Path(module)], session, {})
+                init([Path(module)], session, {})
                 skip(session, Path(module))
                 print(f"=== {module}: {len(session.pending_work_items)} mutants; "
                       f"its tests take {float(took):.1f} s", flush=True)  # fmt: skip
-                execute.execute(session, run)
+                execute(session, run)
                 return report(module, name, session, time.monotonic() - start)
         finally:
             process.terminate()

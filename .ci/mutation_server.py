@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import importlib
+import importlib.util
 import json
 import os
 import select
@@ -17,7 +17,11 @@ import socket
 import sys
 import tempfile
 import time
+import traceback
 import warnings
+
+HOW = ["-x", "-q", "--tb=line", "-p", "no:cacheprovider"]
+HOW += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # hypothesis is there before pytest
 
 
 def main() -> int:
@@ -38,6 +42,7 @@ def serve(path: str, module: str, tests: list[str]) -> None:
     The first line printed here is ``ready SECONDS``, for tests that take so long; without it they
     fail on the module as it is.
     """
+    sys.dont_write_bytecode = False  # of the tests, once
     for name in ("torch", "numpy", "hypothesis", "pytest"):
         importlib.import_module(name)
     code, output, imported = in_a_fork(tests, 1800)
@@ -49,11 +54,8 @@ def serve(path: str, module: str, tests: list[str]) -> None:
         except Exception:  # some modules are made by others, and cannot be imported
             continue
     # Times in bytecode files are whole seconds: no mutant may be read from one, or written to one.
-    folder, name = os.path.split(module)
-    cached = os.path.join(folder, "__pycache__")
-    for file in os.listdir(cached):
-        if file.startswith(name.removesuffix("py")):
-            os.remove(os.path.join(cached, file))
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(importlib.util.cache_from_source(os.path.abspath(module)))
     sys.dont_write_bytecode = True
     os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
     gc.freeze()
@@ -97,10 +99,14 @@ def in_a_fork(tests: list[str], limit: float) -> tuple[int, str, list[str]]:
                 os.setsid()
                 os.dup2(output.fileno(), 1)
                 os.dup2(output.fileno(), 2)
-                code = int(pytest_main(["-x", "-q", "--tb=line", "-p", "no:cacheprovider", *tests]))
+                code = int(pytest_main([*HOW, *tests]))
                 sys.stdout.flush()
                 os.write(writing, json.dumps([code, others()]).encode() + b"\0")
+            except BaseException:
+                traceback.print_exc()
             finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
                 os._exit(0)
         os.close(writing)
         said = read(reading, time.monotonic() + limit)

@@ -1,0 +1,124 @@
+"""Small helpers on torch.fx graphs, one by one; test_conversion_graph.py sees them at work."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx, nn
+
+from snnkernels.conversion import graphs
+from snnkernels.conversion.inputs import network_input
+
+
+class Net(nn.Module):
+    """A module called twice, one inside another, a function with named arguments, a constant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 3)
+        self.deep = nn.Sequential(nn.Sequential(nn.ReLU()))
+        self.gain = nn.Parameter(torch.ones(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.fc(self.deep(self.fc(x)))
+        return torch.relu(input=torch.mul(h, self.gain))
+
+
+def traced() -> tuple[fx.GraphModule, dict[str, fx.Node]]:
+    module = fx.symbolic_trace(Net())
+    return module, {node.name: node for node in module.graph.nodes}
+
+
+def test_the_module_of_a_node_is_the_one_it_calls() -> None:
+    net, nodes = traced()
+    assert graphs.module_of(net, nodes["fc"]) is net.fc
+    assert graphs.module_of(net, nodes["fc_1"]) is net.fc
+    assert graphs.module_of(net, nodes["deep_0_0"]) is net.get_submodule("deep.0.0")
+    for other in ("x", "gain", "mul", "relu", "output"):
+        assert graphs.module_of(net, nodes[other]) is None
+    for no_node in (None, 3, "fc", [nodes["fc"]]):
+        assert graphs.module_of(net, no_node) is None
+
+
+def test_the_first_input_is_found_by_position_and_by_name() -> None:
+    _, nodes = traced()
+    assert graphs.first_input(nodes["mul"]) is nodes["fc_1"]
+    assert graphs.first_input(nodes["relu"]) is nodes["mul"]
+    assert graphs.first_input(nodes["fc"]) is nodes["x"]
+
+
+def test_what_is_given_are_inputs_and_constants() -> None:
+    _, nodes = traced()
+    assert [name for name, node in nodes.items() if graphs.is_given(node)] == ["x", "gain"]
+    graph = fx.Graph()
+    packed = graph.placeholder("inputs")
+    named = graph.call_function(network_input, (packed, "mask"))
+    called = graph.call_function(torch.relu, (named,))
+    assert [graphs.is_given(node) for node in (packed, named, called)] == [True, True, False]
+
+
+def test_nodes_are_known_by_the_path_of_their_module() -> None:
+    _, nodes = traced()
+    names = {name: graphs.name_of(node) for name, node in nodes.items()}
+    assert names["fc_1"] == "fc"
+    assert names["deep_0_0"] == "deep.0.0"
+    assert names["relu"] == "relu"  # neither the target's str() nor that of a method
+    assert names["x"] == "x"
+
+
+def test_a_module_is_added_where_nothing_is() -> None:
+    net = Net()
+    first, second, third, nested = (nn.Identity() for _ in range(4))
+    assert graphs.add_module(net, "fc", first) == "fc_2"
+    assert graphs.add_module(net, "fc", second) == "fc_3"
+    assert graphs.add_module(net, "deep.0", third) == "deep.0_2"
+    assert graphs.add_module(net, "new.inside.it", nested) == "new.inside.it"
+    assert net.fc_2 is first
+    assert net.fc_3 is second
+    assert net.get_submodule("deep.0_2") is third
+    assert net.get_submodule("new.inside.it") is nested
+    # Beside what was put there before, which stays.
+    beside = nn.Identity()
+    assert graphs.add_module(net, "new.inside.too", beside) == "new.inside.too"
+    assert net.get_submodule("new.inside.it") is nested
+    assert net.get_submodule("new.inside.too") is beside
+    # A parameter's name is taken too.
+    assert graphs.add_module(net, "gain", nn.Identity()) == "gain_2"
+    assert isinstance(net.fc, nn.Linear)
+
+
+def test_a_copied_graph_is_its_own() -> None:
+    net, nodes = traced()
+    copy = graphs.copy_graph(net.graph)
+    assert [(n.op, n.name) for n in copy.nodes] == [(n.op, n.name) for n in net.graph.nodes]
+    assert not set(copy.nodes) & set(net.graph.nodes)
+    x = torch.rand(2, 3)
+    assert torch.equal(fx.GraphModule(net, copy)(x), net(x))
+    next(n for n in copy.nodes if n.op == "call_function").target = torch.sub
+    assert nodes["mul"].target is torch.mul
+
+
+def test_a_module_of_one_call_is_replaced_and_a_shared_one_is_not() -> None:
+    net, nodes = traced()
+    new, own = nn.Identity(), nn.Identity()
+    assert graphs.place_module(net, net.graph, nodes["deep_0_0"], new) == "deep.0.0"
+    assert net.get_submodule("deep.0.0") is new
+    before = net.fc
+    assert graphs.place_module(net, net.graph, nodes["fc_1"], own) == "fc_2"
+    assert net.fc is before
+    assert net.fc_2 is own
+
+
+def test_a_method_of_the_same_name_is_no_call_of_the_module() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.relu = nn.ReLU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.relu(x).relu()
+
+    net = fx.symbolic_trace(Named())
+    called = next(node for node in net.graph.nodes if node.op == "call_module")
+    new = nn.Identity()
+    assert graphs.place_module(net, net.graph, called, new) == "relu"
+    assert net.relu is new
