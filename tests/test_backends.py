@@ -7,7 +7,8 @@ import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import FrozenInstanceError
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +19,7 @@ from support import PACKAGE, PURE, assert_same_bits, currents, spy
 
 import snnkernels
 from snnkernels import IFNode
-from snnkernels.functional import if_count, if_multi_step, if_rate, if_step
+from snnkernels.functional import if_count, if_multi_step, if_rate, if_step, qcfs
 from snnkernels.kernels import backends, params
 
 needs_cpu = pytest.mark.skipif(PURE, reason="SNNKERNELS_TEST_PURE=1: no CPU extension")
@@ -106,6 +107,24 @@ def test_a_forced_back_end_serves_its_device_only() -> None:
         backends.choose(torch.device("meta"))
 
 
+def test_a_forced_gpu_serves_no_cpu_tensors(fresh: pytest.MonkeyPatch) -> None:
+    pretend(fresh, cuda="13.0", device=True)
+    for name in ("cuda", "nvrtc"):
+        snnkernels.set_backend(name)
+        with pytest.raises(RuntimeError, match=f"'{name}' was forced but .* is on a cpu device"):
+            backends.choose(torch.device("cpu"))
+
+
+def test_what_was_missing_is_looked_for_again(fresh: pytest.MonkeyPatch) -> None:
+    """Installed while Python runs: forcing it is enough."""
+    pretend(fresh, cuda="13.0", device=False)
+    with pytest.raises(RuntimeError, match="no CUDA device is visible"):
+        snnkernels.set_backend("nvrtc")
+    fresh.setattr(torch.cuda, "is_available", lambda: True)
+    snnkernels.set_backend("nvrtc")
+    assert backends.choose(torch.device("cuda:0")).name == "nvrtc"
+
+
 def test_a_forced_back_end_never_falls_back(fresh: pytest.MonkeyPatch) -> None:
     """Not even when it breaks at the first call: as from the environment, unchecked at import."""
     hide(fresh, "snnkernels._cpu")
@@ -183,6 +202,29 @@ def test_one_warning_that_names_the_remedy(fresh: pytest.MonkeyPatch) -> None:
     assert_same_bits(got[0], want[0])
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: if_multi_step(x),
+        lambda x: if_multi_step(x, store_v_seq=True, v_reset=0.0),
+        lambda x: if_step(x[0]),
+        lambda x: IFNode()(x),
+        lambda x: torch.nn.Sequential(torch.nn.Sequential(IFNode()))(x),
+        lambda x: qcfs(x, 1.0, 4),
+    ],
+)
+def test_the_warning_points_at_the_users_line(
+    fresh: pytest.MonkeyPatch, call: Callable[[torch.Tensor], Any]
+) -> None:
+    """Not at one of the package's or of torch's, however deep the call is."""
+    hide(fresh, "snnkernels._cpu")
+    x = currents(4, 7)
+    with pytest.warns(RuntimeWarning, match="slow PyTorch reference") as caught:
+        call(x)
+    line = call.__code__.co_firstlineno
+    assert (caught[0].filename, caught[0].lineno) == (__file__, line)
+
+
 def test_no_warning_when_the_reference_is_asked_for(fresh: pytest.MonkeyPatch) -> None:
     hide(fresh, "snnkernels._cpu")
     with warnings.catch_warnings():
@@ -204,6 +246,20 @@ def test_a_broken_extension_is_no_missing_one(fresh: pytest.MonkeyPatch) -> None
         snnkernels.set_backend("cpu")
 
 
+@pytest.mark.parametrize("name", ["absent", "zzz"])
+def test_what_an_extension_needs_and_lacks_is_said_as_it_is(
+    fresh: pytest.MonkeyPatch, name: str
+) -> None:
+    """Not as if the extension itself were missing: no remedy of ours would help."""
+
+    def needs(module: str, package: str | None = None) -> Any:
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    fresh.setattr(importlib, "import_module", needs)
+    with pytest.raises(ModuleNotFoundError, match=f"^No module named '{name}'$"):
+        backends.extension("_cpu")
+
+
 # ---- backend_info --------------------------------------------------------------------------------
 
 
@@ -219,10 +275,34 @@ def test_info_lists_every_back_end() -> None:
         assert row.available or row.remedy
     assert info.torch == torch.__version__
     assert info.forced == snnkernels.get_backend()
+    assert info.package == str(PACKAGE)
     assert info.to_dict()["rows"][-1]["name"] == "reference"
     for row in info.rows:
         assert row.name in str(info)
         assert row.remedy in str(info)
+
+
+def test_info_is_a_table() -> None:
+    info = backends.BackendInfo(
+        (
+            backends.Row("cpu", True, "serves CPU tensors", "", "avx2, 4 threads"),
+            backends.Row("cuda", False, "no CUDA device is visible", "check nvidia-smi", "-"),
+        ),
+        "auto",
+        "2.13.0",
+        "site-packages/snnkernels",
+    )
+    assert str(info).split("\n") == [
+        "snnkernels in site-packages/snnkernels, torch 2.13.0; back end: auto",
+        "back end  there  version          why / remedy",
+        "-" * 59,
+        "cpu       yes    avx2, 4 threads  serves CPU tensors",
+        "cuda      no     -                no CUDA device is visible",
+        "                                  remedy: check nvidia-smi",
+    ]
+    for told, field in ((info, "forced"), (info.rows[0], "available")):
+        with pytest.raises(FrozenInstanceError):
+            setattr(told, field, "other")
 
 
 @needs_cpu
@@ -323,12 +403,90 @@ def test_each_device_gets_what_was_built_for_it(
     assert found.name == name
 
 
-def test_a_driver_older_than_the_runtime(fresh: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("archs", "capability", "runs"),
+    [
+        # A cubin: the same major version, from its minor version on.
+        ("86", (8, 6), True),
+        ("86", (8, 9), True),
+        ("86", (8, 0), False),
+        ("80 75", (8, 6), True),
+        ("80 75", (7, 5), True),
+        ("80 75", (7, 0), False),
+        # PTX of the newest, here without a cubin that fits; of nothing else but 9.0.
+        ("75 80", (9, 0), True),
+        ("75 89", (8, 6), False),
+        ("80", (7, 5), False),
+        ("90", (8, 9), False),
+        ("90", (9, 0), True),
+        ("75 80", (12, 1), True),
+        ("90 120", (10, 0), True),  # PTX of 9.0 beside a newer one
+        ("90 120", (9, 0), True),
+        ("100 120", (11, 0), False),
+        ("80 120", (9, 0), False),
+        ("91 120", (10, 3), False),  # PTX of 9.0 itself, not of what is near it
+        ("89 120", (10, 3), False),
+        ("100 120", (10, 0), True),
+    ],
+)
+def test_what_a_build_runs_on(archs: str, capability: tuple[int, int], runs: bool) -> None:
+    assert backends.serves(archs, capability) == runs
+
+
+@pytest.mark.parametrize(
+    ("runtime", "driver", "old"),
+    [
+        (13000, 12080, True),
+        (13990, 12000, True),
+        (12000, 11990, True),
+        (13010, 13000, False),  # the same major version: NVIDIA's minor version compatibility
+        (12990, 13000, False),
+        (12080, 13010, False),
+    ],
+)
+def test_a_driver_older_than_the_runtime(
+    fresh: pytest.MonkeyPatch, runtime: int, driver: int, old: bool
+) -> None:
     pretend(fresh, cuda="13.0", device=True)
-    fresh.setattr(_FakeModule, "versions", lambda self: (13000, 12080))
+    fresh.setattr(_FakeModule, "versions", lambda self: (runtime, driver))
     found = rows()["cuda"]
-    assert found.reason == "built with CUDA 13, the driver supports CUDA 12"
-    assert "update the driver" in found.remedy
+    assert found.available != old
+    if old:
+        built, supports = str(runtime)[:2], str(driver)[:2]
+        assert found.reason == f"built with CUDA {built}, the driver supports CUDA {supports}"
+        assert "update the driver" in found.remedy
+
+
+@pytest.mark.parametrize(
+    ("cuda", "package"),
+    [("12.8", "cupy-cuda12x"), ("13.0", "cupy-cuda13x"), (None, "cupy-cuda13x")],
+)
+def test_the_cupy_of_this_torch_is_named(
+    fresh: pytest.MonkeyPatch, cuda: str | None, package: str
+) -> None:
+    pretend(fresh, cuda=cuda, device=True)
+
+    def broken() -> tuple[int, int]:
+        raise RuntimeError("cannot find libnvrtc.so")
+
+    fresh.setattr(importlib.import_module("cupy.cuda").nvrtc, "getVersion", broken)
+    found = rows()["nvrtc"]
+    assert found.reason == "CuPy finds no NVRTC: cannot find libnvrtc.so"
+    assert found.remedy == f"pip install '{package}[ctk]'"
+    hide(fresh, "cupy.cuda")
+    backends._made.clear()
+    assert rows()["nvrtc"].remedy == f"pip install {package}"
+
+
+@needs_cpu
+def test_only_gpus_need_a_launch_plan(fresh: pytest.MonkeyPatch) -> None:
+    pretend(fresh, cuda="13.0", device=True)
+    fresh.setattr(_FakeModule, "map", lambda *args: None, raising=False)
+    for name, device, gpu in (
+        ("cpu", "cpu", False), ("cuda", "cuda", True), ("nvrtc", "cuda", True),
+    ):  # fmt: skip
+        found = backends.kernels(name)
+        assert (found.name, found.device_type, found.gpu) == (name, device, gpu)
 
 
 def test_a_source_folder_says_so(fresh: pytest.MonkeyPatch, tmp_path: Path) -> None:

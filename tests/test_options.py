@@ -421,7 +421,7 @@ def test_seventeen_times_are_too_many() -> None:
 
 @pytest.mark.parametrize(
     "extra",
-    [{"signed": Signed()}, {"parallel": True}, {"probe": Probe(2)},
+    [{"signed": Signed()}, {"parallel": True}, {"probe": Probe(2)}, {"probe": Probe(2, "shift")},
      {"mask": torch.ones(2, 3, dtype=torch.bool)}],
     ids=str,
 )  # fmt: skip
@@ -430,6 +430,19 @@ def test_inference_options_refuse_gradients(extra: dict[str, Any]) -> None:
         if_run(X.clone().requires_grad_(), **extra)
     with torch.no_grad():
         if_run(X.clone().requires_grad_(), **extra)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [{"tie": ">"}, {"v_reset": 0.0}, {"input_scale": 0.5}, {"detach_reset": True}, {"beta": 0.5},
+     {"bias": 0.25}, {"fire_level": 0.5}, {"max_spikes": 3}, {"v_min": -0.5},
+     {"reset_delay": True, "detach_reset": True}],
+    ids=str,
+)  # fmt: skip
+def test_all_other_options_have_gradients(extra: dict[str, Any]) -> None:
+    x = currents(4, 2, 3).requires_grad_()
+    (gradient,) = torch.autograd.grad(if_run(x, 0.25, **extra).spikes.sum(), x)
+    assert bool(gradient.any())
 
 
 @pytest.mark.parametrize("beta", [-0.1, 1.5, torch.tensor([0.5, 2.0])], ids=str)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,6 +32,11 @@ import torch
 NAMES = ("auto", "cpu", "cuda", "nvrtc", "reference")
 _VARIABLE = "SNNKERNELS_BACKEND"
 _FOLDER = Path(__file__).resolve().parents[1]
+# Where warnings do not point to: this package and torch, as their code objects name files.
+_INSIDE = (
+    str(Path(__file__).parents[1]) + os.sep,
+    str(Path(torch.__file__).parent) + os.sep,
+)
 
 
 Launch = Callable[[bytes, torch.device], None]
@@ -313,9 +319,20 @@ def _choose(device: torch.device) -> Kernels | None:
         + (" | ".join(missing) or f"There are no kernels for {device.type} devices.")
         + " | `snnkernels info` shows all; set_backend('reference') silences this.",
         RuntimeWarning,
-        stacklevel=6,  # the caller of functional.if_multi_step
+        stacklevel=_outside(),
     )
     return None
+
+
+def _outside() -> int:
+    """The stack level, for a warning where this is called, of the first frame of neither our
+    package nor torch: the user's line, however deep inside modules and operators the call is.
+    """
+    # warnings.warn has skip_file_prefixes for it from Python 3.12 on.
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_INSIDE):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def _check_name() -> None:
