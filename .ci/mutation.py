@@ -9,10 +9,12 @@ from __future__ import annotations
 import ast
 import csv
 import os
+import shlex
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 from cosmic_ray.commands import execute, init
@@ -21,7 +23,7 @@ from cosmic_ray.work_db import WorkDB, use_db
 from cosmic_ray.work_item import TestOutcome, WorkerOutcome, WorkResult
 
 HERE = Path(__file__).resolve().parent
-NOT_PYTHON = "not Python"
+TESTED, NOT_PYTHON = "tested", "not Python"  # first lines of mutation_server.py's answers
 
 
 def main() -> int:
@@ -47,44 +49,42 @@ def main() -> int:
         )
     below = [row[0] for row in [*table, total] if share(row[2], row[1]) < config["floor"]]
     verdict = f"below it: {', '.join(below)}" if below else "passed"
-    print(f"cosmic-ray {version()}: {total[2]} of {total[1]} mutants killed, "
-          f"at least {config['floor']} % of each module asked for: {verdict}")  # fmt: skip
+    print(
+        f"cosmic-ray {version('cosmic-ray')}: {total[2]} of {total[1]} mutants killed, "
+        f"at least {config['floor']} % of each module asked for: {verdict}"
+    )
     return int(bool(below))
 
 
 def share(killed: int, mutants: int) -> float:
+    """Per cent."""
     return 100 * killed / mutants if mutants else 100.0
-
-
-def version() -> str:
-    from importlib.metadata import version
-
-    return version("cosmic-ray")
 
 
 def one(module: str, tests: list[str], config: ConfigDict) -> tuple[str, int, int, int]:
     """Name, mutants, killed, survived of a module."""
     name = module.removesuffix(".py").replace("/", ".")
-    socket = f"{name}.socket"
-    server = [sys.executable, str(HERE / "mutation_server.py"), socket]
+    script, socket = str(HERE / "mutation_server.py"), f"{name}.socket"
+    server = [sys.executable, script, socket]
     start = time.monotonic()
     with subprocess.Popen([*server, module, *tests], stdout=subprocess.PIPE, text=True) as process:
         try:
-            ready, took = (process.stdout.readline().split() or ["", ""])[:2]
+            assert process.stdout is not None
+            ready, _, took = process.stdout.readline().partition(" ")
             if ready != "ready":
                 sys.exit(f"{module}: no tests to run mutants with")
             run = ConfigDict(
                 {
                     "timeout": config.timeout,
-                    "test-command": f"{sys.executable} -S -E {HERE / 'mutation_server.py'} {socket}",
+                    "test-command": shlex.join([sys.executable, "-S", "-E", script, socket]),
                     "distributor": {"name": "local"},
                 }
             )
             with use_db(f"out/{name}.sqlite", WorkDB.Mode.create) as session:
                 init([Path(module)], session, {})
                 skip(session, Path(module))
-                print(f"=== {module}: {len(session.pending_work_items)} mutants; "
-                      f"its tests take {float(took):.1f} s", flush=True)  # fmt: skip
+                count = len(session.pending_work_items)
+                print(f"=== {module}: {count} changes, tests of {float(took):.1f} s", flush=True)
                 execute(session, run)
                 return report(module, name, session, time.monotonic() - start)
         finally:
@@ -92,20 +92,21 @@ def one(module: str, tests: list[str], config: ConfigDict) -> tuple[str, int, in
 
 
 def report(module: str, name: str, session: WorkDB, took: float) -> tuple[str, int, int, int]:
+    """Prints the survivors; the row of the table."""
     killed, survivors = 0, []
     for item, result in session.completed_work_items:
         if result.worker_outcome is WorkerOutcome.SKIPPED:
             continue
-        if result.worker_outcome is not WorkerOutcome.NORMAL:
-            sys.exit(f"{module}: {item} was not tried: {result.output}")
-        if result.output.startswith(NOT_PYTHON):
+        said = (result.output or "").partition("\n")[0]
+        if said == NOT_PYTHON:
             continue
+        # Else nothing was tested: a server that is gone does not kill mutants.
+        if result.worker_outcome is not WorkerOutcome.NORMAL or said != TESTED:
+            sys.exit(f"{module}: {item} was not tested: {result.output}")
         if result.test_outcome is TestOutcome.KILLED:
             killed += 1
-        elif result.test_outcome is TestOutcome.SURVIVED:
-            survivors.append((item.mutations[0], result.diff))
         else:
-            sys.exit(f"{module}: {item} was not tested: {result.output}")
+            survivors.append((item.mutations[0], result.diff))
     survivors.sort(key=lambda pair: (pair[0].start_pos, pair[0].operator_name))
     with open(f"out/{name}.survivors.txt", "w") as file:
         for mutation, diff in survivors:
@@ -143,6 +144,9 @@ def types(tree: ast.Module) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]
 
 
 def span(node: ast.stmt | ast.expr) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Where it begins and ends: line and column."""
+    assert node.end_lineno is not None
+    assert node.end_col_offset is not None
     return (node.lineno, node.col_offset), (node.end_lineno, node.end_col_offset)
 
 

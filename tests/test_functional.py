@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
+import support
 import torch
 from support import assert_same_bits, currents
 from torch import Tensor
 
 from snnkernels import PackedSpikes, functional, surrogate
 from snnkernels.functional import Run, if_run
+from snnkernels.kernels import backends, params
 
 # What the pages say of each argument that is not given.
 NEURON: dict[str, Any] = {
@@ -180,3 +184,58 @@ def test_traces_are_after_or_before_the_reset() -> None:
 def test_a_step_names_its_current(x: Any) -> None:
     with pytest.raises(TypeError, match=r"^x "):
         functional.if_step(x)
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_every_function_ends_with_the_same_membrane(name: str) -> None:
+    given = {"v": 0.25, "v_threshold": 0.75, "amplitude": 2.5, "input_scale": 0.5}
+    given = {key: value for key, value in given.items() if key in DEFAULTS[name]}
+    x = currents(1 if name == "if_step" else 6, 3, 5).requires_grad_()
+    leak = {"beta": 0.9} if name == "lif_multi_step" else {}
+    want = if_run(x, **given, **leak).v
+    found = getattr(functional, name)(x[0] if name == "if_step" else x, **given, **leak)
+    v = found.v if isinstance(found, Run) else found[1]
+    assert_same_bits(v, want)
+    weights = torch.linspace(1, 2, v.numel()).view_as(v)
+    gradients = [torch.autograd.grad((w * weights).sum(), x)[0] for w in (v, want)]
+    assert_same_bits(*gradients)
+
+
+def test_no_steps_are_no_spikes_and_have_no_rate() -> None:
+    x = torch.zeros(0, 3)
+    count, v = functional.if_count(x, 0.25)
+    assert count.tolist() == [0, 0, 0]
+    assert v.tolist() == [0.25] * 3
+    with pytest.raises(ValueError, match="no time steps"):
+        functional.if_rate(x)
+
+
+@pytest.mark.parametrize(
+    ("call", "made"),
+    [
+        (lambda x: functional.if_multi_step(x), {"spikes"}),
+        (lambda x: functional.if_count(x), {"count"}),
+        (lambda x: functional.if_rate(x), {"count"}),
+        (lambda x: functional.if_packed(x), {"words"}),
+        (lambda x: functional.if_step(x[0]), {"spikes"}),
+        (lambda x: if_run(x), {"spikes"}),
+        (lambda x: if_run(x, outputs=()), set()),
+        (lambda x: if_run(x, outputs="rate"), {"count"}),
+        (lambda x: if_run(x, outputs=("packed", "count")), {"words", "count"}),
+    ],
+)
+def test_nothing_is_written_that_was_not_asked_for(
+    monkeypatch: pytest.MonkeyPatch, call: Callable[[Tensor], Any], made: set[str]
+) -> None:
+    """Counts and packed spikes need no tensor of all steps; the plain neuron has its own kernel."""
+    launches: list[tuple[str, bytes]] = []
+    told = support.spy("told", lambda name, packed, _: launches.append((name, packed)), False)
+    monkeypatch.setattr(backends, "_made", {"told": told})
+    monkeypatch.setitem(backends._MAKERS, "told", lambda: told)
+    with backends.use_backend("told"):
+        call(torch.zeros(4, 3))
+    ((name, packed),) = launches
+    assert name == "forward"
+    record = np.frombuffer(packed, params.IF_FORWARD)[0]
+    outputs = ("spikes", "words", "window", "count")
+    assert {output for output in outputs if record[output]} == made
