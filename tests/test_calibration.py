@@ -239,6 +239,7 @@ class Counted(nn.Module):
         self.fails = fails
 
     def forward(self, x: Tensor) -> Tensor:
+        assert not torch.is_grad_enabled()  # a graph of the whole ANN would be kept
         self.seen.append(len(x))
         if self.fails is not None and len(self.seen) > 1:
             raise self.fails
@@ -257,7 +258,8 @@ def test_collect_sees_every_batch_once() -> None:
     assert torch.equal(found.histogram.maximum, DATA.amax(0).double())
     assert found.histogram.total == 64
     assert (found.shape, found.dtype, found.channels) == ((20, 4), torch.float32, 4)
-    net(DATA)  # nothing watches any longer
+    with torch.no_grad():
+        net(DATA)  # nothing watches any longer
     assert found.histogram.total == 64
     assert not found.histogram.maximum.requires_grad
 
@@ -395,6 +397,10 @@ def test_a_percentile_of_nothing_takes_the_layers_largest_value() -> None:
 def test_a_layer_without_a_value_takes_one() -> None:
     for rule in ("max", "mmse", "kl", "99%"):
         assert ruled(rule, [[0.0, 0.0], [0.0, 0.0]]) == ([1.0, 1.0], [0, 1], True)
+
+
+def test_a_layer_of_small_values_is_not_silent() -> None:
+    assert ruled("max", [[0.25, 0.5], [0.0, 0.0]]) == ([0.5, 0.5], [1], False)
 
 
 def test_nothing_is_said_of_channels_that_all_fire() -> None:

@@ -16,11 +16,11 @@ class Net(nn.Module):
         super().__init__()
         self.fc = nn.Linear(3, 3)
         self.deep = nn.Sequential(nn.Sequential(nn.ReLU()))
-        self.gain = nn.Parameter(torch.ones(3))
+        self.deep.gain = nn.Parameter(torch.ones(3))
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.fc(self.deep(self.fc(x)))
-        return torch.relu(input=torch.mul(h, self.gain))
+        return torch.relu(input=torch.mul(h, self.deep.gain))
 
 
 def traced() -> tuple[fx.GraphModule, dict[str, fx.Node]]:
@@ -33,7 +33,7 @@ def test_the_module_of_a_node_is_the_one_it_calls() -> None:
     assert graphs.module_of(net, nodes["fc"]) is net.fc
     assert graphs.module_of(net, nodes["fc_1"]) is net.fc
     assert graphs.module_of(net, nodes["deep_0_0"]) is net.get_submodule("deep.0.0")
-    for other in ("x", "gain", "mul", "relu", "output"):
+    for other in ("x", "deep_gain", "mul", "relu", "output"):
         assert graphs.module_of(net, nodes[other]) is None
     for no_node in (None, 3, "fc", [nodes["fc"]]):
         assert graphs.module_of(net, no_node) is None
@@ -48,7 +48,7 @@ def test_the_first_input_is_found_by_position_and_by_name() -> None:
 
 def test_what_is_given_are_inputs_and_constants() -> None:
     _, nodes = traced()
-    assert [name for name, node in nodes.items() if graphs.is_given(node)] == ["x", "gain"]
+    assert [name for name, node in nodes.items() if graphs.is_given(node)] == ["x", "deep_gain"]
     graph = fx.Graph()
     packed = graph.placeholder("inputs")
     named = graph.call_function(network_input, (packed, "mask"))
@@ -63,6 +63,7 @@ def test_nodes_are_known_by_the_path_of_their_module() -> None:
     assert names["deep_0_0"] == "deep.0.0"
     assert names["relu"] == "relu"  # neither the target's str() nor that of a method
     assert names["x"] == "x"
+    assert names["deep_gain"] == "deep_gain"
 
 
 def test_a_module_is_added_where_nothing_is() -> None:
@@ -82,7 +83,7 @@ def test_a_module_is_added_where_nothing_is() -> None:
     assert net.get_submodule("new.inside.it") is nested
     assert net.get_submodule("new.inside.too") is beside
     # A parameter's name is taken too.
-    assert graphs.add_module(net, "gain", nn.Identity()) == "gain_2"
+    assert graphs.add_module(net, "deep.gain", nn.Identity()) == "deep.gain_2"
     assert isinstance(net.fc, nn.Linear)
 
 
@@ -108,17 +109,21 @@ def test_a_module_of_one_call_is_replaced_and_a_shared_one_is_not() -> None:
     assert net.fc_2 is own
 
 
-def test_a_method_of_the_same_name_is_no_call_of_the_module() -> None:
+def test_what_else_has_the_modules_name_is_no_call_of_it() -> None:
+    """An input, a method and other modules: the module has one call and is replaced."""
+
     class Named(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.relu = nn.ReLU()
+            self.before, self.relu, self.then = nn.Identity(), nn.ReLU(), nn.Identity()
 
-        def forward(self, x: Tensor) -> Tensor:
-            return self.relu(x).relu()
+        def forward(self, relu: Tensor) -> Tensor:
+            return self.then(self.relu(self.before(relu)).relu())
 
     net = fx.symbolic_trace(Named())
-    called = next(node for node in net.graph.nodes if node.op == "call_module")
+    called = next(
+        node for node in net.graph.nodes if (node.op, node.target) == ("call_module", "relu")
+    )
     new = nn.Identity()
     assert graphs.place_module(net, net.graph, called, new) == "relu"
     assert net.relu is new
