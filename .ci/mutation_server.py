@@ -70,12 +70,12 @@ def serve(path: str, module: str, tests: list[str]) -> None:
         print("ready", took, flush=True)
         while True:
             client, _ = server.accept()
-            code, output = 1, not_python(module)
+            code, said, output = 1, "not Python", not_python(module)
             if not output:
                 # What takes so long hangs.
-                code, output, _ = in_a_fork(tests, 20 + 5 * took)
-            with client:
-                client.sendall(f"{code}\n{output}".encode())
+                said, (code, output, _) = "tested", in_a_fork(tests, 20 + 5 * took)
+            with client, contextlib.suppress(BrokenPipeError):
+                client.sendall(f"{code}\n{said}\n{output}".encode())
 
 
 def not_python(module: str) -> str:
@@ -85,7 +85,7 @@ def not_python(module: str) -> str:
         try:
             compile(file.read(), module, "exec")
         except SyntaxError as error:
-            return f"not Python: {error}"
+            return str(error)
     return ""
 
 

@@ -408,14 +408,18 @@ def test_nothing_is_said_of_channels_that_all_fire() -> None:
 
 
 def test_of_equal_candidates_the_largest() -> None:
-    """One value and one step from 0: each candidate up to the maximum leaves its own remainder, so
-    the largest, which leaves none, wins; with a start of V every candidate fires at 0 as well."""
+    """Too far below to fire at all: each candidate leaves the whole activation as its error."""
+    below = torch.tensor([-100.0])
+    assert mmse_threshold(filled(torch.tensor([[2.0, 1.0]])), 4, below).item() == 2.0
+
+
+def test_the_grid_of_candidates() -> None:
+    """From the maximum down to 0.06 of it."""
     assert mmse_threshold(filled(torch.tensor([[1.0]])), 1, 0.0).item() == 1.0
-    # 2 and 0 with v_init = V: both become V, and errors of (V-2)^2 + V^2 are least at V = 1, in the
-    # grid of 95 candidates down to 0.06 of the maximum.
+    # 2 and 0, from V: both become V, and (V - 2)^2 + V^2 is least at 1.
     found = mmse_threshold(filled(torch.tensor([[2.0, 0.0]])), 1, 1.0)
     assert found.item() == pytest.approx(1.0, abs=1e-12)
-    # Zeros alone pull it to the grid's end.
+    # Zeros that become V pull it to the end.
     many = filled(torch.tensor([[1.0] + [0.0] * 1000]))
     assert mmse_threshold(many, 1, 1.0).item() == pytest.approx(0.06, abs=1e-12)
 
