@@ -109,11 +109,12 @@ def in_a_fork(tests: list[str], limit: float) -> tuple[int, str, list[str]]:
                 sys.stderr.flush()
                 os._exit(0)
         os.close(writing)
-        said = read(reading, time.monotonic() + limit)
-        os.close(reading)
-        # What hangs, and what tests have started.
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child, signal.SIGKILL)
+        try:
+            said = read(reading, time.monotonic() + limit)
+        finally:  # what hangs, what tests have started; all of it when this is interrupted
+            os.close(reading)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child, signal.SIGKILL)
         os.waitpid(child, 0)
         output.seek(0)
         text = output.read().decode(errors="replace")[-2000:]

@@ -423,3 +423,19 @@ def test_backend_names_are_documented() -> None:
     assert backends.set_backend.__doc__ is not None
     for name in backends.NAMES:
         assert name in backends.set_backend.__doc__
+
+
+def test_what_mutation_testing_names_is_there() -> None:
+    """A module or test that is renamed would otherwise show an hour into `.ci/mutation`."""
+    settings = ROOT / ".ci" / "mutation.toml"
+    if not settings.exists():
+        pytest.skip("the source distribution has no .ci")
+    text = settings.read_text(encoding="utf-8")
+    modules = re.findall(r'^"(\S+)" = \[', text, re.M)
+    tests = re.findall(r'^    "(tests/[^":]+)(?:::(\w+))?",', text, re.M)
+    assert len(modules) >= 5
+    assert len(tests) == text.count('"tests/')
+    for module in modules:
+        assert (ROOT / module).is_file(), module
+    for file, name in tests:
+        assert f"def {name}" in (ROOT / file).read_text(encoding="utf-8"), (file, name)
