@@ -410,6 +410,7 @@ def test_each_device_gets_what_was_built_for_it(
         ("86", (8, 6), True),
         ("86", (8, 9), True),
         ("86", (8, 0), False),
+        ("86 90", (8, 9), True),
         ("80 75", (8, 6), True),
         ("80 75", (7, 5), True),
         ("80 75", (7, 0), False),
@@ -440,6 +441,7 @@ def test_what_a_build_runs_on(archs: str, capability: tuple[int, int], runs: boo
         (13990, 12000, True),
         (12000, 11990, True),
         (13010, 13000, False),  # the same major version: NVIDIA's minor version compatibility
+        (12990, 12000, False),
         (12990, 13000, False),
         (12080, 13010, False),
     ],
