@@ -383,6 +383,11 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"signed": Signed(), "spike_dtype": torch.uint8}, ValueError, "use torch.int8"),
     ({"spike_dtype": torch.int8}, ValueError, "spike_dtype=torch.int8 is not offered"),
     ({"parallel": True, "beta": 0.5}, ValueError, "parallel cannot be combined with beta"),
+    (
+        {"parallel": True, "reset_delay": True},
+        ValueError,
+        "reset_delay cannot be combined with par",
+    ),
     ({"parallel": True, "outputs": "v_seq"}, ValueError, "parallel neurons have no traces"),
     ({"parallel": True, "probe": Probe(2)}, ValueError, "parallel cannot be combined with probe"),
     ({"probe": 3}, TypeError, "probe=3 must be a snnkernels.options.Probe"),
