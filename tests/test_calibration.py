@@ -148,6 +148,7 @@ def test_batches_go_to_the_device_they_are_wanted_on() -> None:
         ((7, 3), -1, 1, 3),
         ((7,), 1, 0, 1),
         ((7,), -1, 0, 1),
+        ((), 1, 0, 1),
     ],
 )
 def test_the_channels_of_an_activation(
@@ -410,7 +411,7 @@ def test_nothing_is_said_of_channels_that_all_fire() -> None:
 def test_of_equal_candidates_the_largest() -> None:
     """Too far below to fire at all: each candidate leaves the whole activation as its error."""
     below = torch.tensor([-100.0])
-    assert mmse_threshold(filled(torch.tensor([[2.0, 1.0]])), 4, below).item() == 2.0
+    assert mmse_threshold(filled(torch.tensor([[2.0, 1.0, 0.0]])), 4, below).item() == 2.0
 
 
 def test_the_grid_of_candidates() -> None:
@@ -424,17 +425,19 @@ def test_the_grid_of_candidates() -> None:
     assert mmse_threshold(many, 1, 1.0).item() == pytest.approx(0.06, abs=1e-12)
 
 
-def test_silent_values_cost_what_the_staircase_gives_them() -> None:
-    """Zeros are not in the table of the histogram; an absolute start of a tensor fires on them."""
-    a = torch.tensor([[1.0, 0.0, 0.0], [1.0, 1.0, 0.0]], dtype=torch.float64)
-    start = torch.tensor([0.5, 0.3], dtype=torch.float64)
+def test_every_value_counts_as_often_as_it_is_there() -> None:
+    """Zeros too, which no table holds: an absolute start makes the staircase fire on them."""
+    rows = [[1.0] + [0.75] * 5 + [0.3], [1.0, 0.7, 0.7, 0.2, 0.0, 0.0, 0.0], [1.0, 1.0] + [0.0] * 5]
+    a = torch.tensor(rows, dtype=torch.float64)
     T = 2
-    found = mmse_threshold(filled(a), T, start)
-    for c in range(2):
+    for start in ([0.3, 0.6, 0.3], [0.6, 1.2, 0.5], [0.9, 0.3, 2.0]):
+        starts = torch.tensor(start, dtype=torch.float64)
+        found = mmse_threshold(filled(a), T, starts)
+        for c in range(3):
 
-        def error(V: float, c: int = c) -> float:
-            level = torch.floor((a[c] * T + start[c]) / V).clamp(0, T)
-            return (a[c] - level * V / T).square().sum().item()
+            def error(V: float, c: int = c, starts: Tensor = starts) -> float:
+                level = torch.floor((a[c] * T + starts[c]) / V).clamp(0, T)
+                return (a[c] - level * V / T).square().sum().item()
 
-        least = min(error(1 - 0.01 * i) for i in range(95))
-        assert error(found[c].item()) == pytest.approx(least, rel=1e-9)
+            least = min(error(1 - 0.01 * i) for i in range(95))
+            assert error(found[c].item()) == pytest.approx(least, rel=1e-9)

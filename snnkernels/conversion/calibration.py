@@ -293,7 +293,7 @@ def mmse_threshold(histogram: Histogram, T: int, v_init: Tensor | float) -> Tens
         steps = torch.floor((value * T + offset) / v).clamp_(0, T)
         error = ((value - v * steps / T).square_() * weight).sum(1)
         at_zero = v * torch.floor(offset / v).clamp(0, T) / T
-        error = error + silent * at_zero.square().expand(len(error), 1)[:, 0]
+        error = error + silent * at_zero[:, 0].square()
         better = error < best
         best = torch.where(better, error, best)
         chosen = torch.where(better, candidate, chosen)
