@@ -426,7 +426,7 @@ def test_backend_names_are_documented() -> None:
 
 
 def test_what_mutation_testing_names_is_there() -> None:
-    """A module or test that is renamed would otherwise show an hour into `.ci/mutation`."""
+    """A module or test that is renamed would otherwise show late in a run of `.ci/mutation`."""
     settings = ROOT / ".ci" / "mutation.toml"
     if not settings.exists():
         pytest.skip("the source distribution has no .ci")
