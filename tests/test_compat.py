@@ -98,8 +98,9 @@ def test_state() -> None:
 def test_any_callable_is_a_surrogate() -> None:
     x = torch.rand(6, 5)
     odd = IFNode(surrogate_function=lambda u: (u >= 0).to(u), step_mode="m")
-    with pytest.warns(RuntimeWarning, match="step by step"):
+    with pytest.warns(RuntimeWarning, match="step by step") as warned:
         got = odd(x)
+    assert warned[0].filename == __file__
     assert_same_bits(got, IFNode(step_mode="m")(x))
     assert_same_bits(IFNode(surrogate_function="atan", step_mode="m")(x), got)
 

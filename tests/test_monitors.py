@@ -261,8 +261,9 @@ def test_limits() -> None:
         assert monitor.nbytes == 54
         with pytest.warns(
             RuntimeWarning, match=r"holds 54 bytes and stops at layer '1'.*max_bytes"
-        ):
+        ) as warned:
             net(rows())
+        assert warned[0].filename == __file__
         assert monitor.full
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # once is enough

@@ -182,8 +182,11 @@ def test_what_is_refused() -> None:
         return nn.Sequential(Neuron(), Mine(), Neuron(-1.0))
 
     net = model()
-    with pytest.warns(UserWarning, match=r"left 2 of 3 neurons.*1 \(.*Mine\): Mine has a forward"):
+    with pytest.warns(
+        UserWarning, match=r"left 2 of 3 neurons.*1 \(.*Mine\): Mine has a forward"
+    ) as warned:
         report = snnkernels.patch(net)
+    assert warned[0].filename == __file__
     assert [type(m) for m in net] == [Fast, Mine, Neuron]
     assert [line.reason for line in report.refused] == [
         "Mine has a forward of its own",

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels.backends import outside
 from .tandem import PTLNetwork
 
 __all__ = ["PTLNetwork", "ptl_train"]
@@ -102,7 +103,7 @@ def ptl_train(
         warnings.warn(
             f"epochs={epochs} were over with {left} layers still to spike; they were placed "
             "without training. Pass more epochs or less patience",
-            stacklevel=2,
+            stacklevel=outside(),
         )
         while net.placed < len(net.segments):
             net.place(net.estimate(batch.to(device), percentile)[net.placed])

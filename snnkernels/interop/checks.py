@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..kernels.backends import outside
 from ..kernels.spec import Asked
 from .adapters import Adapter, Refused
 
@@ -56,4 +57,4 @@ def say(refused: Refused, what: str) -> None:
     reason = str(refused)
     if (reason, what) not in _said:
         _said.add((reason, what))
-        warnings.warn(f"{what}: {reason}", RuntimeWarning, stacklevel=4)
+        warnings.warn(f"{what}: {reason}", RuntimeWarning, stacklevel=outside())

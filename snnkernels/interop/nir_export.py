@@ -18,6 +18,7 @@ from ..conversion.ops import MAX_POOL_MODULES, MAX_POOLS
 from ..conversion.pools import CumulativeMaxPool
 from ..conversion.spiking import CountSpikes, Repeat, SpikingActivation
 from ..conversion.steps import CAUSAL
+from ..kernels.backends import outside
 from ..monitors import unwatched
 from .nir_graph import Graph, Value, fail, nir_package
 from .rates import not_plain
@@ -70,7 +71,7 @@ def to_nir(snn: ConvertedNetwork, example: Tensor, *, fold_thresholds: bool = Tr
         answer = _read(snn, example, graph)
     names = graph.emit(answer, None)
     graph.add("output", nir.Output(output_type={"output": np.array(answer.shape)}), names)
-    warnings.warn(WARNING, stacklevel=2)
+    warnings.warn(WARNING, stacklevel=outside())
     about = {"source": "snnkernels", "T": snn.T, "method": snn.report.method}
     return nir.NIRGraph(graph.nodes, graph.edges, metadata=about)
 

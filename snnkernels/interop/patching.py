@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from ..kernels.backends import outside
 from .adapters import Adapter, Change, Refused, adapter_of, known, register
 from .report import PatchedModule, PatchReport
 from .swaps import patched
@@ -123,7 +124,7 @@ def patch(model: nn.Module, *, on_refused: str = "warn") -> PatchReport:
         warnings.warn(
             f"patch left {len(report.refused)} of {len(report)} neurons as they are: {reasons}. "
             'on_refused="report" makes this silent',
-            stacklevel=2,
+            stacklevel=outside(),
         )
     for plan in plans:
         if plan.change is not None:

@@ -15,12 +15,12 @@ raises instead of falling back.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -32,10 +32,12 @@ import torch
 NAMES = ("auto", "cpu", "cuda", "nvrtc", "reference")
 _VARIABLE = "SNNKERNELS_BACKEND"
 _FOLDER = Path(__file__).resolve().parents[1]
-# Where warnings do not point to: this package and torch, as their code objects name files.
+# Where warnings do not point to: this package, torch and context managers, as their code objects
+# name files.
 _INSIDE = (
     str(Path(__file__).parents[1]) + os.sep,
     str(Path(torch.__file__).parent) + os.sep,
+    contextlib.__file__,
 )
 
 
@@ -319,12 +321,12 @@ def _choose(device: torch.device) -> Kernels | None:
         + (" | ".join(missing) or f"There are no kernels for {device.type} devices.")
         + " | `snnkernels info` shows all; set_backend('reference') silences this.",
         RuntimeWarning,
-        stacklevel=_outside(),
+        stacklevel=outside(),
     )
     return None
 
 
-def _outside() -> int:
+def outside() -> int:
     """The stack level, for a warning where this is called, of the first frame of neither our
     package nor torch: the user's line, however deep inside modules and operators the call is.
     """
@@ -371,7 +373,7 @@ def get_backend() -> str:
     return _forced
 
 
-@contextmanager
+@contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """:func:`set_backend` for a ``with`` block.
 

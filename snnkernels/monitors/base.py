@@ -10,6 +10,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..kernels.backends import outside
 from ..neurons import IFNode
 from ..packed import PackedSpikes
 from .hooks import Hook, unwant, want
@@ -136,7 +137,7 @@ class Monitor(Generic[_Record]):
                 f"{size} more would pass max_bytes={self.max_bytes}. Read and clear() it more "
                 "often, watch fewer layers=, or one run in every=",
                 RuntimeWarning,
-                stacklevel=2,
+                stacklevel=outside(),
             )
             return
         if not same_run or not runs:
