@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstddef>
 #include <cstdlib>
 #include <memory>
@@ -56,11 +57,12 @@ bool supported(const std::string& name) {
   return name == "baseline";
 }
 
-const Isa* g_isa = [] {
+// Calls read it once, without the GIL.
+std::atomic<const Isa*> g_isa{[] {
   for (const Isa& isa : kIsas)
     if (supported(isa.name)) return &isa;
   return &kIsas[0];
-}();
+}()};
 
 void require(bool good, const char* what) {
   if (!good) throw std::invalid_argument(what);
@@ -172,9 +174,10 @@ void if_forward(const py::bytes& bytes) {
   const IFForward p = unpack<IFForward>(bytes);
   check(p);
   const bool streaming = rows_bytes(p) > kStreamBytes;
+  const Isa& isa = *g_isa.load();
   py::gil_scoped_release nogil;
   over_neurons(p.T, p.N, 0,
-               [&](i64 first, i64 last, void*) { g_isa->forward(p, first, last, streaming); });
+               [&](i64 first, i64 last, void*) { isa.forward(p, first, last, streaming); });
 }
 
 void if_general(const py::bytes& bytes) {
@@ -183,18 +186,20 @@ void if_general(const py::bytes& bytes) {
   const i64 traces = i64(p.v_seq != nullptr) + i64(p.charge_seq != nullptr);
   const bool streaming =
       rows_bytes(p.base) + traces * p.base.T * p.base.N * state_bytes(p.base.dtype) > kStreamBytes;
+  const Isa& isa = *g_isa.load();
   py::gil_scoped_release nogil;
   over_neurons(p.base.T, p.base.N, 0,
-               [&](i64 first, i64 last, void*) { g_isa->general(p, first, last, streaming); });
+               [&](i64 first, i64 last, void*) { isa.general(p, first, last, streaming); });
 }
 
 void if_backward(const py::bytes& bytes) {
   const IFBackward p = unpack<IFBackward>(bytes);
   check(p, false);
   const bool streaming = 3 * p.T * p.N * element_bytes(p.dtype) > kStreamBytes;
+  const Isa& isa = *g_isa.load();
   py::gil_scoped_release nogil;
   over_neurons(p.T, p.N, backward_scratch_bytes(p), [&](i64 first, i64 last, void* scratch) {
-    g_isa->backward(p, first, last, streaming, scratch);
+    isa.backward(p, first, last, streaming, scratch);
   });
 }
 
@@ -204,16 +209,17 @@ void if_backward_general(const py::bytes& bytes) {
   check(p.input_scale), check(p.beta), check(p.bias), check(p.fire_level);
   require(p.max_spikes >= 0, "max_spikes must not be negative");
   const bool streaming = 3 * p.base.T * p.base.N * element_bytes(p.base.dtype) > kStreamBytes;
+  const Isa& isa = *g_isa.load();
   py::gil_scoped_release nogil;
   over_neurons(p.base.T, p.base.N, backward_scratch_bytes(p.base),
                [&](i64 first, i64 last, void* scratch) {
-                 g_isa->backward_general(p, first, last, streaming, scratch);
+                 isa.backward_general(p, first, last, streaming, scratch);
                });
 }
 
 }  // namespace
 
-const char* snn::isa_name() { return g_isa->name; }
+const char* snn::isa_name() { return g_isa.load()->name; }
 void bind_maps(py::module_& m);
 void bind_spike_conv(py::module_& m);
 
@@ -223,7 +229,7 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.def("if_general", &if_general);
   m.def("if_backward", &if_backward);
   m.def("if_backward_general", &if_backward_general);
-  m.def("isa", [] { return std::string(g_isa->name); }, "The SIMD level in use.");
+  m.def("isa", [] { return std::string(isa_name()); }, "The SIMD level in use.");
   m.def(
       "isas",
       [] {

@@ -1,6 +1,8 @@
 // How many threads a kernel of the CPU extension may take, and what a fork needs.
 #pragma once
 
+#include <atomic>
+
 #if defined(_OPENMP)
 #include <dlfcn.h>
 #include <omp.h>
@@ -12,8 +14,9 @@ namespace snn {
 // has none of them, would wait for them for ever. So they end before a fork; the next parallel
 // region, of parent and child, starts new ones.
 struct Fork {
-  inline static bool lost = false;        // threads were still there at the last fork
-  inline static bool one_thread = false;  // this process was forked with threads that it lacks
+  // Atomic: forks and kernels in several threads, without the GIL.
+  inline static std::atomic<bool> lost{false};        // threads were still there at the last fork
+  inline static std::atomic<bool> one_thread{false};  // this process lacks threads that were lost
 
   // Ends the threads that the calling thread's parallel regions run on, torch's own included.
   static void before() {
@@ -31,7 +34,9 @@ struct Fork {
 #endif
   }
 
-  static void in_child() { one_thread = one_thread || lost; }
+  static void in_child() {
+    if (lost) one_thread = true;
+  }
 };
 
 // Threads that a parallel region may have.

@@ -48,7 +48,8 @@ def join(node: nn.Module) -> None:
         names = ("__module__", "__qualname__", "__doc__")
         body = {name: getattr(cls, name) for name in names}
         body["__reduce_ex__"] = __reduce_ex__
-        _made[cls, theirs] = type(cls.__name__, (cls, Between, theirs), body)
+        # Another thread may have made it meanwhile.
+        _made.setdefault((cls, theirs), type(cls.__name__, (cls, Between, theirs), body))
     object.__setattr__(node, "__class__", _made[cls, theirs])
 
 

@@ -120,7 +120,8 @@ class PackedSpikes:
         key = index if isinstance(index, tuple) else (index,)
         if key and isinstance(key[0], slice) and key[0] == slice(None):
             neurons = key[1:]
-            words = self.words[(slice(None), *neurons)]
+            every_word = (slice(None), *neurons)
+            words = self.words[every_word]
             amplitude = self.amplitude
             if isinstance(amplitude, Tensor) and amplitude.dim():
                 amplitude = amplitude.expand(self.words.shape[1:])[neurons]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -66,6 +67,17 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     if PURE:
         lines.append("SNNKERNELS_TEST_PURE=1: only the reference is tested")
     return lines
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # What torch.compile says there of the interpreter. A mark: `-W error` is stronger than a filter
+    # of the configuration.
+    if sys.version_info[:3] == (3, 13, 0):
+        for item in items:
+            item.add_marker(
+                pytest.mark.filterwarnings(r"ignore:Guards may run slower on Python 3\.13\.0")
+            )
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -62,6 +62,13 @@ def optional(module: str) -> Any:
     return importlib.import_module(module) if ALL else pytest.importorskip(module)
 
 
+# Older compilers of torch raise where neurons are compiled or exported.
+compiles = pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11),
+    reason="torch.compile and torch.export of neurons are supported from torch 2.11 on",
+)
+
+
 # ---- comparing ---------------------------------------------------------------------------------
 
 

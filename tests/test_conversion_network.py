@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 from conversion_helpers import Everything, images, randomize
+from support import compiles
 from torch import nn
 
 from snnkernels.conversion import QCFS, ConvertedNetwork, convert, methods
@@ -173,6 +174,7 @@ def test_gradient_of_a_rate_is_that_of_the_mean_spike() -> None:
     torch.testing.assert_close(x.grad, plain.grad)
 
 
+@compiles
 @pytest.mark.converted_only
 def test_compiles(x: torch.Tensor, snn: ConvertedNetwork) -> None:
     twin = copy.deepcopy(snn)

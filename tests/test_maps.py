@@ -115,8 +115,13 @@ def composed(x: Tensor, th: Tensor, levels: int, phase: float, gradient: str) ->
         return y + (torch.floor(y) - y).detach()
 
     if gradient == "clip_floor":
-        return floor(torch.clamp(x / th, 0, 1) * levels + phase) / levels * th
-    return th * torch.clamp(floor(x * levels / th + phase) / levels, 0, 1)
+        return floor(clamp(x / th) * levels + phase) / levels * th
+    return th * clamp(floor(x * levels / th + phase) / levels)
+
+
+def clamp(y: Tensor) -> Tensor:
+    """``torch.clamp(y, 0, 1)`` with its gradient up to torch 2.14: the ends belong to it."""
+    return torch.where((y < 0) | (y > 1), y.detach().clamp(0, 1), y)
 
 
 @cases

@@ -7,7 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from support import Backend, assert_close, assert_same_bits, currents, dtype_id, dyadic, moved
+from support import (
+    Backend,
+    assert_close,
+    assert_same_bits,
+    compiles,
+    currents,
+    dtype_id,
+    dyadic,
+    moved,
+)
 from torch import Tensor, nn
 
 from snnkernels import IFNode, LIFNode, use_backend
@@ -254,6 +263,7 @@ def everything(x: Tensor, v: Tensor, th: Tensor, amplitude: Tensor) -> tuple[Ten
     return spikes, last, v_seq, rate, count, counted, step
 
 
+@compiles
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=dtype_id)
 def test_compiled_functions_equal_eager_ones(backend: Backend, dtype: torch.dtype) -> None:
     state = torch.float64 if dtype == torch.float64 else torch.float32
@@ -295,6 +305,7 @@ class Net(nn.Module):
         return self.out(self.second(self.neuron(self.first(x))))
 
 
+@compiles
 @pytest.mark.parametrize(
     "arguments",
     [{}, {"learn_threshold": True}, {"amplitude": "threshold"}, {"v_reset": 0.0, "tie": ">"}],
@@ -318,6 +329,7 @@ def test_compiled_module(backend: Backend, arguments: dict[str, Any]) -> None:
     assert_close(other.neuron.v, eager.neuron.v, 1e-6)
 
 
+@compiles
 def test_compiled_lif(backend: Backend) -> None:
     torch._dynamo.reset()
     x = moved(currents(5, 3, 4), backend.device)
@@ -331,6 +343,7 @@ def test_compiled_lif(backend: Backend) -> None:
     assert_close(a, b, 1e-6)
 
 
+@compiles
 def test_no_graph_breaks(backend: Backend) -> None:
     torch._dynamo.reset()
     x = moved(currents(4, 5, 6), backend.device)
@@ -341,6 +354,7 @@ def test_no_graph_breaks(backend: Backend) -> None:
     assert found.graph_count == 1
 
 
+@compiles
 def test_compiled_for_any_batch(backend: Backend) -> None:
     torch._dynamo.reset()
     net = Net().to(backend.device)
@@ -369,6 +383,7 @@ class Stateless(nn.Module):
         return spikes, v
 
 
+@compiles
 def test_export(backend: Backend) -> None:
     module = Stateless().to(backend.device)
     x = moved(currents(4, 2, 3), backend.device)

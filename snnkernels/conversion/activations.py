@@ -142,7 +142,9 @@ class ThresholdReLU(nn.Module):
         """Shift and clip ``x`` (any shape) to ``[0, V]``; NaN stays NaN."""
         if self.shift_steps is not None:
             x = x - self.shift
-        return torch.clamp(x, 0.0, self.ceiling)
+        # Not torch.clamp's own gradient: from torch 2.15 on that is 0 at the ends.
+        outside = (x < 0) | (x > self.ceiling)
+        return torch.where(outside, x.detach().clamp(0.0, self.ceiling), x)
 
     def extra_repr(self) -> str:
         """Show ceiling and shift."""

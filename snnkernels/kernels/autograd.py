@@ -287,4 +287,7 @@ def rate(outputs: Outputs, neuron: Neuron, steps: int, dtype: torch.dtype) -> Te
     elif neuron.amplitude_value != 1.0:
         weight = operands.rounded(neuron.amplitude_value, dtype)
         weighted = count * torch.tensor(weight, dtype=state)
-    return (weighted / torch.tensor(float(counted), dtype=state)).to(dtype)
+    result = weighted / torch.tensor(float(counted), dtype=state)
+    # No `to` that changes nothing: torch 2.11's compiler loses the gradient of an autograd.Function
+    # that ends with one.
+    return result if state == dtype else result.to(dtype)
