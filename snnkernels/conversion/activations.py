@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..maps import qcfs_unchecked
 
-__all__ = ["QCFS", "ClipReLU", "ThresholdReLU"]
+__all__ = ["QCFS", "ClipReLU", "ThresholdReLU", "clamped"]
 
 _GRADIENTS = ("floor_clip", "clip_floor")
 
@@ -104,6 +104,14 @@ class QCFS(nn.Module):
         return f"levels={self.levels}, lam={self.lam.item():.4g}, gradient={self.gradient!r}"
 
 
+def clamped(x: Tensor, high: float) -> Tensor:
+    """``x`` clipped to ``[0, high]``, with a gradient of 1 on the closed interval.
+
+    ``torch.clamp`` has that gradient up to torch 2.14; in 2.15 it is 0 at both ends.
+    """
+    return torch.where((x < 0) | (x > high), x.detach().clamp(0, high), x)
+
+
 class ThresholdReLU(nn.Module):
     """``clip(x, 0, V)`` with a ceiling V that is fixed: threshold ReLU.
 
@@ -142,9 +150,7 @@ class ThresholdReLU(nn.Module):
         """Shift and clip ``x`` (any shape) to ``[0, V]``; NaN stays NaN."""
         if self.shift_steps is not None:
             x = x - self.shift
-        # Not torch.clamp's own gradient: from torch 2.15 on that is 0 at the ends.
-        outside = (x < 0) | (x > self.ceiling)
-        return torch.where(outside, x.detach().clamp(0.0, self.ceiling), x)
+        return clamped(x, self.ceiling)
 
     def extra_repr(self) -> str:
         """Show ceiling and shift."""

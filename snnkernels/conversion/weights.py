@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx, nn
 
+from .activations import clamped
 from .correction import Stop, units
 from .ops import WEIGHTED_MODULES
 from .spiking import per_channel_view
@@ -39,7 +40,7 @@ def staircase(
     """``weight / T clip(floor((z T + v_init) / θ), 0, most)``; the floor passes gradients on."""
     count = (z * T + v_init) / threshold
     count = count + (count.floor() - count).detach()
-    return weight / T * count.clamp(0, most)
+    return weight / T * clamped(count, most)
 
 
 class _Way:
