@@ -312,6 +312,11 @@ class OwnConv(nn.Conv2d):
         return super()._conv_forward(x, weight / weight.norm(), bias)
 
 
+class OwnNorm(nn.BatchNorm2d):
+    def _check_input_dim(self, input: Tensor) -> None:
+        """Takes whatever comes."""
+
+
 class PlainConv(nn.Conv2d):
     def __init__(self, i: int, o: int) -> None:
         super().__init__(i, o, 3, padding=1)
@@ -331,7 +336,10 @@ class WithPair(nn.Module):
     ("net", "words"),
     [
         (WithPair(), r"Pair.*your own code.*return tuples"),
-        (nn.Sequential(OwnConv(3, 3, 1), network()), r"0 .*own _conv_forward"),
+        (
+            nn.Sequential(OwnNorm(3, track_running_stats=False), network()),
+            r"0 .*own _check_input_dim: its code",
+        ),
         (nn.Sequential(network(), nn.TransformerEncoderLayer(5, 1, 8)), "1 .*not in the list"),
     ],
 )
@@ -347,6 +355,15 @@ def test_plain_subclasses_and_parametrizations_are_layers(tmp_path: Path) -> Non
     nn.utils.parametrizations.weight_norm(conv)
     net = nn.Sequential(conv, nn.ReLU(), PlainConv(3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(72, 3))
     snn = snnkernels.convert(net.eval(), X, T=2, progress=False)
+    same(snn, snnkernels.load_pretrained(snn.save_pretrained(tmp_path)), X)
+
+
+def test_what_a_convolution_calls_is_part_of_the_graph(tmp_path: Path) -> None:
+    """A method of a subclass that its torch forward calls: of operations of torch."""
+    net = nn.Sequential(OwnConv(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU(), network()).eval()
+    snn = snnkernels.convert(net, X, T=256, progress=False)
+    with torch.no_grad():
+        assert (snn(X) - net(X)).abs().max() < 0.05 * net(X).abs().max()
     same(snn, snnkernels.load_pretrained(snn.save_pretrained(tmp_path)), X)
 
 
