@@ -299,6 +299,140 @@ print("loaded", snnkernels.__file__)
     assert done.stdout.split() == ["loaded", str(PACKAGE / "__init__.py")]
 
 
+class Around(nn.Module):
+    """A layer of neurons, and ``last`` of the network and what they give, ``[B, 3]``."""
+
+    def __init__(self, last: Callable[[Any, Tensor], Any], **more: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.last = nn.Linear(6, 6), nn.Linear(6, 3), last
+        for name, value in more.items():
+            setattr(self, name, value)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.last(self, F.relu(self.b(F.relu(self.a(x)))))
+
+
+def nested(depth: int) -> nn.Module:
+    net: nn.Module = nn.Linear(3, 3)
+    for _ in range(depth):
+        net = nn.Sequential(net)
+    return net
+
+
+@pytest.mark.parametrize(
+    ("last", "more"),
+    [
+        pytest.param(last, more, id=name)
+        for name, (last, more) in {
+            "a weight used twice": (lambda net, h: F.linear(h, net.b.weight.t()), {}),
+            "a name that is taken": (
+                lambda net, h: net.b_weight(F.linear(h, net.b.weight.t())),
+                {"b_weight": nn.Linear(6, 2)},
+            ),
+            "called, and what is in it": (
+                lambda net, h: (
+                    net.attention(*[h[:, None]] * 3)[0] + net.attention.out_proj(h)[:, None]
+                ),
+                {"attention": nn.MultiheadAttention(3, 1, batch_first=True)},
+            ),
+            "deep": (lambda net, h: net.deep(h), {"deep": nested(60)}),
+            "long": (lambda net, h: getattr(net, "q" * 500)(h), {"q" * 500: nn.Linear(3, 3)}),
+            "numbers": (
+                lambda net, h: {"a b": h, 1: (h, float("-inf")), 1.5: [h[..., 0:2:1]]},
+                {},
+            ),
+            "dtypes": (lambda net, h: (h.to(torch.float64), h.to(h.device), torch.Size([1])), {}),
+            "memory": (
+                lambda net, h: h[..., None, None].contiguous(memory_format=torch.channels_last),
+                {},
+            ),
+        }.items()
+    ],
+)
+def test_paths_and_values_of_every_kind(
+    last: Callable[[Any, Tensor], Any], more: dict[str, nn.Module], tmp_path: Path
+) -> None:
+    """Found by this test: a weight that two layers use was saved, and refused when loaded."""
+    ann, x = Around(last, **more).eval(), images(4, 6, 1).flatten(1)
+    snn = snnkernels.convert(ann, x, T=64, progress=False)
+    again = snnkernels.load_pretrained(snn.save_pretrained(tmp_path / "net"))
+    with torch.no_grad():
+        assert repr(again(x)) == repr(snn(x))
+        for got, want in zip(
+            *(torch.utils._pytree.tree_leaves(y) for y in (snn(x), ann(x))), strict=True
+        ):
+            if isinstance(want, Tensor):
+                assert (got - want).abs().max() < 0.1
+    shared = [len({id(p) for p in network.parameters()}) for network in (snn, again)]
+    assert shared[0] == shared[1]
+    once_more = again.save_pretrained(tmp_path / "again")
+    assert files.digest(once_more / "graph.json") == files.digest(tmp_path / "net/graph.json")
+
+
+@pytest.mark.parametrize("kind", ["module", "buffer"])
+@pytest.mark.parametrize("name", ["graph", "code", "meta", "recompile", "_graph"])
+def test_names_that_torch_fx_has_too(name: str, kind: str, tmp_path: Path) -> None:
+    """Found by this test: torch.fx looks for them first, and convert gave its errors."""
+    value = nn.Linear(3, 3) if kind == "module" else nn.Buffer(torch.arange(3.0))
+    taken = {f"{name}_": nn.Linear(3, 3)}
+
+    def last(net: Any, h: Tensor) -> Any:
+        held = getattr(net, name)
+        return getattr(net, f"{name}_")(held(h) if kind == "module" else held + h)
+
+    ann, x = Around(last, **{name: value}, **taken).eval(), torch.randn(4, 6)
+    snn = snnkernels.convert(ann, x, T=64, progress=False)
+    with torch.no_grad():
+        assert (snn(x) - ann(x)).abs().max() < 0.1
+    assert getattr(ann, name) is value
+    same(snn, snnkernels.load_pretrained(snn.save_pretrained(tmp_path)), x)
+
+
+def tuples(value: Any, depth: int) -> Any:
+    for _ in range(depth):
+        value = (value,)
+    return value
+
+
+@pytest.mark.parametrize(
+    ("last", "words"),
+    [
+        (lambda net, h: {None: h}, r"output .* a dict with the key None; keys can be"),
+        (lambda net, h: {("a", 1): h}, r"a dict with the key \('a', 1\)"),
+        (lambda net, h: {"it's": h}, r"the string \"it's\", which is not plain text"),
+        (lambda net, h: (h, 2**63), "the int 9223372036854775808, which does not fit 64 bits"),
+        (lambda net, h: (h, 1j), r"a builtins\.complex"),
+        (lambda net, h: (h, torch.float8_e5m2), r"a torch\.dtype"),
+        (lambda net, h: tuples(h, 51), "values nested more than 50 deep"),
+        (lambda net, h: h * h.nbytes, r"getattr\('nbytes',\) is not one of H, T, data"),
+        (lambda net, h: torch.linalg.norm(h), r"linalg_norm.* not in the list of those"),
+        (
+            lambda net, h: h + 0 * h.data_ptr(),
+            "the method 'data_ptr' is not in",
+        ),
+        (
+            lambda net, h: torch.sparse.mm(net.sparse, h.t()),
+            "tensor of torch.float32, torch.sparse_coo on cpu; dense",
+        ),
+        (
+            lambda net, h: getattr(net, "q" * 2500)(h),
+            r"q \(call_module .* too long, or its modules",
+        ),
+    ],
+)
+def test_values_and_names_that_cannot_be_saved(
+    last: Callable[[Any, Tensor], Any], words: str, tmp_path: Path
+) -> None:
+    """They are refused when saved, not when loaded."""
+    more = {"q" * 2500: nn.Linear(3, 3), "sparse": nn.Buffer(torch.eye(3).to_sparse())}
+    x = torch.randn(3, 6)
+    snn = snnkernels.convert(Around(last, **more).eval(), x, T=4, progress=False)
+    with pytest.raises(ConversionError, match=f"(?s){words}"):
+        snn.save_pretrained(tmp_path / "net")
+    assert not (tmp_path / "net").exists()
+
+
 # ---- what cannot be saved ------------------------------------------------------------------------
 
 

@@ -12,6 +12,7 @@ __all__ = [
     "add_module",
     "copy_graph",
     "first_input",
+    "free_names",
     "is_given",
     "module_of",
     "name_of",
@@ -61,6 +62,27 @@ def copy_graph(graph: fx.Graph) -> fx.Graph:
     new = fx.Graph()
     new.output(new.graph_copy(graph, {}))
     return new
+
+
+def free_names(net: nn.Module, graph: fx.Graph) -> None:
+    """Move what is called ``graph``, ``code``, ... to ``graph_``: a GraphModule has its own.
+
+    ``net`` is the copy that belongs to ``graph``.
+    """
+    own = {*dir(fx.GraphModule({}, fx.Graph()))} - {*dir(nn.Module())}
+    nodes = [node for node in graph.nodes if node.op in ("call_module", "get_attr")]
+    for name in sorted(own & {str(node.target).partition(".")[0] for node in nodes}):
+        new = f"{name}_"
+        while hasattr(net, new):
+            new += "_"
+        stores: list[Any] = [net._modules, net._parameters, net._buffers, vars(net)]
+        for held in stores:
+            if name in held:
+                held[new] = held.pop(name)
+        for node in nodes:
+            first, *rest = str(node.target).split(".")
+            if first == name:
+                node.target = ".".join([new, *rest])
 
 
 def place_module(net: nn.Module, graph: fx.Graph, node: fx.Node, module: nn.Module) -> str:
