@@ -67,7 +67,7 @@ def write_graph(graph: fx.GraphModule, part: str, to: Writer) -> dict[str, Any]:
                     "op": node.op,
                     "target": _target(node, paths),
                     "args": [encode(a, depth=1) for a in node.args if node.op != "placeholder"],
-                    "kwargs": {_keyword(k): encode(v) for k, v in node.kwargs.items()},
+                    "kwargs": {k: encode(v) for k, v in node.kwargs.items()},
                 }
             )
         except TypeError as error:
@@ -107,12 +107,6 @@ def _check_names(node: fx.Node, paths: dict[str, str]) -> None:
     path = paths.get(str(node.target), "path") if node.op in ("call_module", "get_attr") else "path"
     if not plain_name(node.name) or not plain_path(path):
         raise TypeError("its name is too long, or its modules are nested too deep")
-
-
-def _keyword(name: str) -> str:
-    if not plain_name(name):
-        raise TypeError(f"its keyword {name!r} is not plain text")
-    return name
 
 
 def _target(node: fx.Node, paths: dict[str, str]) -> str:
