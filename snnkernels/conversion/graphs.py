@@ -14,6 +14,7 @@ __all__ = [
     "first_input",
     "free_names",
     "is_given",
+    "is_steps",
     "module_of",
     "name_of",
     "place_module",
@@ -34,6 +35,13 @@ def first_input(node: fx.Node) -> Any:
 def is_given(node: fx.Node) -> bool:
     """Whether ``node`` is an input or a constant of the network."""
     return node.op in ("placeholder", "get_attr") or node.target is network_input
+
+
+def is_steps(value: object) -> bool:
+    """Whether ``value`` is T, the last input of the graph of a body."""
+    if not isinstance(value, fx.Node) or value.op != "placeholder":
+        return False
+    return value is [n for n in value.graph.nodes if n.op == "placeholder"][-1]
 
 
 def name_of(node: fx.Node) -> str:

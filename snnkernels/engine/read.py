@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from ..conversion.graphs import is_steps
 from ..conversion.network import ConvertedNetwork
 from ..conversion.pools import CumulativeMaxPool
 from ..conversion.spiking import CountSpikes, Repeat, SpikingActivation
@@ -132,7 +133,7 @@ class _Reader:
         return list(self.nodes.values())
 
     def _read(self, n: fx.Node) -> Node:
-        inputs = [i.name for i in n.all_input_nodes if i.name != "T"]
+        inputs = [i.name for i in n.all_input_nodes if not is_steps(i)]
         node = Node(n.name, "torch", inputs, self.sizes.get(n, ()), n)
         if n.op == "placeholder":
             node.op = "static"
