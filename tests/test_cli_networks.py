@@ -365,6 +365,30 @@ def test_new_folders_are_whole(tmp_path: Path) -> None:
     assert os.listdir(tmp_path / "a" / "b") == ["y"]
 
 
+def test_a_new_folder_that_cannot_be_moved_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "b"
+    target.mkdir()
+    (target / "x").write_text("1")
+    rename = Path.rename
+
+    def failing(self: Path, to: Any) -> Path:
+        if self.suffix == ".new":
+            raise OSError("in use")
+        return rename(self, to)
+
+    def again() -> None:
+        with files.new_folder(target, force=True) as new:
+            (new / "y").write_text("2")
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(OSError, match="in use"):
+        again()
+    assert os.listdir(tmp_path) == ["b"]
+    assert os.listdir(target) == ["x"]
+
+
 # --- eval -----------------------------------------------------------------------------------
 
 
