@@ -222,7 +222,7 @@ class CountingRun(fx.Interpreter):
 
     def _moved(self, n: fx.Node, module: nn.Module | None) -> Any:
         """The same move on spikes; None unless every tensor that it reads is made of them."""
-        if n.target is F.pad and (n.kwargs.get("value") or (*n.args, 0, 0)[3:4] not in ((), (0,))):
+        if n.target is F.pad and n.kwargs.get("value", n.args[3] if n.args[3:] else None):
             return None  # what it puts around them is none
         whole = True
 
