@@ -193,6 +193,44 @@ def test_any_function_converges_on_means(function: Callable) -> None:
     assert torch.equal(curve[16], snn(x, T=16))  # cut into pieces, the same bits
 
 
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda a, b: torch.cat(torch.var_mean(a - b, 1, keepdim=True), 1),
+        lambda a, b: torch.stack(torch.aminmax(a * 2 - b, dim=1), 1),
+        lambda a, b: torch.cat(torch.broadcast_tensors(a, b * b), 1),
+    ],
+)
+@torch.no_grad()
+def test_all_results_of_an_operation_on_means(function: Callable) -> None:
+    """Affine operations that read a tuple get the currents of every part of it."""
+    torch.manual_seed(0)
+    net, x = Gate(function), torch.rand(16, 4, generator=torch.Generator().manual_seed(1))
+    snn = convert(net, x, threshold="max", T=512, on_unsupported="mean")
+    got = snn(x)
+    assert (got - net(x)).abs().max() < 0.02
+    assert torch.equal(snn(x), got)  # nothing is left from the call before
+    curve = snn.predict_curve(x, [3, 512])  # in pieces
+    assert torch.equal(curve[512], got)
+    assert torch.equal(curve[3], snn(x, T=3))
+    parallel = convert(net, x, method="parallel", T=512, on_unsupported="mean")
+    assert (parallel(x) - net(x)).abs().max() < 0.02
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        (lambda a, b: a + b.argmax(1, keepdim=True), r"argmax on running means gives torch\.int64"),
+        (lambda a, b: a + (b > 0.5), r"gt on running means gives torch\.bool"),
+        (lambda a, b: torch.cat(torch.max(a - b, 1, keepdim=True), 1), r"max_1 on .*torch\.int64"),
+    ],
+)
+def test_choices_have_no_mean_in_time(function: Callable, words: str) -> None:
+    x = torch.rand(16, 4)
+    with pytest.raises(ConversionError, match=words):
+        convert(Gate(function), x, threshold="max", T=4, on_unsupported="mean")
+
+
 @torch.no_grad()
 def test_kept_products_stay_wrong_where_means_are_right() -> None:
     torch.manual_seed(0)  # spikes of 0 and θ have squares of mean θ a, not a^2

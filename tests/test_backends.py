@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from support import PACKAGE, PURE, assert_same_bits, currents, spy
@@ -21,6 +23,7 @@ import snnkernels
 from snnkernels import IFNode
 from snnkernels.functional import if_count, if_multi_step, if_rate, if_step, qcfs
 from snnkernels.kernels import backends, params
+from snnkernels.kernels import nvrtc as nvrtc_kernels
 
 needs_cpu = pytest.mark.skipif(PURE, reason="SNNKERNELS_TEST_PURE=1: no CPU extension")
 
@@ -383,6 +386,127 @@ def test_info_and_choice_with_a_gpu(fresh: pytest.MonkeyPatch) -> None:
     assert backends.choose(torch.device("cuda:0")).name == "cuda"
     with backends.use_backend("nvrtc"):
         assert backends.choose(torch.device("cuda:0")).name == "nvrtc"
+
+
+class _Compiler:
+    """NVRTC as CuPy has it, of a GPU that is none; compiles everything but ``bad``."""
+
+    class NVRTCError(Exception):
+        pass
+
+    def __init__(self) -> None:
+        self.log: list[Any] = []
+
+    def createProgram(self, source: str, name: str, headers: Any, names: Any) -> str:
+        self.log.append(("create", "if_forward" in source, "#include" in source, name))
+        return "program"
+
+    def addNameExpression(self, program: str, name: str) -> None:
+        self.log.append(("add", name))
+
+    def compileProgram(self, program: str, options: tuple[str, ...]) -> None:
+        self.log.append(("compile", options))
+        if any(entry == ("add", "bad") for entry in self.log):
+            raise self.NVRTCError("NVRTC_ERROR_COMPILATION")
+
+    def getProgramLog(self, program: str) -> str:
+        return "error: bad is undefined"
+
+    def getLoweredName(self, program: str, name: str) -> str:
+        return f"_{name}"
+
+    def getCUBIN(self, program: str) -> bytes:
+        return b"cubin"
+
+    def destroyProgram(self, program: str) -> None:
+        self.log.append("destroy")
+
+    def getSupportedArchs(self) -> list[int]:
+        return [75, 80, 90, 100]
+
+
+@pytest.fixture
+def compiler(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A stand-in for CuPy and a device of capability 9.0."""
+    nvrtc, real, launches = _Compiler(), importlib.import_module, []
+
+    class Module:
+        def load(self, cubin: bytes) -> None:
+            assert cubin == b"cubin"
+
+        def get_function(self, name: str) -> Any:
+            return lambda *given, **more: launches.append((name, *given, more))
+
+    external = SimpleNamespace(
+        nvrtc=nvrtc, Module=Module, Stream=SimpleNamespace(),
+        ExternalStream=lambda stream, device: ("stream", stream, device),
+    )  # fmt: skip
+    monkeypatch.setattr(
+        importlib,
+        "import_module",
+        lambda name, package=None: external if name == "cupy.cuda" else real(name, package),
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    current = SimpleNamespace(cuda_stream=77)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
+    monkeypatch.setattr(nvrtc_kernels, "_kernels", {})
+    return SimpleNamespace(nvrtc=nvrtc, launches=launches, cuda=external, current=current)
+
+
+def test_kernels_are_compiled_once_for_a_device(compiler: SimpleNamespace) -> None:
+    device, record = torch.device("cuda", 1), np.zeros(1)
+    for N in (1, 1024, 1025):
+        nvrtc_kernels._launch("snn::f", record, N, 4, device)
+    program = [("create", True, False, "snnkernels.cu"), ("add", "snn::f")]
+    assert compiler.nvrtc.log[:2] == program
+    name, options = compiler.nvrtc.log[2]
+    assert (name, options[-1]) == ("compile", "-arch=sm_90")
+    assert {"-fmad=false", "-ftz=false"} < set(options)
+    assert compiler.nvrtc.log[3:] == ["destroy"]
+    blocks = [launch[1] for launch in compiler.launches]
+    assert blocks == [(1, 1, 1), (1, 1, 1), (2, 1, 1)]
+    for launch in compiler.launches:
+        assert launch[0] == "_snn::f"
+        assert launch[2] == (256, 1, 1)
+        assert launch[3][0] is record
+        assert launch[4] == {"stream": ("stream", 77, 1)}
+    nvrtc_kernels._launch("snn::f", record, 1, 4, torch.device("cuda", 0))
+    assert compiler.nvrtc.log.count("destroy") == 2
+
+
+def test_streams_of_a_newer_cupy(compiler: SimpleNamespace) -> None:
+    compiler.cuda.Stream.from_external = lambda stream: ("taken", stream)
+    device = torch.device("cuda", 0)
+    assert nvrtc_kernels._stream(device) == ("stream", 77, 0)  # torch's has no protocol
+    compiler.current.__cuda_stream__ = lambda: (0, 77)
+    assert nvrtc_kernels._stream(device) == ("taken", compiler.current)
+
+
+def test_what_nvrtc_cannot_do(compiler: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    device, record = torch.device("cuda", 0), np.zeros(1)
+    with pytest.raises(RuntimeError, match=r"(?s)for sm_90: .*COMPILATION\nerror: bad is undef"):
+        nvrtc_kernels._launch("bad", record, 1, 1, device)
+    assert compiler.nvrtc.log[-1] == "destroy"
+    assert not nvrtc_kernels._kernels
+    with pytest.raises(RuntimeError, match="more neurons than one launch can cover"):
+        nvrtc_kernels._launch("snn::f", record, 256 * 2**31, 1, device)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="while a CUDA graph is captured: run once before"):
+        nvrtc_kernels._launch("snn::g", record, 1, 1, device)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
+    with pytest.raises(backends.Missing, match="compiles for sm 75 80 90 100, the device is sm_61"):
+        nvrtc_kernels.check(device)
+    assert not compiler.launches
+
+
+def test_very_many_steps_are_not_for_the_plain_kernel() -> None:
+    record = np.zeros(1, params.IF_FORWARD)[0]
+    record["T"] = 2**31 - 1
+    assert nvrtc_kernels.is_plain_forward(record)
+    record["T"] = 2**31
+    assert not nvrtc_kernels.is_plain_forward(record)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -456,6 +457,191 @@ def test_operations_without_a_rule_are_named() -> None:
     snn = convert(nn.Sequential(nn.ReLU(), nn.Linear(6, 2), nn.GELU()), x, T=4)
     with pytest.raises(ConversionError, match=r"2 \(GELU\) has no rule"):
         snn.certify(x)
+
+
+class Between(nn.Module):
+    """One operation between two layers of neurons, and one behind the last."""
+
+    def __init__(self, inner: Callable[..., Any], outer: Callable[..., Any] = lambda net, h: h):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.inner, self.outer = nn.Conv2d(3, 4, 3, padding=1), inner, outer
+        self.square, self.column = nn.Parameter(torch.randn(8, 8)), nn.Parameter(torch.randn(8))
+        self.maps = nn.Parameter(torch.randn(4, 8, 8))
+        self.picks = nn.Buffer(torch.tensor([2, 0, 1]))
+        self.norm = randomize(nn.BatchNorm2d(4, affine=False))
+        self.zeros, self.mirror = nn.ZeroPad2d(1), nn.ReflectionPad2d(1)
+        self.up, self.smooth = nn.Upsample(scale_factor=2), nn.Upsample((5, 11), mode="bilinear")
+        self.mean, self.pool = nn.AvgPool2d(3, 2, 1), nn.MaxPool2d(3, 2, 1)
+        self.out = nn.LazyLinear(5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu(self.inner(self, F.relu(self.conv(x)) - 0.125))
+        return self.outer(self, self.out(F.relu(h.flatten(1) * 0.5)))
+
+
+def between(*functions: Callable[..., Any], T: int = 4) -> tuple[ConvertedNetwork, Tensor]:
+    x = images(3)
+    net = Between(*functions)
+    net(x)
+    return convert(net.eval(), x, T=T, progress=False), x
+
+
+@pytest.mark.parametrize(
+    "inner",
+    [
+        pytest.param(function, id=name)
+        for name, function in {
+            "linear": lambda net, h: F.linear(h, net.square, net.column),
+            "linear by name": lambda net, h: F.linear(weight=net.square, input=h),
+            "matmul": lambda net, h: h @ net.square,
+            "matmul of a vector": lambda net, h: h.matmul(net.column),
+            "matmul by name": lambda net, h: torch.matmul(h, other=net.square),
+            "rsub": lambda net, h: torch.rsub(h, 0.5),
+            "neg": lambda net, h: 0.25 - (-h),
+            "true_divide": lambda net, h: torch.true_divide(h, -2.0) + 0.25,
+            "product": lambda net, h: net.maps * h,
+            "stack": lambda net, h: torch.stack([h, 0.5 - h], dim=1).sum(2),
+            "cat by name": lambda net, h: torch.cat(tensors=[h, 0.5 - h], dim=1),
+            "mean": lambda net, h: h - h.mean(dim=(2, 3), keepdim=True),
+            "mT": lambda net, h: h.mT - 0.25 * h,
+            "data": lambda net, h: h.data - 0.125,
+            "shape": lambda net, h: h.view(h.shape[0], -1)[:, : 8 * h.size(1)] / h.ndim,
+            "unbind": lambda net, h: h.unbind(1)[0] - h.tensor_split(2, 1)[1][:, 1],
+            "repeat": lambda net, h: h.repeat(1, 2, 1, 1) - h.repeat_interleave(2, 1),
+            "roll": lambda net, h: h.roll(1, 2) - h.index_select(1, net.picks).sum(1, keepdim=True),
+            "pad": lambda net, h: F.pad(h, (1, 2)) - F.pad(pad=(2, 1), input=h),
+            "area": lambda net, h: F.interpolate(h, (3, 5), None, "area"),
+            "bilinear": lambda net, h: F.interpolate(h, (11, 5), mode="bilinear"),
+            "nearest": lambda net, h: F.interpolate(h, (13, 3)),
+            "norm": lambda net, h: net.norm(F.relu(h)),
+            "zeros": lambda net, h: net.zeros(h),
+            "mirror": lambda net, h: net.mirror(h),
+            "up": lambda net, h: net.up(h),
+            "smooth": lambda net, h: net.smooth(h),
+            "average": lambda net, h: net.mean(h),
+            "max": lambda net, h: net.pool(h) - 0.125,
+        }.items()
+    ],
+)
+def test_rules_one_by_one(inner: Callable[..., Any]) -> None:
+    """Spiking runs of two T, of a prefix of the steps and the quantised ANN are all inside."""
+    snn, x = between(inner)
+    assert min(check(snn, x, 4), check(snn, x, 1)) > 800
+
+
+@pytest.mark.parametrize(
+    "outer",
+    [
+        pytest.param(function, id=name)
+        for name, function in {
+            "softmax": lambda net, h: torch.softmax(h, 1),
+            "log_softmax by name": lambda net, h: F.log_softmax(input=h, dim=-1),
+            "wider": lambda net, h: F.softmax(h, 1, dtype=torch.float64),
+            "sigmoid": lambda net, h: torch.sigmoid(h),
+            "tanh": lambda net, h: h.tanh() * torch.ones(5, dtype=h.dtype),
+            "over the batch": lambda net, h: F.log_softmax(h, 0),
+            "transposed": lambda net, h: h.T,
+        }.items()
+    ],
+)
+def test_rules_behind_the_last_neurons(outer: Callable[..., Any]) -> None:
+    snn, x = between(lambda net, h: h, outer)
+    assert min(check(snn, x, 4), check(snn, x, 1)) > 800
+
+
+@pytest.mark.parametrize("maxpool", ["cumulative", "pre_spike"])
+def test_max_pools_of_currents(maxpool: str) -> None:
+    """Behind the second layer: of currents that change from step to step."""
+    torch.manual_seed(0)
+    convs = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+    net = nn.Sequential(convs[0], nn.ReLU(), convs[1], nn.ReLU(), nn.MaxPool2d(3, 2, 1))
+    net.extend([nn.Flatten(), nn.Linear(64, 4)])
+    x = images(3)
+    assert check(convert(net, x, T=4, maxpool=maxpool, progress=False), x, 4) > 800
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+def test_nearest_elements_are_those_the_network_picks(dtype: torch.dtype) -> None:
+    """2 to 82 elements: the position of one is rounded up in float32, down in float64."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.first, self.last = nn.Conv1d(1, 2, 1), nn.Linear(2 * 82, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = F.interpolate(F.relu(self.first(x)), 82) - 0.125
+            return self.last(F.relu(h).flatten(1))
+
+    x = torch.randn(8, 1, 2, generator=torch.Generator().manual_seed(0)).to(dtype)
+    assert check(convert(Net().to(dtype), x, T=4, progress=False), x, 4) > 1000
+
+
+@pytest.mark.parametrize(
+    ("inner", "words"),
+    [
+        (lambda net, h: net.square @ h, r"matmul \(matmul\) with a value .* on the right"),
+        (lambda net, h: h @ net.maps, r"matmul \(matmul\) with a batch of matrices"),
+        (lambda net, h: torch.add(h, h, alpha=2), r"add_?\d* \(add\) with keywords"),
+        (lambda net, h: F.pad(h, (1, 1), value=1.0), r"pad \(pad, value=1.0\) has no rule"),
+        (lambda net, h: F.interpolate(h, 9, mode="bicubic"), r"interpolate .*mode='bicubic'\)"),
+        (lambda net, h: torch.where(net.maps > 0, h, -h), r"where \(where\) has no rule"),
+    ],
+)  # fmt: skip
+def test_operations_the_rules_leave_out(inner: Callable[..., Any], words: str) -> None:
+    snn, x = between(inner)
+    with pytest.raises(ConversionError, match=f"certify: {words}"):
+        snn.certify(x)
+
+
+@pytest.mark.parametrize(
+    ("outer", "words"),
+    [
+        (lambda net, h: h / 0.0, r"truediv_?\d* \(truediv\) with a factor that is not finite"),
+        (lambda net, h: h * h, r"mul_?\d* \(mul\) of two values that change"),
+        (lambda net, h: F.softmax(h, 1, dtype=torch.float16), r"softmax .* in torch.float16, less"),
+        (lambda net, h: h.mean(1, dtype=torch.bfloat16), r"mean .* in torch.bfloat16, less exact"),
+        (lambda net, h: h + h.nbytes, r"getattr_?\d* \(getattr, 'nbytes'\) has no rule"),
+        (lambda net, h: h.exp(), r"exp \(exp\) has no rule"),
+    ],
+)
+def test_operations_the_rules_leave_out_behind_the_last(
+    outer: Callable[..., Any], words: str
+) -> None:
+    snn, x = between(lambda net, h: h, outer)
+    with pytest.raises(ConversionError, match=f"certify: {words}"):
+        snn.certify(x)
+
+
+def test_statistics_of_the_batch_have_no_bounds() -> None:
+    own = nn.BatchNorm1d(5, track_running_stats=False)
+    net, x = nn.Sequential(nn.Flatten(), nn.Linear(192, 5), nn.ReLU(), own).eval(), images(3)
+    with pytest.raises(ConversionError, match=r"\(BatchNorm1d\) uses the statistics of the batch"):
+        convert(net, x, T=4, progress=False).certify(x)
+
+
+def test_layers_with_a_forward_of_their_own_have_no_bounds() -> None:
+    class Own(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).abs()
+
+    snn, x = convert(convnet(), images(3), T=4, progress=False), images(3)
+    name = next(n for n, m in snn.suffix.named_modules() if isinstance(m, nn.Linear))
+    snn.suffix.set_submodule(name, Own(8, 4))
+    with pytest.raises(ConversionError, match=r"\(Own\) has a forward of its own") as caught:
+        snn.certify(x)
+    assert "\n" not in str(caught.value)  # torch.fx adds where it was
+
+
+def test_no_samples() -> None:
+    x = images(3)
+    snn = convert(convnet(), x, T=4, progress=False)
+    certificate = snn.certify(x[:0])
+    assert certificate.low.shape == certificate.quantised.shape == (0, 4)
+    assert certificate.proven.shape == (0,)
+    assert "of 0" in str(certificate)
 
 
 def test_answers_that_are_no_scores_are_refused() -> None:

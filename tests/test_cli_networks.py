@@ -365,6 +365,30 @@ def test_new_folders_are_whole(tmp_path: Path) -> None:
     assert os.listdir(tmp_path / "a" / "b") == ["y"]
 
 
+def test_a_new_folder_that_cannot_be_moved_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "b"
+    target.mkdir()
+    (target / "x").write_text("1")
+    rename = Path.rename
+
+    def failing(self: Path, to: Any) -> Path:
+        if self.suffix == ".new":
+            raise OSError("in use")
+        return rename(self, to)
+
+    def again() -> None:
+        with files.new_folder(target, force=True) as new:
+            (new / "y").write_text("2")
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(OSError, match="in use"):
+        again()
+    assert os.listdir(tmp_path) == ["b"]
+    assert os.listdir(target) == ["x"]
+
+
 # --- eval -----------------------------------------------------------------------------------
 
 
@@ -593,6 +617,61 @@ def test_plot_refuses(saved: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch)
     assert "no folder" in refused(capsys, "plot", "nowhere")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert "pip install matplotlib" in refused(capsys, "plot", str(saved))
+
+
+@pytest.mark.parametrize(
+    ("method", "raster", "membrane"),
+    [
+        ("signed", None, None),
+        ("ttfs", "neurons of ttfs run all steps at once", "run all steps at once"),
+        ("multi_threshold", None, "neurons of multi_threshold have no membranes to draw"),
+        ("parallel", "neurons of parallel run all steps at once", "run all steps at once"),
+    ],
+)
+def test_one_layer_of_every_kind_of_neuron(
+    here: Path, capsys: Any, method: str, raster: str | None, membrane: str | None
+) -> None:
+    optional("matplotlib")
+    ann, items = entries.object_of("net.py:build")(), entries.object_of("net.py:data")(False)
+    x = torch.stack([item[0] for item in items])
+    snn = snnkernels.convert(ann, x, method=method, T=4, progress=False)
+    snn.save_pretrained("net")
+    for kind, says in (("raster", raster), ("membrane", membrane)):
+        argv = ("plot", "net", "--kind", kind, "--data", "net.py:data", "--out", f"{kind}.svg")
+        if says is None:
+            run(capsys, *argv)
+            assert Path(f"{kind}.svg").stat().st_size > 1000
+        else:
+            assert says in refused(capsys, *argv)
+            assert not Path(f"{kind}.svg").exists()
+
+
+def test_pictures_of_what_was_not_measured(here: Path, capsys: Any) -> None:
+    optional("matplotlib")
+    snn = snnkernels.convert(entries.object_of("net.py:build")(), T=4, threshold=1.0)
+    snn.save_pretrained("net")
+    for kind in ("accuracy", "energy"):
+        says = refused(capsys, "plot", "net", "--kind", kind)
+        assert "net has no accuracies: convert with --data and --images, or plot a sweep" in says
+    assert "no sample of activations" in refused(capsys, "plot", "net", "--kind", "activation")
+
+
+def test_rows_of_a_sweep_that_are_no_measurements(tmp_path: Path, capsys: Any) -> None:
+    optional("matplotlib")
+    from snnkernels.sweep import COLUMNS
+
+    path = tmp_path / "sweep.csv"
+    good = dict.fromkeys(COLUMNS, "x") | {
+        "for T": "8", "T": "1", "extra steps": "0", "ANN": "0.9", "accuracy": "0.5",
+        "binary": "True", "images": "10",
+    }  # fmt: skip
+    for field in ("T", "accuracy", "ANN"):
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            writer.writerow({**good, field: "many"})
+        assert "has a row that is no measurement" in refused(capsys, "plot", str(path)), field
+    assert os.listdir(tmp_path) == ["sweep.csv"]
 
 
 # --- the manual -----------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import snnkernels
 from snnkernels import surrogate
+from snnkernels.compat import memory
 from snnkernels.compat.spikingjelly import IFNode
 
 pytestmark = pytest.mark.usefixtures("everything_is_said")
@@ -137,3 +138,51 @@ def test_without_spikingjelly_there_is_a_clear_error(monkeypatch: pytest.MonkeyP
     with pytest.raises(ImportError, match="pip install spikingjelly"):
         snnkernels.interop.spikingjelly.recipe([torch.ones(1)])
     assert type(snnkernels.IFNode()) is snnkernels.IFNode
+
+
+def test_memories() -> None:
+    """Attributes that a reset puts back and that move with the module; in no state dict."""
+
+    class Net(memory.MemoryModule):
+        def __init__(self) -> None:
+            super().__init__(step_mode="m")
+            self.weight = nn.Parameter(torch.ones(2))
+            self.register_memory("v", torch.zeros(2))
+            self.register_memory("seen", [])
+
+    net = Net()
+    assert net.supported_step_mode() == ("s", "m")
+    assert (net.step_mode, net.backend) == ("m", "torch")
+    assert "torch" in net.supported_backends
+    assert dict(net.named_memories()).keys() == {"v", "seen"}
+    net.v = net.v + net.weight
+    net.seen.append(1)
+    assert [torch.as_tensor(m).tolist() for m in net.memories()] == [[1.0, 1.0], [1]]
+    assert net.v.requires_grad
+    copied = copy.deepcopy(net)
+    assert torch.equal(copied.v, net.v.detach())
+    net.detach()
+    assert not net.v.requires_grad
+    replica = net._replicate_for_data_parallel()
+    replica.v = torch.full((2,), 7.0)
+    assert net.v.tolist() == [1.0, 1.0]
+    net.reset()
+    assert (net.v.tolist(), net.seen) == ([0.0, 0.0], [])
+    net.set_reset_value("v", torch.full((2,), 0.5))
+    net.double().reset()
+    assert net.v.tolist() == [0.5, 0.5]
+    assert net.v.dtype == torch.float64
+    assert copied.double().v.dtype == torch.float64
+    assert list(net.state_dict()) == ["weight"]
+    del net.v
+    assert not hasattr(net, "v")
+    net.reset()
+    assert not hasattr(net, "v")
+    del net.weight
+    assert not hasattr(net, "weight")
+    with pytest.raises(ValueError, match="'seen' is an attribute already"):
+        net.register_memory("seen", 0)
+    with pytest.raises(ValueError, match="step_mode='x' is unknown; allowed are 's' and 'm'"):
+        net.step_mode = "x"
+    with pytest.raises(TypeError, match="backend=3 must be a string"):
+        net.backend = 3  # type: ignore[assignment]

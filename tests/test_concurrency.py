@@ -380,7 +380,14 @@ class Counted(torch.utils.data.Dataset):
         return neurons(n)[4]
 
 
+# Where this process may use one core, torch advises against two workers.
+MORE_THAN_CORES = pytest.mark.filterwarnings(
+    "ignore:This DataLoader will create 2 worker processes:UserWarning"
+)
+
+
 @forks
+@MORE_THAN_CORES
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Python 3.12: fork beside threads
 def test_workers_of_a_data_loader(threads: None) -> None:
     torch.set_num_threads(2)
@@ -396,6 +403,7 @@ def test_workers_of_a_data_loader(threads: None) -> None:
 
 
 @forks
+@MORE_THAN_CORES
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_calibration_from_a_loader_with_workers() -> None:
     x = current(0, 16, 2, 6, 6)

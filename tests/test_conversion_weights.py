@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -137,3 +139,102 @@ def test_a_shortcut_without_weights_is_named() -> None:
 def test_an_input_that_meets_a_neuron_directly_is_named() -> None:
     with pytest.raises(ConversionError, match="normalize='weights' cannot pass"):
         convert(nn.Sequential(nn.ReLU()), threshold=2.0, normalize="weights")
+
+
+class Through(nn.Module):
+    """A function of spikes (and of the input) between two layers of neurons."""
+
+    def __init__(self, first: nn.Module, function: Any, **layers: nn.Module) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.function = first, function
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.function(self, F.relu(self.first(x)), x))
+        return y.flatten(1).sum(1, keepdim=True) * torch.tensor([1.0, -1.0])
+
+
+LAYERS = {
+    "conv": lambda: nn.Conv2d(4, 4, 1),
+    "wide": lambda: nn.Conv2d(8, 4, 1),
+    "skip": lambda: nn.Conv2d(3, 4, 1),
+    "flat": lambda: nn.Linear(256, 4),
+    "both": lambda: nn.Linear(512, 4),
+    "mean": lambda: nn.Linear(4, 4),
+    "up": lambda: nn.ConvTranspose2d(4, 4, 2, 2, groups=2),
+}
+THROUGH: dict[str, Any] = {
+    "neg": lambda s, h, x: s.conv(-h),
+    "twice": lambda s, h, x: s.conv(s.conv(h)),
+    "joined with itself": lambda s, h, x: s.wide(torch.cat([h, h], 1)),
+    "joined by name": lambda s, h, x: s.wide(torch.concatenate(tensors=[h, -h], axis=1)),
+    "joined with what is constant": lambda s, h, x: s.wide(torch.cat([h, s.skip(x)], -3)),
+    "joined, then flat": lambda s, h, x: s.both(torch.cat([h, h], 1).flatten(1)),
+    "flat, then joined": lambda s, h, x: s.both(torch.cat([h.flatten(1), -h.flatten(1)], 1)),
+    "flat": lambda s, h, x: s.flat(h.view(x.size(0), -1)),
+    "other rows": lambda s, h, x: s.conv(h.reshape(x.size(0), 4, 4, 16)),
+    "mean": lambda s, h, x: s.mean(h.mean((2, 3))),
+    "sum": lambda s, h, x: s.mean(h.sum([-1, -2])),
+    "pool": lambda s, h, x: s.conv(F.avg_pool2d(h, 2)),
+    "difference": lambda s, h, x: s.conv(h) - s.skip(x),
+    "transposed": lambda s, h, x: s.up(h),
+    "interpolated": lambda s, h, x: s.conv(F.interpolate(h, scale_factor=2).contiguous()),
+}
+
+
+@pytest.mark.parametrize("function", THROUGH)
+@torch.no_grad()
+def test_what_hands_thresholds_on(function: str) -> None:
+    """Found by this test: spikes joined with themselves had the thresholds of other channels."""
+    x = dyadic(3, 3, 8, 8, seed=5)
+    net = Through(nn.Conv2d(3, 4, 3, padding=1), THROUGH[function],
+                  **{name: make() for name, make in LAYERS.items()})  # fmt: skip
+    make_dyadic(net.eval())
+    theta = torch.tensor([4.0, 2.0, 1.0, 8.0])
+    for of_last in (torch.tensor(2.0), theta.flip(0)):
+        given = {"threshold": {"relu": theta, "relu_1": of_last}, "T": 8, "progress": False}
+        want, got = (convert(net, [x], normalize=n, **given) for n in ("threshold", "weights"))
+        assert torch.equal(want(x), got(x))
+        assert bool(want(x).any())
+
+
+def test_features_joined_with_themselves() -> None:
+    x, theta = dyadic(5, 6), torch.tensor([4.0, 2.0, 1.0, 8.0])
+    for times in (2, 3):
+        net = Through(nn.Linear(6, 4), lambda s, h, x, n=times: s.b(torch.cat([h] * n, 1)),
+                      b=nn.Linear(4 * times, 4))  # fmt: skip
+        make_dyadic(net.eval())
+        given = {"threshold": {"relu": theta, "relu_1": torch.tensor(2.0)}, "T": 8}
+        want, got = (convert(net, [x], normalize=n, **given) for n in ("threshold", "weights"))
+        with torch.no_grad():
+            assert torch.equal(want(x), got(x))
+            assert bool(want(x).any())
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        (lambda s, h, x: s.conv(h) + h, "relu: it reaches add without weights in between"),
+        (lambda s, h, x: s.conv(h + 1.0), "add: it adds a number, which has no weights to scale"),
+        (
+            lambda s, h, x: s.conv(torch.cat([h, h], 2)),
+            "cat: it does not join the dimension",
+        ),
+        (
+            lambda s, h, x: s.wide(h.reshape(-1, 8, 8, 4)),
+            "wide: the channels of its input are",
+        ),
+        (lambda s, h, x: s.rows(h.mean(1)), "mean: it acts on the dimension of the channels"),
+        (lambda s, h, x: s.rows(h), "rows: the thresholds before it are not along its input"),
+        (lambda s, h, x: s.conv(h * 0.5), "mul: it has no weights that could take a threshold"),
+    ],
+)
+def test_what_does_not_hand_thresholds_on(function: Any, words: str) -> None:
+    x = dyadic(3, 3, 8, 8, seed=5)
+    net = Through(nn.Conv2d(3, 4, 3, padding=1), function, rows=nn.Linear(8, 4),
+                  **{name: make() for name, make in LAYERS.items()})  # fmt: skip
+    theta = {"relu": torch.tensor([4.0, 2.0, 1.0, 8.0]), "relu_1": torch.tensor(2.0)}
+    with pytest.raises(ConversionError, match=f"normalize='weights' cannot pass {words}"):
+        convert(net.eval(), [x], threshold=theta, T=4, normalize="weights", progress=False)

@@ -757,6 +757,107 @@ def test_odd_networks(name: str) -> None:
             assert torch.equal(plan(x, T=T), snn(x, T=T))
 
 
+def between(function: Any, **modules: nn.Module) -> nn.Module:
+    """A function of spikes ``[B, 4, 8, 8]`` between two layers of neurons."""
+
+    def forward(s: Any, x: Tensor) -> Tensor:
+        h = F.relu(function(s, F.relu(s.a(x))) + 0.25)
+        return h.flatten(1).sum(1, keepdim=True) * torch.tensor([1.0, -1.0])
+
+    return Do(forward, a=small(3, 4), **modules)
+
+
+# Functions, whether the neurons behind them run in a layer of the plan, and options of convert.
+BETWEEN: dict[str, tuple[Any, bool, dict[str, Any]]] = {
+    "add a number": (lambda s, h: torch.add(h, 2), True, {}),
+    "add to a number": (lambda s, h: 0.5 + h, False, {}),
+    "add in place": (lambda s, h: h.clone().add_(0.5), True, {}),
+    "add twice": (lambda s, h: torch.add(h, h, alpha=2), False, {}),
+    "add to itself": (lambda s, h: h + h, True, {}),
+    "add a constant": (lambda s, h: h + s.a.bias[:, None, None], False, {}),
+    "add a mean": (lambda s, h: h.mean((2, 3), keepdim=True) + h, False, {}),
+    "subtract a number": (lambda s, h: h - 0.5, True, {}),
+    "subtract from a number": (lambda s, h: 1 - h, False, {}),
+    "subtract": (lambda s, h: h - h * 0.5, False, {}),
+    "multiply": (lambda s, h: 2 * torch.mul(h, -0.5) + h * 2, True, {}),
+    "divide": (lambda s, h: torch.div(h / 4, 2), True, {}),
+    "concatenate": (lambda s, h: torch.concatenate(tensors=[h, h], dim=-3), True, {}),
+    "concatenate rows": (lambda s, h: torch.cat([h, h], 2), False, {}),
+    "concatenate a list": (lambda s, h: torch.cat(h.split(2, 1), 1), False, {}),
+    "view": (lambda s, h: h.view(h.shape[0], 16, 4, 4), False, {}),
+    "the same view": (lambda s, h: h.mean((2, 3)).view(-1, 4), True, {}),
+    "permuted": (lambda s, h: h.permute(0, 2, 3, 1), False, {}),
+    "contiguous": (lambda s, h: h.contiguous(), True, {}),
+    "average": (lambda s, h: F.avg_pool2d(input=h, kernel_size=(2, 4), stride=2), True, {}),
+    "average of pads": (lambda s, h: F.avg_pool2d(h, 4, 4, 2), False, {}),
+    "average of parts": (lambda s, h: F.avg_pool2d(h, 4, 3, ceil_mode=True), False, {}),
+    "average by another number": (lambda s, h: F.avg_pool2d(h, 2, divisor_override=2), False, {}),
+    "adaptive": (lambda s, h: F.adaptive_avg_pool2d(h, (4, None)), True, {}),
+    "adaptive of several sizes": (lambda s, h: F.adaptive_avg_pool2d(h, 3) * 16.0, False, {}),
+    "mean": (lambda s, h: torch.mean(h, dim=[-1, -2], keepdim=True), True, {}),
+    "mean of channels": (lambda s, h: h.mean(1), False, {}),
+    "mean of rows": (lambda s, h: h.mean(2), False, {}),
+    "mean of another dtype": (
+        lambda s, h: h.mean((2, 3), dtype=torch.float64).float(), False, {},
+    ),
+    "another dtype": (lambda s, h: (h.double() * 0.5).half().float(), False, {}),
+    "maximum": (lambda s, h: F.max_pool2d(h, (2, 2), ceil_mode=True), True, {}),
+    "norm": (lambda s, h: s.bn(h), True, {"fold": False}),
+    "norm without weights": (lambda s, h: s.plain(h), True, {"fold": False}),
+    "norm of rows": (lambda s, h: s.rows(h.mean(1)), False, {"fold": False}),
+    "grouped": (lambda s, h: s.bn8(s.grouped(h)), True, {"fold": False}),
+    "transposed": (lambda s, h: s.transposed(h), False, {}),
+    "linear of rows": (lambda s, h: s.linear(h), False, {}),
+    "reflected": (lambda s, h: s.reflected(h), False, {}),
+    "shuffled": (lambda s, h: s.shuffle(h), False, {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BETWEEN)
+def test_what_stands_between_neurons_is_read_as_it_is(name: str) -> None:
+    function, lowered, given = BETWEEN[name]
+    snn, x = of(
+        between(
+            function, bn=nn.BatchNorm2d(4), plain=nn.BatchNorm2d(4, affine=False),
+            rows=nn.BatchNorm1d(8), grouped=nn.Conv2d(4, 8, 3, 2, groups=2),
+            bn8=nn.BatchNorm2d(8), transposed=nn.ConvTranspose2d(4, 6, 2, 2),
+            linear=nn.Linear(8, 4), reflected=small(4, 6, padding_mode="reflect"),
+            shuffle=nn.PixelShuffle(2),
+        ),
+        T=4, **given,
+    )  # fmt: skip
+    plan = lower(snn, without=["choose_convolution"])
+    same_answer(snn, plan, x)
+    want, got = counts_of(snn, x, 4), counts_of_plan(plan, x, 4)
+    assert len(got) == 1 + lowered
+    for label, counts in got.items():
+        assert torch.equal(counts.flatten(), want[label].flatten()), label
+    assert int(list(want.values())[-1].sum()) > 0
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"fire_level": 1.0}, "its neurons have options"),
+        ({"max_spikes": 2}, "its neurons have options"),
+        ({"mask": torch.ones(8, 8, 8, dtype=torch.bool)}, "its neurons have options"),
+        ({"beta": 0.5}, "its neurons have options"),
+        ({"v_reset": 0.0}, "hard reset or input_scale"),
+        ({"input_scale": 0.5}, "hard reset or input_scale"),
+        ({"amplitude": torch.full((8, 8, 8), 4.0)}, "of a different weight at every position"),
+        ({"v_threshold": torch.full((8, 1, 1), 4.0)}, "neither one nor per channel nor of the"),
+    ],
+)
+def test_neurons_with_options_run_as_they_are(given: dict[str, Any], words: str) -> None:
+    snn, x = of(plain(), T=4)
+    layer = list(snn.neurons())[1][1]
+    for name, value in given.items():
+        setattr(layer.node, name, value)
+    plan = lower(snn, without=["choose_convolution"])
+    same_answer(snn, plan, x)
+    assert words in str(plan.explain(x))
+
+
 def test_autocast_runs_the_network_itself() -> None:
     snn, x = of(plain())
     plan = lower(snn)

@@ -230,3 +230,59 @@ def test_cuda_graphs() -> None:
         torch.cuda.current_stream().wait_stream(other)
     assert (len(graphs), graphs.why_not) == (1, "")
     assert layer.runs == 2
+
+
+def test_the_calls_of_cuda_in_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for torch.cuda: turns wait for the one before, captures share pool and stream."""
+    log: list[Any] = []
+
+    class Entered:
+        def __init__(self, *what: Any, **more: Any) -> None:
+            self.what = (*what, *sorted(more.items()))
+
+        def __enter__(self) -> None:
+            log.append(("enter", *self.what))
+
+        def __exit__(self, *error: Any) -> None:
+            log.append(("exit", self.what[0]))
+
+    class Logged:
+        def __init__(self, name: str, *given: Any) -> None:
+            self.name = name
+
+        def __getattr__(self, call: str) -> Any:
+            return lambda: log.append((self.name, call))
+
+    device = torch.device("cuda", 1)
+    cuda = {
+        "graph_pool_handle": lambda: "pool",
+        "Stream": lambda d: f"stream of {d}",
+        "Event": lambda: Logged("event"),
+        "CUDAGraph": lambda: Logged("graph"),
+        "device": lambda d: Entered("device", str(d)),
+        "graph": lambda graph, **more: Entered("capture", **more),
+        "is_current_stream_capturing": lambda: log.append("asked") or True,
+    }
+    for name, value in cuda.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    backend = CudaBackend(device)
+    assert backend.capturing()
+    assert log == [("enter", "device", "cuda:1"), "asked", ("exit", "device")]
+    log.clear()
+    answer = (torch.ones(1),)
+    graph, answers = backend.capture(lambda: log.append("run") or answer)
+    assert answers is answer
+    how = (("capture_error_mode", "thread_local"), ("pool", "pool"), ("stream", "stream of cuda:1"))
+    assert log == [("enter", "capture", *how), "run", ("exit", "capture")]
+    log.clear()
+    with backend.turn():
+        backend.replay(graph)
+    backend.finish()
+    assert log == [
+        ("enter", "device", "cuda:1"), ("event", "wait"), ("graph", "replay"), ("event", "record"),
+        ("exit", "device"), ("event", "synchronize"),
+    ]  # fmt: skip
+    log.clear()
+    with pytest.raises(RuntimeError, match="out of memory"), backend.turn():
+        raise RuntimeError("out of memory")
+    assert log[-2:] == [("event", "record"), ("exit", "device")]

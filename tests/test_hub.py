@@ -98,7 +98,13 @@ def test_families_of_networks(family: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"normalize": "weights"}, {"v_init": "uniform"}, {"v_init": "mse"}, {"threshold": 1.25}],
+    [
+        {"normalize": "weights"},
+        {"fold": False},
+        {"v_init": "uniform"},
+        {"v_init": "mse"},
+        {"threshold": 1.25},
+    ],
     ids=str,
 )
 def test_options_of_convert(options: dict[str, Any], tmp_path: Path) -> None:
@@ -299,6 +305,145 @@ print("loaded", snnkernels.__file__)
     assert done.stdout.split() == ["loaded", str(PACKAGE / "__init__.py")]
 
 
+class Around(nn.Module):
+    """A layer of neurons, and ``last`` of the network and what they give, ``[B, 3]``."""
+
+    def __init__(self, last: Callable[[Any, Tensor], Any], **more: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.last = nn.Linear(6, 6), nn.Linear(6, 3), last
+        for name, value in more.items():
+            setattr(self, name, value)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.last(self, F.relu(self.b(F.relu(self.a(x)))))
+
+
+def nested(depth: int) -> nn.Module:
+    net: nn.Module = nn.Linear(3, 3)
+    for _ in range(depth):
+        net = nn.Sequential(net)
+    return net
+
+
+@pytest.mark.parametrize(
+    ("last", "more"),
+    [
+        pytest.param(last, more, id=name)
+        for name, (last, more) in {
+            "a weight used twice": (lambda net, h: F.linear(h, net.b.weight.t()), {}),
+            "a name that is taken": (
+                lambda net, h: net.b_weight(F.linear(h, net.b.weight.t())),
+                {"b_weight": nn.Linear(6, 2)},
+            ),
+            "called, and what is in it": (
+                lambda net, h: (
+                    net.attention(*[h[:, None]] * 3)[0] + net.attention.out_proj(h)[:, None]
+                ),
+                {"attention": nn.MultiheadAttention(3, 1, batch_first=True)},
+            ),
+            "deep": (lambda net, h: net.deep(h), {"deep": nested(60)}),
+            "recurrent": (
+                lambda net, h: net.cell(h[:, None])[0][:, 0],
+                {"cell": nn.GRU(3, 4, 2, bias=False, batch_first=True)},
+            ),
+            "long": (lambda net, h: getattr(net, "q" * 500)(h), {"q" * 500: nn.Linear(3, 3)}),
+            "numbers": (
+                lambda net, h: {"a b": h, 1: (h, float("-inf")), 1.5: [h[..., 0:2:1]]},
+                {},
+            ),
+            "dtypes": (lambda net, h: (h.to(torch.float64), h.to(h.device), torch.Size([1])), {}),
+            "devices": (lambda net, h: h.to(torch.device("cpu")).mT.mT, {}),
+            "memory": (
+                lambda net, h: h[..., None, None].contiguous(memory_format=torch.channels_last),
+                {},
+            ),
+        }.items()
+    ],
+)
+def test_paths_and_values_of_every_kind(
+    last: Callable[[Any, Tensor], Any], more: dict[str, nn.Module], tmp_path: Path
+) -> None:
+    """Found by this test: a weight that two layers use was saved, and refused when loaded."""
+    ann, x = Around(last, **more).eval(), images(4, 6, 1).flatten(1)
+    snn = snnkernels.convert(ann, x, T=64, progress=False)
+    again = snnkernels.load_pretrained(snn.save_pretrained(tmp_path / "net"))
+    with torch.no_grad():
+        assert repr(again(x)) == repr(snn(x))
+        for got, want in zip(
+            *(torch.utils._pytree.tree_leaves(y) for y in (snn(x), ann(x))), strict=True
+        ):
+            if isinstance(want, Tensor):
+                assert (got - want).abs().max() < 0.1
+    shared = [len({id(p) for p in network.parameters()}) for network in (snn, again)]
+    assert shared[0] == shared[1]
+    once_more = again.save_pretrained(tmp_path / "again")
+    assert files.digest(once_more / "graph.json") == files.digest(tmp_path / "net/graph.json")
+
+
+@pytest.mark.parametrize("kind", ["module", "buffer"])
+@pytest.mark.parametrize("name", ["graph", "code", "meta", "recompile", "_graph"])
+def test_names_that_torch_fx_has_too(name: str, kind: str, tmp_path: Path) -> None:
+    """Found by this test: torch.fx looks for them first, and convert gave its errors."""
+    value = nn.Linear(3, 3) if kind == "module" else nn.Buffer(torch.arange(3.0))
+    taken = {f"{name}_": nn.Linear(3, 3)}
+
+    def last(net: Any, h: Tensor) -> Any:
+        held = getattr(net, name)
+        return getattr(net, f"{name}_")(held(h) if kind == "module" else held + h)
+
+    ann, x = Around(last, **{name: value}, **taken).eval(), torch.randn(4, 6)
+    snn = snnkernels.convert(ann, x, T=64, progress=False)
+    with torch.no_grad():
+        assert (snn(x) - ann(x)).abs().max() < 0.1
+    assert getattr(ann, name) is value
+    same(snn, snnkernels.load_pretrained(snn.save_pretrained(tmp_path)), x)
+
+
+def tuples(value: Any, depth: int) -> Any:
+    for _ in range(depth):
+        value = (value,)
+    return value
+
+
+@pytest.mark.parametrize(
+    ("last", "words"),
+    [
+        (lambda net, h: {None: h}, r"output .* a dict with the key None; keys can be"),
+        (lambda net, h: {("a", 1): h}, r"a dict with the key \('a', 1\)"),
+        (lambda net, h: {"it's": h}, r"the string \"it's\", which is not plain text"),
+        (lambda net, h: (h, 2**63), "the int 9223372036854775808, which does not fit 64 bits"),
+        (lambda net, h: (h, 1j), r"a builtins\.complex"),
+        (lambda net, h: (h, torch.float8_e5m2), r"a torch\.dtype"),
+        (lambda net, h: tuples(h, 51), "values nested more than 50 deep"),
+        (lambda net, h: h * h.nbytes, r"getattr\('nbytes',\) is not one of H, T, data"),
+        (lambda net, h: torch.linalg.norm(h), r"linalg_norm.* not in the list of those"),
+        (
+            lambda net, h: h + 0 * h.data_ptr(),
+            "the method 'data_ptr' is not in",
+        ),
+        (
+            lambda net, h: torch.sparse.mm(net.sparse, h.t()),
+            "tensor of torch.float32, torch.sparse_coo on cpu; dense",
+        ),
+        (
+            lambda net, h: getattr(net, "q" * 2500)(h),
+            r"q \(call_module .* too long, or its modules",
+        ),
+    ],
+)
+def test_values_and_names_that_cannot_be_saved(
+    last: Callable[[Any, Tensor], Any], words: str, tmp_path: Path
+) -> None:
+    """They are refused when saved, not when loaded."""
+    more = {"q" * 2500: nn.Linear(3, 3), "sparse": nn.Buffer(torch.eye(3).to_sparse())}
+    x = torch.randn(3, 6)
+    snn = snnkernels.convert(Around(last, **more).eval(), x, T=4, progress=False)
+    with pytest.raises(ConversionError, match=f"(?s){words}"):
+        snn.save_pretrained(tmp_path / "net")
+    assert not (tmp_path / "net").exists()
+
+
 # ---- what cannot be saved ------------------------------------------------------------------------
 
 
@@ -310,6 +455,11 @@ class Pair(NamedTuple):
 class OwnConv(nn.Conv2d):
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Any) -> Tensor:
         return super()._conv_forward(x, weight / weight.norm(), bias)
+
+
+class OwnNorm(nn.BatchNorm2d):
+    def _check_input_dim(self, input: Tensor) -> None:
+        """Takes whatever comes."""
 
 
 class PlainConv(nn.Conv2d):
@@ -331,7 +481,10 @@ class WithPair(nn.Module):
     ("net", "words"),
     [
         (WithPair(), r"Pair.*your own code.*return tuples"),
-        (nn.Sequential(OwnConv(3, 3, 1), network()), r"0 .*own _conv_forward"),
+        (
+            nn.Sequential(OwnNorm(3, track_running_stats=False), network()),
+            r"0 .*own _check_input_dim: its code",
+        ),
         (nn.Sequential(network(), nn.TransformerEncoderLayer(5, 1, 8)), "1 .*not in the list"),
     ],
 )
@@ -347,6 +500,15 @@ def test_plain_subclasses_and_parametrizations_are_layers(tmp_path: Path) -> Non
     nn.utils.parametrizations.weight_norm(conv)
     net = nn.Sequential(conv, nn.ReLU(), PlainConv(3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(72, 3))
     snn = snnkernels.convert(net.eval(), X, T=2, progress=False)
+    same(snn, snnkernels.load_pretrained(snn.save_pretrained(tmp_path)), X)
+
+
+def test_what_a_convolution_calls_is_part_of_the_graph(tmp_path: Path) -> None:
+    """A method of a subclass that its torch forward calls: of operations of torch."""
+    net = nn.Sequential(OwnConv(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU(), network()).eval()
+    snn = snnkernels.convert(net, X, T=256, progress=False)
+    with torch.no_grad():
+        assert (snn(X) - net(X)).abs().max() < 0.05 * net(X).abs().max()
     same(snn, snnkernels.load_pretrained(snn.save_pretrained(tmp_path)), X)
 
 
@@ -523,6 +685,35 @@ def put(*path: Any) -> Callable[[dict[str, Any]], None]:
     return change
 
 
+def layer(graph: dict[str, Any], kind: str) -> dict[str, Any]:
+    """The first module of that kind."""
+    return next(m for m in graph["modules"] if m["kind"] == kind)
+
+
+def add(kind: str, **more: Any) -> Callable[[dict[str, Any]], None]:
+    """One module more; args that are not named are 0."""
+
+    def change(graph: dict[str, Any]) -> None:
+        fields = tables.LAYERS[kind][1] if kind in tables.LAYERS else ()
+        given = {**dict.fromkeys(fields, 0), **more.pop("args", {})}
+        graph["modules"].append({"name": "x", "kind": kind, "args": given, **more})
+
+    return change
+
+
+def insert(op: str, target: Any, *args: Any, **kwargs: Any) -> Callable[[dict[str, Any]], None]:
+    """One node more in the suffix, behind its input; "x" in args is that input."""
+
+    def change(graph: dict[str, Any]) -> None:
+        nodes = graph["suffix"]["nodes"]
+        given = [{"node": nodes[0]["name"]} if a == "x" else a for a in args]
+        node = {"name": "new", "op": op, "target": target, "args": given, "kwargs": kwargs}
+        nodes.insert(1, node)
+
+    return change
+
+
+NODE, SUFFIX = r"args\.node", r"suffix\.nodes\[1\]"
 EVIL = "__import__('os').system('touch pwned')"
 FUNCTION = {"name": "evil", "op": "call_function", "args": [], "kwargs": {}}
 GRAPHS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
@@ -698,6 +889,159 @@ GRAPHS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "no output": (lambda g: g["suffix"]["nodes"].pop(), "the last node"),
     "part": (put("body", []), r"body: got '\[\]'"),
     "version": (put("format_version", 2), r"format_version: got '2'"),
+    # Values of arguments.
+    **{
+        f"value {value!r:.40}": (
+            insert("call_function", "torch.abs", "x", value),
+            rf"{SUFFIX}\.args: got .*{words}",
+        )
+        for value, words in (
+            (2**63, r"9223372036854775808 does not fit 64 bits"),
+            ({"node": "x", "tensor": "y"}, "is no value of a graph"),
+            ({"tensor": "0.weight"}, "is no value of a graph"),
+            ({"float": "1"}, "is no value of a graph"),
+            ({"ellipsis": 1}, "is no value of a graph"),
+            ({"slice": [1, 2]}, "is no value of a graph"),
+            ({"tuple": 3}, "is no value of a graph"),
+            ({"dict": [[1, 2], [3]]}, "is no value of a graph"),
+            ({"dict": [[None, 2]]}, "is no value of a graph"),
+            ({"dtype": "float8_e5m2"}, "is no value of a graph"),
+            ({"memory_format": "mine"}, "is no value of a graph"),
+            ({"device": "cpu; ls"}, "is no value of a graph"),
+            ("a\nb", "not plain text"),
+        )
+    },
+    "a keyword of Python": (
+        insert("call_function", "torch.abs", "x", **{"class": 1}),
+        "suffix: got .*allowed: a graph that torch.fx accepts",
+    ),
+    "tensors": (put("tensors", []), r"tensors: got '\[\]'; allowed: an object"),
+    "tensor": (
+        lambda g: g["tensors"].update({next(iter(g["tensors"])): 3}),
+        r"tensors\..*: got '3'; allowed: an object",
+    ),
+    "format": (
+        put("format", "snnkernels"),
+        "format: got 'snnkernels'; allowed: 'snnkernels-graph'",
+    ),
+    "outputs of the body": (
+        lambda g: g["body"]["nodes"][-1].update(args=[{"tuple": []}]),
+        r"body has 0 outputs; allowed: 1",
+    ),
+    "spread": (put("spread", [[0, 0]]), r"spread: got '\[0, 0\]'; allowed: pairs of"),
+    # Nodes.
+    "fields of a node": (lambda g: g["suffix"]["nodes"][1].pop("args"), rf"{SUFFIX}: got"),
+    "nodes": (put("suffix", "nodes", {}), r"suffix\.nodes: got '\{\}'; allowed: a list"),
+    "no nodes": (put("suffix", "nodes", []), r"suffix\.nodes: got 'the last node'"),
+    "modules of a part": (put("suffix", "modules", []), r"suffix\.modules: got '\[\]'"),
+    "behind the output": (
+        lambda g: g["suffix"]["nodes"].append({**FUNCTION, "target": "torch.abs"}),
+        "got 'evil'; allowed: nothing behind the output",
+    ),
+    "args no list": (lambda g: g["suffix"]["nodes"][1].update(args=3), "args must be a list"),
+    "kwargs no object": (lambda g: g["suffix"]["nodes"][1].update(kwargs=[]), "kwargs an object"),
+    "the name self": (lambda g: g["suffix"]["nodes"][1].update(name="self"), r"name: got 'self'"),
+    "a word of Python": (
+        lambda g: g["suffix"]["nodes"][1].update(name="class"),
+        r"name: got 'class'; allowed: a name that torch\.fx accepts",
+    ),
+    "output with a name": (
+        lambda g: g["suffix"]["nodes"][-1].update(target="x"),
+        r"target: got 'x'; allowed: output, and one argument",
+    ),
+    "method of no node": (insert("call_method", "abs", 3), "a method is called on a node"),
+    "no module there": (insert("call_module", "nowhere", "x"), "a path under modules"),
+    "no constant there": (insert("get_attr", "nowhere"), "a path under attributes"),
+    "no function": (insert("call_function", ["torch.abs"]), rf"{SUFFIX}\.target: got"),
+    "attribute": (insert("call_function", "builtins.getattr", "x", "grad_fn"), "grad_fn.*not one"),
+    "attribute of a number": (insert("call_function", "builtins.getattr", 3, "T"), "of a node"),
+    "attribute of nothing": (insert("call_function", "builtins.getattr"), "attribute of a tensor"),
+    "attribute by keyword": (
+        insert("call_function", "builtins.getattr", "x", "T", default=1),
+        "getattr is of a node",
+    ),
+    **{
+        f"path {path}": (
+            lambda g, path=path: g["body"]["modules"].update({path: 0}),
+            rf"body\.modules: got '{path}'; allowed: no name of an attribute of modules",
+        )
+        for path in ("forward", "graph", "training", "_modules", "x.train", "__class__")
+    },
+    # Modules.
+    "modules": (put("modules", {}), r"modules: got '\{\}'; allowed: a list"),
+    "module": (put("modules", 1, 3), r"modules\[1\]: got '3'; allowed: an object"),
+    "args of a module": (put("modules", 1, "args", 3), r"modules\[1\]\.args: got '3'"),
+    "tensors of a module": (
+        lambda g: layer(g, "torch.nn.Linear").update(tensors=[]),
+        r"tensors: got '\[\]'; allowed: an object",
+    ),
+    "tensors that are missing": (
+        lambda g: layer(g, "torch.nn.Linear")["tensors"].pop("bias"),
+        r"tensors: got \"\['weight'\]\"; allowed: \['bias', 'weight'\]",
+    ),
+    "another layer's tensor": (
+        lambda g: layer(g, "torch.nn.Linear")["tensors"].update(
+            weight=layer(g, "torch.nn.Linear")["tensors"]["bias"]
+        ),
+        r"tensors\.weight: got '\(10,\)'; allowed: \(10, 6\)",
+    ),
+    "buffer as a weight": (
+        lambda g: g["tensors"][layer(g, "torch.nn.Linear")["tensors"]["bias"]].update(
+            role="buffer"
+        ),
+        "bias is a parameter, not a buffer",
+    ),
+    "pool of a pool": (
+        add("CumulativeMaxPool", pool={"kind": "CumulativeMaxPool"}),
+        r"pool: got .*allowed: a max-pool of torch\.nn",
+    ),
+    "pool": (add("CumulativeMaxPool", pool=3), r"pool: got '3'; allowed: a max-pool"),
+    "counted layer": (
+        lambda g: g["modules"].append(
+            {
+                **{"name": "x", "kind": "CountSpikes"},
+                "layer": g["modules"].index(layer(g, "torch.nn.Linear")),
+            }
+        ),
+        r"layer: got '\d+'; allowed: the number of a spiking layer",
+    ),
+    "scale and shift": (
+        lambda g: g["modules"].append(
+            {
+                **{"name": "x", "kind": "ChannelAffine"},
+                "tensors": {
+                    "scale": layer(g, "torch.nn.Linear")["tensors"]["bias"],
+                    "shift": layer(g, "torch.nn.Conv2d")["tensors"]["bias"],
+                },
+            }
+        ),
+        r"tensors: got '\(10,\)'; allowed: scale and shift of one size",
+    ),
+    # Constructors of torch raise more than errors of values.
+    "heads": (
+        add("torch.nn.MultiheadAttention", args={"embed_dim": 4, "num_heads": 3}),
+        r"\(torch\.nn\.MultiheadAttention\): got 'embed_dim must be divisible by num_heads'",
+    ),
+    "ceiling": (add("torch.nn.Hardtanh"), r"Hardtanh\): got 'max_val .* must be greater"),
+    "groups": (add("torch.nn.GroupNorm"), r"GroupNorm\): got 'integer modulo by zero'"),
+    # Neurons.
+    "no neuron": (lambda g: neuron(g).update(node={"kind": "Other"}), f"{NODE}: got .*an IFNode"),
+    "signed": (lambda g: neuron(g)["node"].update(signed=3), rf"{NODE}\.signed: got '3'"),
+    "signed, less": (
+        lambda g: neuron(g)["node"].update(signed={}),
+        r"signed: got 'no high, low, margin'",
+    ),
+    "probe": (lambda g: neuron(g)["node"].update(probe=[]), rf"{NODE}\.probe: got"),
+    "floor of a threshold that is not learned": (
+        lambda g: neuron(g)["node"].update(floor={"tensor": next(iter(g["tensors"]))}),
+        rf"{NODE}\.floor: got .*null where the threshold is not learned",
+    ),
+    "start": (lambda g: neuron(g)["node"].update(v_init=[1]), r"\(SpikingActivation\): got"),
+    "reset": (
+        lambda g: neuron(g)["node"].update(v_reset={"evil": 1}),
+        rf"{NODE}\.v_reset: got .*allowed: a plain value",
+    ),
+    "channel_dim": (lambda g: neuron(g).update(channel_dim=1.0), r"channel_dim: got '1\.0'"),
     "deep": (
         lambda g: nodes(g, "call_module").update(args=json.loads("[" * 80 + "]" * 80)),
         "nested more than 50 deep",
@@ -718,6 +1062,28 @@ CONFIGS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "of_suffix": (put("of_suffix", [0]), "suffix takes 1 inputs; allowed: 2"),
     "parameters": (put("inputs", "parameters", [["x; y", "KEYWORD_ONLY"]]), "parameters: got"),
     "names": (put("inputs", "names", ["z"]), "names: got"),
+    "metadata": (put("metadata", []), r"metadata: got '\[\]'; allowed: an object"),
+    "fixed": (put("inputs", "fixed", {"x": {"float": "1"}}), "fixed: got .*plain values: x: "),
+    "order of parameters": (
+        put("inputs", "parameters", [["x", "KEYWORD_ONLY"], ["y", "POSITIONAL_ONLY"]]),
+        r"parameters: got .*allowed: a signature \(wrong parameter order",
+    ),
+    "several inputs": (
+        lambda c: c["inputs"].update(
+            parameters=[["x", "KEYWORD_ONLY"], ["y", "KEYWORD_ONLY"]], names=["x", "y"]
+        ),
+        "packed: got 'False'; allowed: true for several inputs",
+    ),
+    "packed": (put("inputs", "packed", 1), "packed: got '1'; allowed: true or false"),
+    "names no list": (put("inputs", "names", "x"), "names: got 'x'; allowed: a list"),
+    "names no strings": (
+        put("inputs", "names", [1]),
+        r"names: got '\[1\]'; allowed: a list of str",
+    ),
+    "silent channels": (
+        put("report", "silent_channels", {"2": ["x"]}),
+        r"silent_channels: got .*lists of channels by layer \(2\)",
+    ),
     "report": (put("report", "rows", [{"name": 1}]), r"rows\[0\]: name: got '1'"),
     "rate": (put("report", "rows", 0, "rate", "x"), r"rate: got 'x'"),
     "files": (put("files", {}), r"files: graph\.json: got"),
@@ -732,6 +1098,136 @@ def test_hostile_graphs(folder: Path, case: str, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(ValueError, match=f"(?s)graph.json.*{words}"):
         snnkernels.load_pretrained(folder)
     assert not (folder / "pwned").exists()
+
+
+def test_numbers_beyond_those_of_json(folder: Path) -> None:
+    """Python reads 1e999 as infinity."""
+    path = folder / "graph.json"
+    rewrite(folder, lambda g: g["suffix"]["nodes"][1]["args"].append("HUGE"), "graph.json")
+    path.write_text(path.read_text().replace('"HUGE"', "1e999"))
+    rewrite(folder)
+    with pytest.raises(ValueError, match=r"args: got 'inf must be written as an object'"):
+        snnkernels.load_pretrained(folder)
+
+
+def test_private_fields_of_inputs(tmp_path: Path) -> None:
+    """Of an input any public field may be read, as it may be a dataclass."""
+    rows = [(torch.randn(5, 6), torch.randn(5, 3))]
+    given = {"inputs": lambda i: {"x": i[0], "größe": i[1]}, "threshold": "max"}
+    snn = snnkernels.convert(Several(), rows, T=4, **given)
+    folder = snn.save_pretrained(tmp_path)
+
+    def change(graph: dict[str, Any]) -> None:
+        nodes = graph["prefix"]["nodes"]
+        (given,) = [n for n in nodes if n["target"] == "snnkernels.network_input"][:1]
+        args = [{"node": given["name"]}, "__class__"]
+        node = {"name": "new", "op": "call_function", "target": "builtins.getattr", "kwargs": {}}
+        nodes.insert(nodes.index(given) + 1, {**node, "args": args})
+
+    rewrite(folder, change, "graph.json")
+    with pytest.raises(ValueError, match=r"getattr\('__class__',\) reads a private attribute"):
+        snnkernels.load_pretrained(folder)
+
+
+OWN_FIELDS = {
+    "ttfs": ("round", 1, "round: got '1'; allowed: true or false"),
+    "multi_threshold": ("thresholds", 17, "thresholds: got '17'; allowed: 1 to 16"),
+    "dsr": ("how", [], r"how: got '\[\]'; allowed: an object"),
+}
+
+
+@pytest.mark.parametrize("method", OWN_FIELDS)
+def test_fields_of_one_kind_of_layer(method: str, tmp_path: Path) -> None:
+    field, value, words = OWN_FIELDS[method]
+    ann = network(activation_for(method))
+    folder = snnkernels.convert(ann, X, method=method, T=4, progress=False).save_pretrained(
+        tmp_path
+    )
+    rewrite(
+        folder,
+        lambda g: next(m for m in g["modules"] if field in m.get("args", {}))["args"].update(
+            {field: value}
+        ),
+        "graph.json",
+    )
+    with pytest.raises(ValueError, match=rf"args\.{words}"):
+        snnkernels.load_pretrained(folder)
+
+
+def test_whole_numbers_do_not_learn(tmp_path: Path) -> None:
+    x, picks = images(4, 6, 1).flatten(1), nn.Buffer(torch.tensor([2, 0]))
+    net = Around(lambda net, h: h.index_select(1, net.picks), picks=picks).eval()
+    snn = snnkernels.convert(net, x, T=4, progress=False)
+    folder = snn.save_pretrained(tmp_path)
+    same(snn, snnkernels.load_pretrained(folder), x)
+    rewrite(folder, lambda g: g["tensors"]["suffix.picks"].update(role="parameter"), "graph.json")
+    with pytest.raises(ValueError, match=r"picks\.role: got 'parameter'; allowed: buffer or froz"):
+        snnkernels.load_pretrained(folder)
+
+
+def test_masks_and_tensors_that_are_arguments(tmp_path: Path) -> None:
+    class Shifted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.first, self.last = nn.Linear(6, 6), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor, shift: Tensor = torch.arange(6.0)) -> Tensor:  # noqa: B008
+            return self.last(F.relu(self.first(x) + shift))
+
+    x = images(4, 6, 1).flatten(1)
+    snn = snnkernels.convert(Shifted().eval(), x, T=4, progress=False)
+    with torch.no_grad():
+        plain = snn(x)
+    ((_, layer),) = snn.neurons()
+    layer.node.mask = torch.tensor([True, True, False, True, False, True])
+    again = snnkernels.load_pretrained(snn.save_pretrained(tmp_path))
+    same(snn, again, x)
+    with torch.no_grad():
+        assert not torch.equal(again(x), plain)
+    ((_, loaded),) = again.neurons()
+    assert torch.equal(loaded.node.mask, layer.node.mask)
+
+
+def test_neurons_that_leak(tmp_path: Path) -> None:
+    x, net = images(4, 6, 1).flatten(1), Around(lambda net, h: h).eval()
+    snn = snnkernels.convert(net, x, T=8, progress=False)
+    for beta, (_, layer) in zip((0.75, torch.linspace(0.5, 0.9, 3)), snn.neurons(), strict=True):
+        layer.node = snnkernels.LIFNode(beta=beta, v_threshold=0.5, v_reset=None, step_mode="m",
+                                        channel_dim=1)  # fmt: skip
+    again = snnkernels.load_pretrained(snn.save_pretrained(tmp_path))
+    same(snn, again, x)
+    betas = [layer.node.beta for _, layer in again.neurons()]
+    assert betas[0] == 0.75
+    assert torch.equal(betas[1], torch.linspace(0.5, 0.9, 3))
+
+
+def test_what_was_put_into_a_converted_network(
+    snn: snnkernels.ConvertedNetwork, tmp_path: Path
+) -> None:
+    linear = next(m for m in snn.modules() if isinstance(m, nn.Linear))
+    linear.weight = nn.Parameter(torch.ones(1))
+    with pytest.raises(ConversionError, match=r"its weight is not a tensor of shape \(10, 6\)"):
+        snn.save_pretrained(tmp_path / "net")
+
+    class Own(snnkernels.IFNode):
+        pass
+
+    _, layer = next(snn.neurons())
+    layer.node = Own()
+    with pytest.raises(ConversionError, match=r"its neurons are .*Own, not IFNode or LIFNode"):
+        snn.save_pretrained(tmp_path / "net")
+    assert not (tmp_path / "net").exists()
+
+
+def test_files_that_are_too_large_and_digests_of_python_3_10(
+    snn: snnkernels.ConvertedNetwork, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(hashlib, "file_digest", raising=False)
+    same(snn, snnkernels.load_pretrained(folder), X)
+    monkeypatch.setattr(files, "_MOST_JSON", 10)
+    with pytest.raises(ValueError, match=r"config\.json: \d+ bytes; at most 10 are read"):
+        snnkernels.load_pretrained(folder)
 
 
 @pytest.mark.parametrize("case", CONFIGS)
@@ -827,6 +1323,9 @@ def test_push_and_load_through_a_hub_of_our_own(
     assert 'load_pretrained("me/net")' in (store / "me/net/README.md").read_text()
     same(snn, snnkernels.load_pretrained("me/net", revision="main"), X)
     assert calls[-1][2]["revision"] == "main"
+    (store / "me/empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"repository me/empty holds no config\.json"):
+        snnkernels.load_pretrained("me/empty")
     assert calls[-1][2]["allow_patterns"] == ["config.json", "graph.json", "model.safetensors"]
     with pytest.raises(ValueError, match="repo_id='a/b/c' must be"):
         snn.push_to_hub("a/b/c")

@@ -132,11 +132,21 @@ def test_surrogates_on_a_dense_grid(method: str, alpha: float) -> None:
     torch.testing.assert_close(ours.derivative(u.detach()), want, rtol=1e-6, atol=1e-9)
 
 
+def with_its_own(name: str, value: Any) -> Any:
+    module = iaf.IAF(parameters())
+    module.__dict__[name] = value
+    return module
+
+
 REFUSED: tuple[tuple[Any, str], ...] = (
     (lambda: iaf.IAF(parameters(method="circ")), "'circ'"),
     (lambda: iaf.IAF(parameters(v_reset=torch.tensor([0.0, 0.1]))), "one finite number"),
     (lambda: iaf.IAF(parameters(v_th=torch.tensor(0.0))), "not positive"),
+    (lambda: iaf.IAF(parameters(v_th="1")), "v_th='1' is not a tensor or a number"),
     (lambda: lif.LIF(), "no kernel"),
+    (lambda: lif.LIFRecurrent(3, 3), "recurrent"),
+    (lambda: with_its_own("forward", lambda x: x), "has a forward of its own"),
+    (lambda: with_its_own("activation", torch.relu), "is not iaf_feed_forward_step"),
     (lambda: type("Mine", (iaf.IAF,), {})(parameters()), "derives"),
 )
 
@@ -157,6 +167,51 @@ def test_half_currents_run_their_code() -> None:
     want, kept = module(x)
     assert torch.equal(out, want)
     assert torch.equal(state.v, kept.v)
+
+
+def test_what_only_a_call_can_tell_runs_their_code() -> None:
+    module = iaf.IAF(parameters())
+    x = currents(4, 3)
+    for state, words in (
+        (functional.IAFFeedForwardState(v=torch.zeros(3, dtype=torch.float64)), "torch.float64"),
+        (functional.IAFFeedForwardState(v=torch.zeros(2, 3)), r"the membrane is .* \(2, 3\)"),
+    ):
+        ours = patched(module)
+        with pytest.warns(RuntimeWarning, match=words):
+            out, kept = ours(x, state)
+        want, first = module(x, state)
+        assert torch.equal(out, want)
+        assert torch.equal(kept.v, first.v)
+    ours = patched(module)
+    for node in (module, ours):
+        node.p = parameters(v_th=torch.tensor([1.0, -1.0, 0.5]))
+    with pytest.warns(RuntimeWarning, match="not positive"):
+        assert torch.equal(ours(x)[0], module(x)[0])
+
+
+def test_calls_without_steps_fail_as_theirs() -> None:
+    module = iaf.IAF(parameters())
+    ours, errors = patched(module), []
+    for node in (module, ours):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            try:
+                errors.append(node(torch.zeros(0, 3))[0].shape)
+            except (RuntimeError, IndexError) as error:
+                errors.append(type(error))
+    assert errors[0] == errors[1]
+
+
+def test_sparse_steps_are_theirs() -> None:
+    cell = iaf.IAFCell(parameters())
+    ours = patched(cell)
+    x = currents(4, 3).to_sparse()
+    state = functional.IAFFeedForwardState(v=torch.zeros(4, 3))
+    with pytest.warns(RuntimeWarning, match="no plain tensor"):
+        out, kept = ours(x, state)
+    want, first = cell(x, state)
+    assert torch.equal(out.to_dense(), want.to_dense())
+    assert torch.equal(torch.as_tensor(kept.v).to_dense(), torch.as_tensor(first.v).to_dense())
 
 
 def test_copies_pickles_and_unpatch() -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import snnkernels
 from snnkernels import surrogate, surrogate_foreign
 from snnkernels.interop import sinabs_run
+from snnkernels.interop.sinabs import ADAPTER
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -124,6 +125,84 @@ def test_what_only_a_call_can_tell_runs_their_code() -> None:
     assert got.shape == (1, 3, 2)
 
 
+CHANGED: dict[str, tuple[str, Any, str]] = {
+    "several least values": ("min_v_mem", torch.tensor([-0.1, -0.2, -9.0]), "min_v_mem is not one"),
+    "no least value": ("min_v_mem", float("-inf"), "min_v_mem is not one finite number"),
+    "threshold": ("spike_threshold", nn.Parameter(torch.tensor(-1.0), False), "not positive"),
+    "spikes": ("spike_fn", activation.MaxSpike(0), "max_num_spikes_per_bin=0"),
+    "reset": ("reset_fn", activation.MembraneReset(0.5), "did not fire"),
+    "surrogate": ("surrogate_grad_fn", activation.Heaviside(), "Heaviside"),
+}
+
+
+@pytest.mark.parametrize("case", CHANGED)
+def test_what_is_changed_later_runs_their_code(case: str) -> None:
+    """Found by this test: of several values of min_v_mem none was used."""
+    name, value, words = CHANGED[case]
+    layer, ours = both()
+    x = currents(2, 9, 3).requires_grad_(case == "surrogate")
+    for node in (layer, ours):
+        setattr(node, name, value)
+    with pytest.warns(RuntimeWarning, match=words):
+        got = ours(x)
+    assert torch.equal(layer(x).nan_to_num(), got.nan_to_num())
+    assert torch.equal(layer.v_mem.nan_to_num(), ours.v_mem.nan_to_num())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.int32], ids=str)
+def test_leaky_neurons_of_other_currents_run_their_code(dtype: torch.dtype) -> None:
+    layer, ours = both("LIF", tau_mem=10.0)
+    x = (currents(2, 9, 3) * 8).to(dtype)
+    words = "rounds to torch.float16" if dtype == torch.float16 else "currents are torch.int32"
+    with pytest.warns(RuntimeWarning, match=words):
+        got = ours(x)
+    assert torch.equal(layer(x), got)
+    assert torch.equal(layer.v_mem, ours.v_mem)
+
+
+def test_one_row_of_steps_and_no_samples() -> None:
+    for x in (currents(4, 9), currents(0, 9, 3)):
+        layer, ours = both()
+        assert torch.equal(layer(x), ours(x))
+    layer, ours = both()
+    for x in (currents(5), currents(2, 0, 3)):  # no dimension of time, no steps
+        for node in (layer, ours):
+            with pytest.raises((ValueError, RuntimeError)):
+                node(x)
+
+
+def test_membranes_of_another_dtype_run_their_code() -> None:
+    layer, ours = both()
+    x = currents(2, 9, 3)
+    for node in (layer, ours):
+        node(x)
+        node.v_mem = node.v_mem.double()
+    with pytest.warns(RuntimeWarning, match=r"the membrane is torch\.float64 \(2, 3\)"):
+        got = ours(x)
+    assert torch.equal(layer(x), got)
+
+
+def test_the_forward_pass_of_their_tests() -> None:
+    """A run of their tests has our forward pass in their classes, which stay what they are."""
+    x, layers = currents(2, 9, 3), (theirs.IAF(), theirs.LIF(tau_mem=9.0), theirs.ALIF(5.0, 5.0))
+    want = [layer(x) for layer in layers]
+    seen: list[Any] = []
+    original, plain = sinabs_run.forward, theirs.LIF.forward
+
+    def forward(*given: Any) -> Any:
+        seen.append(given)
+        return original(*given)
+
+    with ADAPTER.in_tests(), pytest.MonkeyPatch.context() as m:
+        m.setattr(sinabs_run, "forward", forward)
+        for layer, spikes in zip(layers, want, strict=True):
+            layer.reset_states()
+            assert torch.equal(layer(x), spikes)
+    assert len(seen) == 2
+    assert theirs.LIF.forward is plain
+    assert [type(layer) for layer in layers] == [theirs.IAF, theirs.LIF, theirs.ALIF]
+
+
 def test_states_are_theirs() -> None:
     layer, ours = both(record_states=True)
     x = currents(4, 11, 3)
@@ -167,9 +246,27 @@ def test_copies_pickles_and_unpatch() -> None:
     assert type(net[0]) is theirs.IAF
 
 
+def with_a_learned_least_value() -> Any:
+    layer = theirs.IAF(min_v_mem=-1.0)
+    layer.min_v_mem = nn.Parameter(torch.tensor(-1.0))
+    return layer
+
+
+def with_its_own_forward() -> Any:
+    layer = theirs.IAF()
+    layer.__dict__["forward"] = lambda x: x
+    return layer
+
+
 REFUSED: tuple[tuple[Any, str], ...] = (
     (lambda: theirs.IAF(min_v_mem=torch.tensor([0.0, -1.0])), "min_v_mem is not one"),
     (lambda: theirs.IAF(tau_syn=5.0), "synaptic current"),
+    (lambda: theirs.IAF(min_v_mem=float("inf")), "min_v_mem is not one finite"),
+    (lambda: with_a_learned_least_value(), "min_v_mem is learned"),
+    (lambda: theirs.IAF(spike_fn=activation.MaxSpike(0)), "max_num_spikes_per_bin=0"),
+    (lambda: theirs.IAF(spike_fn=activation.Heaviside()), "spike_fn Heaviside is not one of"),
+    (lambda: theirs.IAF(reset_fn=nn.Identity()), "reset_fn Identity is not"),
+    (lambda: with_its_own_forward(), "has a forward of its own"),
     (lambda: theirs.IAF(spike_fn=None), "membranes, not spikes"),
     (lambda: theirs.IAF(reset_fn=activation.MembraneReset(0.5)), "did not fire"),
     (lambda: theirs.IAF(reset_fn=activation.MembraneSubtract(0.5)), "subtract_value"),

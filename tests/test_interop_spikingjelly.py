@@ -303,6 +303,79 @@ def test_odd_calls_are_theirs() -> None:
         assert_same_bits(b.v, a.v)
 
 
+def _all_steps(node: Any, x: Tensor) -> Any:
+    return node.multi_step_functional_forward((x,), (torch.zeros_like(x[0]),))
+
+
+def _one_step(node: Any, x: Tensor) -> Any:
+    return node.single_step_functional_forward((x[0],), (torch.zeros_like(x[0]),))
+
+
+def _one_number(node: Any, x: Tensor) -> Any:
+    return node.single_step_functional_forward((x[0, 0, 0],), (torch.zeros(()),))
+
+
+def _by_steps(node: Any, x: Tensor) -> Any:
+    return [node(step) for step in x], node.v_seq
+
+
+def _all(node: Any, x: Tensor) -> Any:
+    return node(x), node.v_seq
+
+
+THEIRS: dict[str, tuple[Any, dict[str, Any], Any, torch.dtype]] = {
+    **{
+        f"{kind} {how.__name__} {dtype}": (kind, {}, how, dtype)
+        for kind in ("if", "half", "lif", "aware")
+        for how in (_all, _all_steps, _one_step)
+        for dtype in (torch.float32, torch.float16)
+    },
+    "a number": ("if", {}, _one_number, torch.float32),
+    "a leaky number": ("lif", {}, _one_number, torch.float32),
+    "stored": ("if", {"store_v_seq": True}, _all, torch.float32),
+    "stored step by step": (
+        "half", {"store_v_seq": True, "step_mode": "s"}, _by_steps, torch.float32,
+    ),
+    "stored in halves": ("aware", {"store_v_seq": True}, _all, torch.float16),
+    "changed surrogate": ("aware", {"surrogate_function": "S2NN"}, _all, torch.float32),
+    "changed threshold": ("if", {"v_threshold": -1.0}, _all, torch.float32),
+    "changed leak": ("lif", {"decay_input": True}, _all, torch.float32),
+    "membrane of another shape": ("half", {"v": torch.ones(2, 2)}, _all, torch.float32),
+    "membrane that is a number": ("lif", {"v": 0.25}, _all, torch.float32),
+}  # fmt: skip
+
+
+@only_2
+@pytest.mark.parametrize("case", THEIRS)
+def test_every_way_to_call_gives_their_numbers(case: str) -> None:
+    kind, changes, how, dtype = THEIRS[case]
+    torch.manual_seed(0)
+    make = {
+        "if": lambda: neuron.IFNode(step_mode="m"),
+        "half": lambda: neuron.HalfThresholdIFNode(step_mode="m"),
+        "lif": lambda: neuron.LIFNode(decay_input=False, step_mode="m"),
+        "aware": lambda: neuron.ActivationAwareIFNode(
+            torch.rand(5) + 0.5, torch.rand(5) / 8, step_mode="m"
+        ),
+    }[kind]
+    a, b = twins(make())
+    for name, value in changes.items():
+        for node in (a, b):
+            setattr(node, name, getattr(surrogate, value)() if value == "S2NN" else value)
+    x = currents(4, 3, 5).to(dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        want, got = how(a, x), how(b, x)
+    leaves = [torch.utils._pytree.tree_leaves((out, node.v)) for out, node in ((want, a), (got, b))]
+    assert len(leaves[0]) == len(leaves[1]) > 0
+    for p, q in zip(*leaves, strict=True):
+        assert type(p) is type(q)
+        if isinstance(p, Tensor):
+            assert_same_bits(q, p)
+        else:
+            assert p == q
+
+
 @only_2
 def test_transforms_of_torch_func_are_theirs() -> None:
     a, b = twins(neuron.IFNode(step_mode="m"))

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from support import optional
 from torch import Tensor, nn
 
@@ -151,6 +152,125 @@ def test_sums_and_means_are_the_spikes_in_them(pool: nn.Module) -> None:
     many = ((a.double() + 2 * b.double()) * windows).sum((0, 2, 3, 4))
     assert found.per_sample.tolist() == (5 * many).tolist()
     assert [row.kind for row in found.layers] == ["analog", "analog", "spikes"]
+
+
+class Reached(nn.Module):
+    """Neurons, a function of their spikes ``[B, 4, 6, 6]``, and a layer behind it."""
+
+    def __init__(self, function: Any, **modules: nn.Module) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.function = nn.Conv2d(1, 4, 3, padding=1), function
+        self.scale = nn.Parameter(torch.rand(4, 1, 1) + 0.5)
+        self.square = nn.Parameter(torch.rand(6, 6) + 0.5)
+        self.kernel = nn.Parameter(torch.rand(3, 2, 3, 2) + 0.5)
+        self.last = nn.LazyLinear(5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.function(self, self.first(x).relu()).flatten(1)).relu()
+
+
+MOVED = {
+    "cat": lambda net, h: torch.cat([h, h.flip(2)], 1),
+    "split": lambda net, h: h.split(2, 1)[1] - h.chunk(2, 1)[0],
+    "unbind": lambda net, h: torch.stack([h.unbind(1)[0], h.select(1, 2)], 1),
+    "tensor_split": lambda net, h: torch.tensor_split(h, 2, 3)[1],
+    "repeat": lambda net, h: h.repeat(1, 2, 1, 1),
+    "repeat_interleave": lambda net, h: torch.repeat_interleave(h, 2, 2),
+    "movedim": lambda net, h: h.movedim(1, 3).swapaxes(1, 2),
+    "pad": lambda net, h: F.pad(h, (1, 2, 0, 1)),
+    "scaled": lambda net, h: -(h * net.scale) / 2.0,
+    "expand": lambda net, h: h[:, :, None].expand(-1, -1, 3, -1, -1),
+    "mean": lambda net, h: h.mean(1),
+    "mean by name": lambda net, h: torch.mean(input=h, dim=(2, 3), keepdim=True),
+    "sum": lambda net, h: h.sum((1, 3)),
+    "window": lambda net, h: F.avg_pool2d(h, 3, 2, 1),
+    "window by name": lambda net, h: F.avg_pool2d(h, kernel_size=(3, 2), ceil_mode=True),
+    "window 1d": lambda net, h: F.avg_pool1d(h.flatten(2), 4, stride=3),
+    "window 3d": lambda net, h: F.avg_pool3d(h[:, None], 2),
+    "adaptive": lambda net, h: F.adaptive_avg_pool2d(h, (4, None)),
+    "adaptive by name": lambda net, h: F.adaptive_avg_pool2d(h, output_size=5),
+    "adaptive 1d": lambda net, h: F.adaptive_avg_pool1d(h.flatten(2), 7),
+}
+
+
+@pytest.mark.parametrize("name", MOVED)
+def test_spikes_are_followed_to_where_they_arrive(name: str) -> None:
+    """The oracle: which outputs of the function a spike reaches, from its Jacobian."""
+    x, net = images(2, 1, 6, 6), Reached(MOVED[name])
+    net(x)
+    snn = convert(net.eval(), x, T=3, threshold="max", progress=False)
+    found = metrics.synaptic_operations(snn, x)
+    fired = (spikes_of(snn, x, 3, "relu") != 0).double()
+    one = torch.rand(1, 4, 6, 6)
+    jacobian = torch.autograd.functional.jacobian(lambda h: net.function(net, h), one)
+    reached = (jacobian != 0).reshape(-1, 4, 6, 6).double().sum(0)
+    assert found.layers[-1].kind == "spikes"
+    assert found.per_sample.tolist() == (5 * (fired * reached)).sum((0, 2, 3, 4)).tolist()
+    assert found.additions > 0
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda net, h: F.linear(h, net.square, net.square[0]),
+        lambda net, h: F.linear(input=h, weight=net.square),
+        lambda net, h: F.conv2d(h[:, :2], net.kernel, None, (2, 1), padding=1),
+        lambda net, h: F.conv2d(h[:, 1:3], bias=net.square[0, :3], weight=net.kernel, dilation=2),
+    ],
+)
+def test_functions_with_weights_are_layers(function: Any) -> None:
+    x, net = images(2, 1, 6, 6), Reached(lambda net, h: function(net, h).relu())
+    net(x)
+    snn = convert(net.eval(), x, T=3, threshold="max", progress=False)
+    found = metrics.synaptic_operations(snn, x)
+    fired = (spikes_of(snn, x, 3, "relu") != 0).double()
+    jacobian = torch.autograd.functional.jacobian(
+        lambda h: function(net, h), torch.rand(1, 4, 6, 6)
+    )
+    reached = (jacobian != 0).reshape(-1, 4, 6, 6).double().sum(0)
+    row = found.layers[1]
+    assert row.kind == "spikes"
+    assert row.connections == float(reached.sum())
+    assert row.additions == float((fired * reached).sum()) / 2
+    assert found.ann_macs == sum(layer.connections for layer in found.layers)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda net, h: F.pad(h, (1, 1), value=1.0),
+        lambda net, h: F.pad(h, (1, 1), "constant", 0.5),
+        lambda net, h: h + net.scale,
+        lambda net, h: F.interpolate(h, (3, 3), mode="bilinear"),
+        lambda net, h: h.cumsum(1),
+    ],
+)
+def test_what_is_not_made_of_spikes_alone(function: Any) -> None:
+    x, net = images(2, 1, 6, 6), Reached(function)
+    net(x)
+    snn = convert(net.eval(), x, T=3, threshold="max", progress=False)
+    found = metrics.synaptic_operations(snn, x)
+    fired = spikes_of(snn, x, 3, "relu")
+    arrives = [(function(net, step) != 0).sum().item() for step in fired]
+    row = found.layers[-1]
+    assert (row.kind, row.additions) == ("values", 0.0)
+    assert row.macs == sum(arrives) * 5 / 2
+
+
+def test_products_of_values_before_and_behind_the_neurons_are_named() -> None:
+    class Products(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.fc(torch.einsum("bi,bj->bj", x, x)).relu()
+            return torch.matmul(h, h.t())
+
+    x = images(3, 4)
+    found = metrics.synaptic_operations(convert(Products(), x, T=3, progress=False), x)
+    assert [note.split()[0] for note in found.notes] == ["einsum", "matmul"]
 
 
 def test_values_that_are_no_spikes_are_multiplied() -> None:

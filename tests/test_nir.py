@@ -159,6 +159,145 @@ def test_what_would_change_numbers_is_refused(
         snnkernels.to_nir(snn, X)
 
 
+class Parts(nn.Module):
+    """Something between two layers of neurons, and something behind the last."""
+
+    def __init__(self, inner: Any, outer: Any = nn.Identity()) -> None:  # noqa: B008
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.inner, self.outer = nn.Conv2d(3, 4, 3, padding=1), inner, outer
+        self.out = nn.LazyLinear(3)
+
+    def forward(self, x: Tensor) -> Any:
+        h = F.relu(self.inner(F.relu(self.conv(x))))
+        return self.outer(self.out(h.flatten(1)))
+
+
+def of_parts(*parts: Any, **options: Any) -> tuple[Any, Tensor]:
+    """Dyadic, so that folded thresholds (powers of two) are exact too."""
+    net, x = Parts(*parts), dyadic(3, 3, 8, 8, seed=5)
+    net(x)
+    given = {"threshold": 4.0, "T": T, "progress": False, **options}
+    return snnkernels.convert(make_dyadic(net.eval()), x, **given), x
+
+
+@pytest.mark.parametrize("fold", [True, False])
+@pytest.mark.parametrize(
+    "inner",
+    [
+        lambda h: h.clone().add_(h),
+        lambda h: -(2 * h - torch.div(h, 4)),
+        lambda h: h.view(h.shape[0], 4, 8, 8).contiguous(),
+        lambda h: torch.reshape(h, (-1, 256)),
+        lambda h: F.avg_pool2d(input=h, kernel_size=2),
+        lambda h: F.adaptive_avg_pool2d(output_size=(4, None), input=h),
+        lambda h: F.adaptive_avg_pool2d(h, 8) + h,
+        nn.Conv2d(4, 4, 3, padding="same"),
+        nn.Conv2d(4, 8, (3, 5), groups=2, dilation=(2, 1), padding="valid"),
+        nn.BatchNorm2d(4),
+        nn.Sequential(nn.Flatten(), nn.BatchNorm1d(256, affine=False)),
+        nn.AdaptiveAvgPool2d(4),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_operations_one_by_one(inner: Any, fold: bool, dtype: torch.dtype, tmp_path: Path) -> None:
+    """Found by this test: graphs of float64 networks with batch norms were half in float32."""
+    snn, x = of_parts(inner, fold=False)
+    snn, x = snn.to(dtype), x.to(dtype)
+    nir.write(tmp_path / "net.nir", to_nir(snn, x, fold_thresholds=fold))
+    again = snnkernels.from_nir(tmp_path / "net.nir")
+    same_spikes(snn, again, x)
+    with torch.no_grad():
+        assert again(x).dtype == dtype
+
+
+def test_thresholds_of_float64_are_written_as_they_are() -> None:
+    torch.manual_seed(0)
+    net, x = Parts(lambda h: h * 0.1 - h / 3), torch.randn(3, 3, 8, 8, dtype=torch.float64)
+    net(x.float())
+    snn = snnkernels.convert(net.double().eval(), x, T=32, progress=False)
+    graph = to_nir(snn, x, fold_thresholds=False)
+    same_spikes(snn, snnkernels.from_nir(graph), x)
+    scales = [node.scale for node in graph.nodes.values() if isinstance(node, nir.Scale)]
+    assert scales
+    assert all(scale.dtype == np.float64 for scale in scales)
+
+
+@pytest.mark.parametrize("fold", [True, False])
+def test_thresholds_behind_a_flatten(fold: bool) -> None:
+    theta = {"relu": torch.tensor([4.0, 2.0, 1.0, 8.0]), "relu_1": 2.0 ** (torch.arange(256) % 4)}
+    snn, x = of_parts(nn.Flatten(), threshold=theta)
+    same_spikes(snn, snnkernels.from_nir(to_nir(snn, x, fold_thresholds=fold)), x)
+
+
+@pytest.mark.parametrize("fold", [True, False])
+def test_convolutions_of_signals(fold: bool) -> None:
+    net = nn.Sequential(nn.Conv1d(3, 4, 3, 2, 1), nn.BatchNorm1d(4), nn.ReLU(), nn.Conv1d(4, 6, 3))
+    net.extend([nn.ReLU(), nn.Flatten(), nn.Linear(36, 3)])
+    x = dyadic(3, 3, 16)
+    snn = snnkernels.convert(make_dyadic(net.eval()), threshold=2.0, T=T, fold=False)
+    same_spikes(snn, snnkernels.from_nir(to_nir(snn, x, fold_thresholds=fold)), x)
+
+
+@pytest.mark.parametrize("fold", [True, False])
+@pytest.mark.parametrize(
+    ("inner", "bias"),
+    [
+        (nn.Conv2d(4, 4, 1), torch.tensor([0.5, -1.0, 0.25, 2.0])),
+        (nn.Conv2d(4, 4, 1, bias=False), torch.tensor([0.5, -1.0, 0.25, 2.0])),
+        (lambda h: h + h, None),
+    ],
+)
+def test_a_bias_of_neurons_goes_into_the_layer_before(inner: Any, bias: Any, fold: bool) -> None:
+    theta = {"relu": torch.tensor(4.0), "relu_1": torch.tensor([4.0, 2.0, 1.0, 8.0])}
+    snn, x = of_parts(inner, threshold=theta)
+    layer = list(snn.neurons())[1][1]
+    layer.node.bias = bias if bias is not None else 0.5
+    if bias is None:
+        with pytest.raises(ConversionError, match="a bias, and no layer before them could take it"):
+            snnkernels.to_nir(snn, x, fold_thresholds=fold)
+    else:
+        same_spikes(snn, snnkernels.from_nir(to_nir(snn, x, fold_thresholds=fold)), x)
+
+
+def two(h: Tensor) -> tuple[Tensor, Tensor]:
+    return h, h
+
+
+@pytest.mark.parametrize(
+    ("parts", "words"),
+    [
+        ([lambda h: h + 0.5], "add cannot be written as NIR: add has no node in NIR"),
+        ([lambda h: h + h.mean((2, 3), keepdim=True)], "add of a constant or of two shapes"),
+        ([lambda h: h.flatten(2)], "flatten has no node in NIR"),
+        ([lambda h: F.adaptive_avg_pool2d(h, 3)], r"pooling \(4, 8, 8\) to \(4, 3, 3\) takes"),
+        (
+            [lambda h: F.max_pool2d(h, 2)],
+            "max_pool2d cannot be written as NIR: NIR has no max-pool",
+        ),
+        ([nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect")], "padding_mode='reflect' is not"),
+        ([nn.Linear(8, 4)], r"NIR's Affine takes a vector, not \(4, 8, 8\)"),
+        ([nn.ConvTranspose2d(4, 4, 2)], "inner cannot be written as NIR: ConvTranspose2d has no"),
+        ([nn.Flatten(1, 2)], "inner cannot be written as NIR: Flatten has no node"),
+        ([nn.Identity(), lambda y: y / 0], "truediv by 0 gives no numbers"),
+        ([nn.Identity(), lambda y: y * float("inf")], "mul by inf gives no numbers"),
+        ([nn.Identity(), two], "the network has several outputs"),
+        ([nn.Identity(), lambda y: y + torch.ones(3)], "cannot be written as NIR"),
+        ([nn.Identity(), lambda y: y * y], "mul has no node in NIR"),
+        (
+            [nn.Identity(), nn.BatchNorm1d(3, affine=False, track_running_stats=False)],
+            "BatchNorm1d without running statistics uses those of the batch",
+        ),
+    ],
+)
+def test_operations_that_nir_has_not(parts: list[Any], words: str) -> None:
+    net, x = Parts(*parts), dyadic(3, 3, 8, 8, seed=5)
+    net(x)
+    snn = snnkernels.convert(net.eval(), threshold=4.0, T=2)
+    with pytest.raises(ConversionError, match=words):
+        snnkernels.to_nir(snn, x)
+
+
 def test_any_threshold_folds_to_one() -> None:
     snn = snnkernels.convert(network(), X, T=T, progress=False)
     graph = to_nir(snn, X)
@@ -237,6 +376,48 @@ def test_over_time_is_the_neurons_step_by_step() -> None:
     srp = snnkernels.convert(net, x_seq[0], method="srp", T=T)
     with pytest.raises(ConversionError, match="each step as it comes"):
         srp.over_time(x_seq)
+
+
+class Skips(nn.Module):
+    """What is constant in time meets spikes, and shapes of either are read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv1d(2, 4, 1), nn.Conv1d(4, 4, 1)
+        self.c, self.out = nn.Conv1d(2, 4, 1), nn.Linear(24, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu(self.a(x))
+        h = F.relu(self.b(h) + self.c(x)) / (x.numel() // x.size(0) // 3)
+        return self.out(F.relu(h.view(x.size(0), -1) - 0.25))
+
+
+@torch.no_grad()
+def test_over_time_of_constant_parts_and_shapes() -> None:
+    net, x_seq = make_dyadic(Skips()), dyadic(T, 5, 2, 6)
+    snn = snnkernels.convert(net, threshold=2.0, T=T)
+    x = x_seq[0]
+    assert torch.equal(snn.over_time(x.expand(T, *x.shape)).mean(0), snn(x))
+    shapes = [(5, 4, 6), (5, 4, 6), (5, 24)]
+    v, answers = [torch.full(shape, 1.0) for shape in shapes], []
+
+    def fire(layer: int, current: Tensor) -> Tensor:
+        v[layer] = v[layer] + current
+        fired = 2.0 * (v[layer] >= 2)
+        v[layer] = v[layer] - fired
+        return fired
+
+    for x in x_seq:
+        h = fire(0, net.a(x))
+        h = fire(1, net.b(h) + net.c(x)) / 4
+        answers.append(net.out(fire(2, h.flatten(1) - 0.25)))
+    assert torch.equal(snn.over_time(x_seq), torch.stack(answers))
+
+
+def test_over_time_has_one_answer() -> None:
+    snn, x = of_parts(nn.Identity(), two)
+    with pytest.raises(ConversionError, match="over_time: the network has several outputs"):
+        snn.over_time(x[None])
 
 
 # ---- graphs of others ----------------------------------------------------------------------------

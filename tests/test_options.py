@@ -718,3 +718,31 @@ def test_double_backward_of_a_leaky_neuron(backend: Backend) -> None:
     (g,) = torch.autograd.grad(run_.spikes.sum(), x, create_graph=True)
     second = torch.autograd.grad(g.square().sum(), (x, beta))
     assert all(torch.isfinite(t).all() and t.any() for t in second)
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "words"),
+    [
+        (Signed(low=1.0), TypeError, r"signed\.low=1\.0 must be an int"),  # type: ignore[arg-type]
+        (Signed(high=True), TypeError, r"signed\.high=True must be an int"),
+        (Signed(low=-(2**31)), ValueError, r"signed\.low=-2147483648 does not fit 32 bits"),
+        (Signed(high=2**31), ValueError, r"signed\.high=2147483648 does not fit 32 bits"),
+        (Signed(low=2, high=1), ValueError, r"signed\.high=1 is below signed\.low=2"),
+        (Signed(margin="1"), TypeError, r"signed\.margin='1' must be a number"),  # type: ignore[arg-type]
+        (Signed(margin=float("nan")), ValueError, r"signed\.margin=nan must be at least 0 and fin"),
+        (Probe(1, "look"), ValueError, r"probe\.kind='look' is unknown; allowed are 'mask' and"),
+        (Probe(1.0), TypeError, r"probe\.steps=1\.0 must be an int"),  # type: ignore[arg-type]
+        (Probe(0), ValueError, r"probe\.steps=0 must be at least 1"),
+        (Probe(1, "shift", iterations=True), TypeError, r"probe\.iterations=True must be an int"),
+        (Probe(1, iterations=2), ValueError, r"probe\.iterations=2 is for kind='shift'"),
+        (Probe(1, margin=True), TypeError, r"probe\.margin=True must be a number"),
+        (Probe(1, margin=-1.0), ValueError, r"probe\.margin=-1\.0 must be at least 0"),
+    ],
+)
+def test_fields_of_options(given: Any, error: type[Exception], words: str) -> None:
+    for call in (
+        given.check,
+        lambda: if_run(torch.ones(4, 3), **{type(given).__name__.lower(): given}),
+    ):
+        with pytest.raises(error, match=words):
+            call()

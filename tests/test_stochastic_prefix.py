@@ -84,6 +84,27 @@ def test_weights_are_drawn_for_each_example_and_held_in_time() -> None:
     assert (count != want).double().mean() < 1e-3  # ties in float32
 
 
+def test_shapes_of_the_input_behind_the_first_neurons() -> None:
+    """Found by this test: the number of its elements was taken T times too often."""
+
+    class Shapes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.first, self.out = nn.Conv1d(2, 4, 1), nn.Linear(24, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = torch.relu(self.first(x)) / (x.numel() // x.size(0) // 3)
+            return self.out(torch.relu(h.view(x.size(0), -1) - 0.05))
+
+    x = torch.randn(5, 2, 6, generator=seeded())
+    snn = convert(Shapes(), x, T=8)
+    with torch.no_grad():
+        for per in ("example", "step"):
+            got = stochastic_prefix(snn, std=0.0, per=per)(x)
+            torch.testing.assert_close(got.logits, snn(x), rtol=0, atol=1e-5)
+
+
 def test_weights_of_a_step_make_the_current_uneven() -> None:
     x = images(2)
     snn = convert(small(), images(4), T=8)

@@ -115,8 +115,7 @@ class Certificate:
 
 class _Body(IntervalInterpreter):
     def __init__(self, body: fx.GraphModule, T: int, dtype: torch.dtype) -> None:
-        super().__init__(body, T, eps_of(dtype))
-        self.dtype = dtype
+        super().__init__(body, T, dtype)
         self.layers: dict[str, LayerCounts] = {}
 
     def own_module(self, n: fx.Node, module: nn.Module, args: tuple[Any, ...]) -> Any:
@@ -263,7 +262,7 @@ def certify(snn: ConvertedNetwork, x: Any, T: int | None = None) -> Certificate:
         # Rounded as the network rounds them, which keeps their order.
         ends = [layer.rate(count, T, dtype) for count in (counts.low, counts.high)]
         rates.append(Bounds.between(*ends))
-    suffix = IntervalInterpreter(snn.suffix, 1, eps_of(dtype))
+    suffix = IntervalInterpreter(snn.suffix, 1, dtype)
     answer = suffix.run(*(statics[i] for i in snn._of_suffix), *rates)
     if not isinstance(answer, Bounds) or answer.low.dim() < 2:
         raise ConversionError(

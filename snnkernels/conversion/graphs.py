@@ -12,7 +12,9 @@ __all__ = [
     "add_module",
     "copy_graph",
     "first_input",
+    "free_names",
     "is_given",
+    "is_steps",
     "module_of",
     "name_of",
     "place_module",
@@ -33,6 +35,13 @@ def first_input(node: fx.Node) -> Any:
 def is_given(node: fx.Node) -> bool:
     """Whether ``node`` is an input or a constant of the network."""
     return node.op in ("placeholder", "get_attr") or node.target is network_input
+
+
+def is_steps(value: object) -> bool:
+    """Whether ``value`` is T, the last input of the graph of a body."""
+    if not isinstance(value, fx.Node) or value.op != "placeholder":
+        return False
+    return value is [n for n in value.graph.nodes if n.op == "placeholder"][-1]
 
 
 def name_of(node: fx.Node) -> str:
@@ -61,6 +70,27 @@ def copy_graph(graph: fx.Graph) -> fx.Graph:
     new = fx.Graph()
     new.output(new.graph_copy(graph, {}))
     return new
+
+
+def free_names(net: nn.Module, graph: fx.Graph) -> None:
+    """Move what is called ``graph``, ``code``, ... to ``graph_``: a GraphModule has its own.
+
+    ``net`` is the copy that belongs to ``graph``.
+    """
+    own = {*dir(fx.GraphModule({}, fx.Graph()))} - {*dir(nn.Module())}
+    nodes = [node for node in graph.nodes if node.op in ("call_module", "get_attr")]
+    for name in sorted(own & {str(node.target).partition(".")[0] for node in nodes}):
+        new = f"{name}_"
+        while hasattr(net, new):
+            new += "_"
+        stores: list[Any] = [net._modules, net._parameters, net._buffers, vars(net)]
+        for held in stores:
+            if name in held:
+                held[new] = held.pop(name)
+        for node in nodes:
+            first, *rest = str(node.target).split(".")
+            if first == name:
+                node.target = ".".join([new, *rest])
 
 
 def place_module(net: nn.Module, graph: fx.Graph, node: fx.Node, module: nn.Module) -> str:

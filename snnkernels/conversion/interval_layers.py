@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -12,7 +13,16 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from .fold import with_weights
 from .intervals import Bounds, affine
 
-__all__ = ["eps_of", "growing", "per_channel", "signs", "softmax", "weighted", "window_sum"]
+__all__ = [
+    "eps_of",
+    "growing",
+    "nearest",
+    "per_channel",
+    "signs",
+    "softmax",
+    "weighted",
+    "window_sum",
+]
 
 
 def eps_of(dtype: torch.dtype) -> float:
@@ -105,3 +115,17 @@ def growing(x: Bounds, function: Callable[[Tensor], Tensor], eps: float) -> Boun
     """A function of values in [-1, 1] that never falls."""
     room = 8 * eps
     return Bounds.between(function(x.low) - room, function(x.high) + room)
+
+
+def nearest(x: Bounds, function: Callable[[Tensor], Tensor], dtype: torch.dtype) -> Bounds:
+    """Interpolation that picks elements: those of ``[B, C, *]`` it picks in a network of ``dtype``.
+
+    Positions are computed in float32 or float64, as the values are, and do not always round to the
+    same element.
+    """
+    places = x.low.shape[2:]
+    kind = torch.float64 if dtype == torch.float64 else torch.float32
+    numbers = torch.arange(math.prod(places), device=x.low.device, dtype=kind)
+    picked = function(numbers.view(1, 1, *places))
+    index = picked.flatten().long()
+    return x.map(lambda part: part.flatten(2)[..., index].unflatten(2, picked.shape[2:]))

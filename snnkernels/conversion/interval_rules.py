@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,7 +14,16 @@ from torch.nn.modules.conv import _ConvNd
 from .errors import ConversionError
 from .fold import ChannelAffine
 from .graphs import module_of, name_of
-from .interval_layers import growing, per_channel, signs, softmax, weighted, window_sum
+from .interval_layers import (
+    eps_of,
+    growing,
+    nearest,
+    per_channel,
+    signs,
+    softmax,
+    weighted,
+    window_sum,
+)
 from .intervals import Bounds, added, affine, linear, step_pool
 from .ops import MAX_POOL_MODULES
 
@@ -24,8 +34,10 @@ MOVES = {
     *("flatten", "view", "reshape", "permute", "transpose", "swapaxes", "movedim", "unsqueeze"),
     *("squeeze", "getitem", "chunk", "split", "narrow", "select", "flip", "unflatten", "expand"),
     *("contiguous", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "unfold", "clone"),
-    *("zero_pad2d",),
+    *("zero_pad2d", "repeat", "repeat_interleave", "roll", "unbind", "tensor_split"),
+    "index_select",
 }
+MOVING_ATTRIBUTES = {"T", "mT", "H", "mH", "data", "real"}  # H and real: of real numbers
 MOVING_MODULES = (
     nn.Flatten,
     nn.Unflatten,
@@ -64,12 +76,13 @@ class IntervalInterpreter(fx.Interpreter):
     Args:
         module: the graph.
         T: number of steps.
-        eps: unit roundoff of the network.
+        dtype: of the network.
     """
 
-    def __init__(self, module: fx.GraphModule, T: int, eps: float) -> None:
+    def __init__(self, module: fx.GraphModule, T: int, dtype: torch.dtype) -> None:
         super().__init__(module)
-        self.T, self.eps = T, eps
+        self.extra_traceback = False  # an error names the node itself
+        self.T, self.dtype, self.eps = T, dtype, eps_of(dtype)
         self.last_linear: dict[fx.Node, tuple[nn.Linear, Bounds]] = {}
 
     def run_node(self, n: fx.Node) -> Any:
@@ -99,7 +112,13 @@ class IntervalInterpreter(fx.Interpreter):
         room = 0.0
         if isinstance(node, fx.Node) and node not in self.last_linear:
             name = str(getattr(node.target, "__name__", node.target))
-            if name == "log_softmax" or isinstance(module_of(self.module, node), nn.LogSoftmax):
+            module = module_of(self.module, node)
+            if isinstance(module, nn.LogSoftmax):
+                dim: Any = module.dim
+            else:
+                dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
+            known = name == "log_softmax" or isinstance(module, nn.LogSoftmax)
+            if known and dim in (1, -1):  # of [B, C]: each row minus its own number
                 node, room = node.all_input_nodes[0], 32 * self.eps
         found = self.last_linear.get(node) if isinstance(node, fx.Node) else None
         return None if found is None else (*found, room)
@@ -144,7 +163,10 @@ class IntervalInterpreter(fx.Interpreter):
         self, n: fx.Node, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """A function or method of which some argument changes."""
-        first = args[0] if args else next(iter(kwargs.values()))
+        # Without positions, what changes may be any of the keywords.
+        key = "" if args else next(k for k, v in kwargs.items() if _holds_bounds(v))
+        first = args[0] if args else kwargs[key]
+        rest = {k: v for k, v in kwargs.items() if k != key}
 
         def again(x: Tensor) -> Any:
             """The same call on one of the six tensors."""
@@ -152,7 +174,7 @@ class IntervalInterpreter(fx.Interpreter):
                 return getattr(x, name)(*args[1:], **kwargs)
             if args:
                 return n.target(x, *args[1:], **kwargs)  # type: ignore[operator]
-            return n.target(**{**kwargs, next(iter(kwargs)): x})  # type: ignore[operator]
+            return n.target(**rest, **{key: x})  # type: ignore[operator]
 
         if name in JOINS:
             return self._joined(n, args, kwargs)
@@ -160,13 +182,18 @@ class IntervalInterpreter(fx.Interpreter):
             return self._arithmetic(n, name, args, kwargs)
         if name == "true_divide":
             return self._arithmetic(n, "div", args, kwargs)
-        if name in ("matmul", "linear", "__matmul__") and not _holds_bounds((args[1:], kwargs)):
-            return self._product(n, name, first, args, kwargs)
+        if name in ("matmul", "linear", "__matmul__"):
+            return self._product(n, name, args, kwargs)
         if name == "getitem" and not isinstance(first, Bounds):
             return first[args[1]]
-        if not isinstance(first, Bounds) or _holds_bounds((args[1:], list(kwargs.values())[1:])):
-            return self.refuse(n, name, "takes several values that change")
-        if name in ("getattr", "size", "dim"):
+        if not isinstance(first, Bounds) or _holds_bounds((args[1:], rest)):
+            return self.refuse(n, name)
+        for given in (*args, *kwargs.values()):
+            if isinstance(given, torch.dtype) and not self._as_exact(given):
+                return self.refuse(n, name, f"computes in {given}, less exact than {self.dtype}")
+        if name == "getattr":
+            return self._attribute(n, first, args[1])
+        if name in ("size", "dim"):
             return again(first.low)
         if name == "neg":
             return first.negated()
@@ -212,6 +239,16 @@ class IntervalInterpreter(fx.Interpreter):
         ]
         return Bounds.of(parts, self.T)
 
+    def _as_exact(self, dtype: torch.dtype) -> bool:
+        return dtype.is_floating_point and eps_of(dtype) <= self.eps
+
+    def _attribute(self, n: fx.Node, x: Bounds, name: str) -> Any:
+        if name in MOVING_ATTRIBUTES:
+            return x.map(lambda part: getattr(part, name))
+        if name in ("shape", "ndim", "device"):
+            return getattr(x.low, name)
+        return self.dtype if name == "dtype" else self.refuse(n, f"getattr, {name!r}")
+
     def _changing(self, value: Any) -> Bounds:
         return value if isinstance(value, Bounds) else Bounds.held(torch.as_tensor(value), self.T)
 
@@ -232,18 +269,18 @@ class IntervalInterpreter(fx.Interpreter):
             return self.refuse(n, name, "of two values that change has no rule for intervals")
         factor = torch.as_tensor(b).double()
         factor = 1 / factor if name in ("div", "divide", "truediv") else factor
+        if not bool(factor.isfinite().all()):
+            return self.refuse(n, name, "with a factor that is not finite has no bounds")
         up, down = signs(factor)
         return affine(a, lambda part: part * up, lambda part: part * down, None, 2, self.eps)
 
-    def _product(
-        self, n: fx.Node, name: str, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        if not isinstance(x, Bounds):
+    def _product(self, n: fx.Node, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        names = ("input", "weight", "bias") if name == "linear" else ("input", "other")
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        x, weight, bias = given["input"], given[names[1]], given.get("bias")
+        if not isinstance(x, Bounds) or _holds_bounds((weight, bias)):
             return self.refuse(n, name, "with a value that changes on the right has no rule")
-        weight = args[1] if len(args) > 1 else kwargs["weight" if name == "linear" else "other"]
-        bias = None
         if name == "linear":
-            bias = args[2] if len(args) > 2 else kwargs.get("bias")
             weight = weight.t()
         if weight.dim() > 2:
             return self.refuse(n, name, "with a batch of matrices has no rule for intervals")
@@ -254,7 +291,7 @@ class IntervalInterpreter(fx.Interpreter):
         self, n: fx.Node, x: Bounds, mode: str, function: Callable[[Tensor], Tensor]
     ) -> Any:
         if mode in ("nearest", "nearest-exact"):
-            return x.map(function)
+            return nearest(x, function, self.dtype)
         if mode not in ("linear", "bilinear", "trilinear", "area"):
             return self.refuse(n, f"interpolate, mode={mode!r}")
         # Positions are rounded too: in terms of a step, by the index they multiply.
@@ -270,7 +307,7 @@ class IntervalInterpreter(fx.Interpreter):
 
 def _spatial(x: Bounds) -> int:
     """Positions of a channel: the most an average can take in."""
-    return max(1, x.low[0, 0].numel()) if x.low.dim() > 1 else 1
+    return max(1, math.prod(x.low.shape[2:]))
 
 
 def _holds_bounds(value: Any) -> bool:

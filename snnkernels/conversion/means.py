@@ -92,7 +92,15 @@ class FromMeans(_InTime):
 
     Step t emits ``t f_t - (t - 1) f_(t-1)``; ``[T * B, *]`` to the same shape, floating point, or a
     tuple of such.
+
+    Args:
+        clock: of the network.
+        name: of the operation, for errors.
     """
+
+    def __init__(self, clock: Clock | None = None, name: str = "an operation") -> None:
+        super().__init__(clock)
+        self.name = name
 
     def forward(self, value: Any, T: int) -> Any:
         """T more steps."""
@@ -101,7 +109,7 @@ class FromMeans(_InTime):
         if isinstance(value, Tensor):
             if not value.is_floating_point():
                 raise ConversionError(
-                    f"an operation on running means gives {value.dtype}, which has no mean in "
+                    f"{self.name} on running means gives {value.dtype}, which has no mean in "
                     "time: only operations on means may read it"
                 )
             return self._split(value, T)
@@ -110,7 +118,7 @@ class FromMeans(_InTime):
             return value
         # One state for each tensor of a tuple.
         if not hasattr(self, "parts"):
-            self.parts = nn.ModuleList(FromMeans(self.clock) for _ in parts)
+            self.parts = nn.ModuleList(FromMeans(self.clock, self.name) for _ in parts)
         layers = iter(self.parts)
         return each(value, lambda v: next(layers)(v, T))
 

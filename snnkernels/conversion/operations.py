@@ -47,9 +47,12 @@ _MOVES = {
     torch.flatten, torch.reshape, torch.permute, torch.transpose, torch.squeeze, torch.unsqueeze,
     torch.cat, torch.concat, torch.stack, torch.chunk, torch.split, torch.narrow, torch.flip,
     torch.roll, torch.clone, F.pad, F.pixel_shuffle, F.pixel_unshuffle, F.channel_shuffle,
-    operator.getitem,
+    torch.swapaxes, torch.movedim, torch.select, torch.unbind, torch.tensor_split,
+    torch.repeat_interleave, operator.getitem,
     "flatten", "reshape", "view", "permute", "transpose", "squeeze", "unsqueeze", "contiguous",
     "chunk", "split", "narrow", "flip", "roll", "clone", "expand", "unflatten", "detach",
+    "swapaxes", "movedim", "select", "unbind", "tensor_split",
+    "repeat_interleave", "repeat",
 }  # fmt: skip
 _MOVING = (nn.Flatten, nn.Unflatten, nn.Identity, nn.PixelShuffle, nn.PixelUnshuffle,
            nn.ChannelShuffle, nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d, nn.Dropout, nn.Dropout1d,
@@ -219,6 +222,8 @@ class CountingRun(fx.Interpreter):
 
     def _moved(self, n: fx.Node, module: nn.Module | None) -> Any:
         """The same move on spikes; None unless every tensor that it reads is made of them."""
+        if n.target is F.pad and n.kwargs.get("value", n.args[3] if n.args[3:] else None):
+            return None  # what it puts around them is none
         whole = True
 
         def spikes(node: fx.Node) -> Any:

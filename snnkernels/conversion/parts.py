@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from .graphs import add_module, first_input, module_of
+from .graphs import add_module, first_input, module_of, name_of
 from .kinds import Kind, is_activation
 from .means import FromMeans, RunningMean
 from .ops import MAX_POOL_MODULES
@@ -167,7 +167,7 @@ class _Body:
         """``node`` with a value for every step."""
         if self.kinds[node] is not Kind.STATIC:
             if node not in self.env:  # known by its running means
-                layer = FromMeans(self.clock)
+                layer = FromMeans(self.clock, name_of(node))
                 self.env[node] = self._helper(layer, "from_means", self.means[node])
             return self.env[node]
         if node not in self.repeated:

@@ -57,7 +57,7 @@ class Scale:
 
     def same(self, other: Scale, node: fx.Node) -> bool:
         """Equal factors along the same dimension of ``node``."""
-        if not torch.equal(self.value, other.value):
+        if not torch.equal(self.value, other.value) or self.tiled != other.tiled:
             return False
         return self.single or _dim(node, self.dim) == _dim(node, other.dim)
 
@@ -145,7 +145,10 @@ class _Folder:
         if name in SUMS or name in ("cat", "concat", "concatenate"):
             self.refuse_numbers(node)
             supplied = {n: self.supply(n, node) for n in tensors}
-            scales = [s for _, s in supplied.values()]
+            joined = node.args[0] if node.args else node.kwargs.get("tensors")
+            if name not in SUMS and isinstance(joined, (list, tuple)):
+                tensors = list(joined)  # as often as they occur
+            scales = [supplied[n][1] for n in tensors]
             replaced = {n: new for n, (new, _) in supplied.items()}
             if all(s.same(scales[0], node) and (name in SUMS or s.single) for s in scales):
                 return self.copy(node, replaced), scales[0]
@@ -162,9 +165,19 @@ class _Folder:
                     node,
                     "the channels of its parts are not known; pass loader= (one batch will do)",
                 )
-            whole = torch.cat([s.value.expand(c) for s, c in zip(scales, sizes, strict=True)])  # type: ignore
+            each = zip(scales, sizes, strict=True)
+            whole = torch.cat([self.spread(s, c, node) for s, c in each])  # type: ignore[arg-type]
             return self.copy(node, replaced), Scale(whole)
         raise self.fail(node, "it has no weights that could take a threshold")
+
+    def spread(self, scale: Scale, size: int, node: fx.Node) -> Tensor:
+        """One factor for each of ``size`` features, of which a channel may have several."""
+        if scale.single:
+            return scale.value.expand(size)
+        times, more = divmod(size, len(scale.value))
+        if more:
+            raise self.fail(node, "the channels of its input are rearranged before it")
+        return scale.value.repeat(times) if scale.tiled else scale.value.repeat_interleave(times)
 
     def after(self, node: fx.Node, operation: str, source: fx.Node, scale: Scale) -> Scale:
         """``scale`` of ``source`` as the scale of ``node``, an operation without weights on it."""
@@ -257,10 +270,9 @@ class _Folder:
         size = layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
         outputs = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
         if incoming.dim() == 1 and len(incoming) != size:
-            if not isinstance(layer, nn.Linear) or size % len(incoming):
+            if not isinstance(layer, nn.Linear):
                 raise self.fail(node, "the channels of its input are rearranged before it")
-            times = size // len(incoming)
-            incoming = incoming.repeat(times) if into.tiled else incoming.repeat_interleave(times)
+            incoming = self.spread(into, size, node)
         weight = scale_outputs(layer, old.cpu(), (1 / outgoing).expand(outputs))
         columns = incoming.expand(size)
         if isinstance(layer, nn.Linear):

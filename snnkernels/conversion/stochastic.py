@@ -12,7 +12,7 @@ from torch.func import functional_call, vmap
 from torch.nn.modules.conv import _ConvNd
 
 from .errors import ConversionError
-from .graphs import module_of
+from .graphs import is_steps, module_of
 from .inputs import as_given, tree_map
 from .network import ConvertedNetwork, _steps
 from .spiking import Repeat, SpikingActivation, TimeShape
@@ -125,9 +125,7 @@ class _Timed(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         # numel of a constant value times T: the value has T already.
-        if n.target is operator.mul and any(
-            isinstance(a, fx.Node) and a.op == "placeholder" and a.name == "T" for a in n.args
-        ):
+        if n.target is operator.mul and any(map(is_steps, n.args)):
             return self.env[n.args[0]]  # type: ignore[index]
         return super().run_node(n)
 

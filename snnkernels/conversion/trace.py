@@ -23,7 +23,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from ..distributed.dealing import SHARDED, sharded
 from ..neurons import IFNode
 from .errors import ConversionError
-from .graphs import first_input, module_of
+from .graphs import first_input, free_names, module_of
 from .inplace import is_meta, remove_inplace
 from .inputs import Inputs, Ports, network_input
 from .ops import TRAINED, activation_of
@@ -85,8 +85,10 @@ class _Tracer(fx.Tracer):
             return True
         if isinstance(m, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
             return False
+        # What a convolution's forward calls may be a subclass's own.
+        runs = (type(m).forward, getattr(m, "_conv_forward", nn.Module.__call__))
         # A torch.fx.GraphModule's forward belongs to no module.
-        return (type(m).forward.__module__ or "").startswith("torch.nn")
+        return all((function.__module__ or "").startswith("torch.nn") for function in runs)
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         """Asserts on shapes hold: the network ran on such inputs. Other conditions are errors."""
@@ -293,6 +295,7 @@ def trace(ann: nn.Module, first: Tensor | Inputs | None = None) -> Traced:
         node.type = None  # annotations may be strings, which torch.fx cannot pickle
     if ports.packed:
         _pack(graph)
+    free_names(net, graph)
     remove_inplace(net, graph)
     _drop_identities(net, graph)
     return Traced(net, graph, ports, hooked)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from ..conversion.graphs import is_steps
 from ..conversion.network import ConvertedNetwork
 from ..conversion.pools import CumulativeMaxPool
 from ..conversion.spiking import CountSpikes, Repeat, SpikingActivation
@@ -21,9 +22,6 @@ __all__ = ["mark", "read", "settings"]
 _ADD = (operator.add, operator.iadd, torch.add)
 _CAT = (torch.cat, torch.concat, torch.concatenate)
 _VIEWS = ("flatten", "view", "reshape", "squeeze", torch.flatten, torch.reshape, torch.squeeze)
-_SAME = ("contiguous", F.dropout, F.dropout2d)
-_SAME_MODULES = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
-
 
 # What a neuron's module holds as plain values: numbers and choices.
 _SETTINGS = (
@@ -135,7 +133,7 @@ class _Reader:
         return list(self.nodes.values())
 
     def _read(self, n: fx.Node) -> Node:
-        inputs = [i.name for i in n.all_input_nodes if i.name != "T"]
+        inputs = [i.name for i in n.all_input_nodes if not is_steps(i)]
         node = Node(n.name, "torch", inputs, self.sizes.get(n, ()), n)
         if n.op == "placeholder":
             node.op = "static"
@@ -163,8 +161,6 @@ class _Reader:
             node.op = "same"  # what is constant in time is the same with a step or without
         elif not node.inputs or not self._is_map(node.inputs[0]):
             return
-        elif isinstance(module, _SAME_MODULES):
-            node.op = "same"
         elif type(module) is nn.Conv2d:
             padding = _padding(module)
             if padding is not None:
@@ -204,7 +200,7 @@ class _Reader:
                 node.inputs = [part.name for part in parts]
         elif target in _VIEWS:
             self._view(node)
-        elif target in _SAME:
+        elif target == "contiguous":
             node.op = "same"
         elif target is F.adaptive_avg_pool2d:
             self._adaptive(node)

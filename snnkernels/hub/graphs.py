@@ -18,6 +18,8 @@ from .values import decode, encode, plain_name, plain_path
 
 __all__ = ["plain_paths", "read_graph", "read_modules", "write_graph"]
 
+# Attributes of a graph and of the modules in it; nothing else can have these names.
+_TAKEN = frozenset(dir(fx.GraphModule({}, fx.Graph()))), frozenset(dir(nn.Module()))
 _OPS = ("placeholder", "get_attr", "call_function", "call_method", "call_module", "output")
 
 
@@ -48,6 +50,7 @@ def write_graph(graph: fx.GraphModule, part: str, to: Writer) -> dict[str, Any]:
                 raise _refused(node, part, str(error)) from error
     for node in graph.graph.nodes:
         try:
+            _check_names(node, paths)
             if node.op == "get_attr":
                 value: Any = graph
                 for name in str(node.target).split("."):
@@ -63,8 +66,8 @@ def write_graph(graph: fx.GraphModule, part: str, to: Writer) -> dict[str, Any]:
                     "name": node.name,
                     "op": node.op,
                     "target": _target(node, paths),
-                    "args": [encode(a) for a in node.args if node.op != "placeholder"],
-                    "kwargs": {_keyword(k): encode(v) for k, v in node.kwargs.items()},
+                    "args": [encode(a, depth=1) for a in node.args if node.op != "placeholder"],
+                    "kwargs": {k: encode(v) for k, v in node.kwargs.items()},
                 }
             )
         except TypeError as error:
@@ -81,27 +84,29 @@ def _refused(node: fx.Node, part: str, why: str) -> ConversionError:
 
 
 def plain_paths(graph: fx.GraphModule) -> dict[str, str]:
-    """How paths of modules and constants are saved: exotic letters are spelled in plain ones."""
+    """How paths of modules and constants are saved: exotic letters are spelled in plain ones.
+
+    What lies inside a module that is called itself (a weight that two layers use) stands beside it.
+    """
+    found = [str(n.target) for n in graph.graph.nodes if n.op in ("call_module", "get_attr")]
+    wanted = {path: re.sub(r"[^A-Za-z0-9_.]", "_", path) for path in dict.fromkeys(found)}
+    tops = {path.partition(".")[0] for path in wanted.values() if "." in path}
     plain: dict[str, str] = {}
-    taken: set[str] = set()
-    for node in graph.graph.nodes:
-        path = str(node.target)
-        if node.op not in ("call_module", "get_attr") or path in plain:
-            continue
-        wanted = re.sub(r"[^A-Za-z0-9_.]", "_", path)
-        new, count = wanted, 1
-        while new in taken:
+    for path, new in wanted.items():
+        if any(path.startswith(f"{other}.") for other in wanted):
+            new = new.replace(".", "_")
+        first, count = new, 1
+        while new in plain.values() or new in tops:
             count += 1
-            new = f"{wanted}_{count}"
-        taken.add(new)
+            new = f"{first}_{count}"
         plain[path] = new
     return plain
 
 
-def _keyword(name: str) -> str:
-    if not plain_name(name):
-        raise TypeError(f"its keyword {name!r} is not plain text")
-    return name
+def _check_names(node: fx.Node, paths: dict[str, str]) -> None:
+    path = paths.get(str(node.target), "path") if node.op in ("call_module", "get_attr") else "path"
+    if not plain_name(node.name) or not plain_path(path):
+        raise TypeError("its name is too long, or its modules are nested too deep")
 
 
 def _target(node: fx.Node, paths: dict[str, str]) -> str:
@@ -177,6 +182,9 @@ def read_graph(given: Any, part: str, of: Reader, device: torch.device | None) -
         for path, value in entries.items():
             if not plain_path(path) or path in root:
                 raise of.fail(f"{part}.{field}", path, "paths of letters, digits, _ and .")
+            first, *others = path.split(".")
+            if first in _TAKEN[0] or not _TAKEN[1].isdisjoint(others):
+                raise of.fail(f"{part}.{field}", path, "no name of an attribute of modules")
             root[path] = of.tensor(value) if get is None else get(value, f"{part}.{field}.{path}")
     _refuse_nested(root, part, of)
     if not isinstance(given["nodes"], list):
@@ -217,7 +225,7 @@ def _read_node(
     if not isinstance(entry, dict) or set(entry) != keys:
         raise of.fail(field, entry, f"an object of {', '.join(sorted(keys))}")
     name, op, target = entry["name"], entry["op"], entry["target"]
-    if not plain_name(name) or name in made:
+    if not plain_name(name) or name in made or name == "self":
         raise of.fail(f"{field}.name", name, "a new name of letters, digits and _")
     if op not in _OPS:
         raise of.fail(f"{field}.op", op, ", ".join(_OPS))

@@ -16,7 +16,7 @@ from ..conversion.steps import Clock
 from .spiking import SPIKING, read_spiking, write_spiking
 from .store import Reader, Writer
 from .tables import LAYERS
-from .values import decode, encode
+from .values import FormatError, decode, encode
 
 __all__ = ["read_module", "write_module"]
 
@@ -125,9 +125,9 @@ def read_module(entry: Any, number: int, of: Reader, clock: Clock) -> nn.Module:
     kind = entry.get("kind")
     try:
         return _read(entry, kind, field, of, clock)
-    except (TypeError, ValueError, RuntimeError, KeyError, OverflowError) as error:
-        if isinstance(error, ValueError) and of.where in str(error):
-            raise
+    except FormatError:
+        raise
+    except Exception as error:  # what constructors of torch raise for anything: asserts, divisions
         raise of.fail(f"{field} ({kind})", error, "arguments that it takes") from error
 
 

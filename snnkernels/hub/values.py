@@ -13,8 +13,8 @@ from torch import fx
 __all__ = ["FormatError", "decode", "encode", "plain_name", "plain_path"]
 
 _TEXT = re.compile(r"[\w ,.:;+*/()<>=|&%@#!?~^\[\]-]{0,200}")
-_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,199}")
-_PATH = re.compile(r"[A-Za-z0-9_]{1,200}(\.[A-Za-z0-9_]{1,200}){0,50}")
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,3999}")
+_PATH = re.compile(r"[A-Za-z0-9_]{1,2000}(\.[A-Za-z0-9_]{1,2000}){0,400}")
 _DTYPES = {
     name: getattr(torch, name)
     for name in (
@@ -27,6 +27,7 @@ _FORMATS = {
     for name in ("channels_last", "channels_last_3d", "contiguous_format", "preserve_format")
 }
 _MOST = 2**63 - 1
+_DEEPEST = 50
 
 
 class FormatError(ValueError):
@@ -43,12 +44,18 @@ def plain_path(value: Any) -> bool:
     return isinstance(value, str) and _PATH.fullmatch(value) is not None
 
 
-def encode(value: Any, tensor: Callable[[torch.Tensor], str] | None = None) -> Any:
+def encode(value: Any, tensor: Callable[[torch.Tensor], str] | None = None, depth: int = 0) -> Any:
     """``value`` as JSON; ``tensor`` names a tensor in the file of weights.
 
     Raises:
         TypeError: it is not plain; says of what type.
     """
+    if depth > _DEEPEST:
+        raise TypeError(f"values nested more than {_DEEPEST} deep")
+
+    def deeper(v: Any) -> Any:
+        return encode(v, tensor, depth + 1)
+
     if value is None or isinstance(value, bool):
         return value
     if type(value) is int:
@@ -66,13 +73,16 @@ def encode(value: Any, tensor: Callable[[torch.Tensor], str] | None = None) -> A
     if isinstance(value, torch.Tensor) and tensor is not None:
         return {"tensor": tensor(value)}
     if isinstance(value, list):
-        return [encode(v, tensor) for v in value]
+        return [deeper(v) for v in value]
     if type(value) in (tuple, torch.Size):
-        return {"tuple": [encode(v, tensor) for v in value]}
+        return {"tuple": [deeper(v) for v in value]}
     if isinstance(value, dict):
-        return {"dict": [[encode(k), encode(v, tensor)] for k, v in value.items()]}
+        for key in value:
+            if not isinstance(key, (str, int, float)):
+                raise TypeError(f"a dict with the key {key!r}; keys can be strings and numbers")
+        return {"dict": [[encode(k), deeper(v)] for k, v in value.items()]}
     if isinstance(value, slice):
-        return {"slice": [encode(v, tensor) for v in (value.start, value.stop, value.step)]}
+        return {"slice": [deeper(v) for v in (value.start, value.stop, value.step)]}
     if value is Ellipsis:
         return {"ellipsis": True}
     for tag, known in (("dtype", _DTYPES), ("memory_format", _FORMATS)):
@@ -96,8 +106,8 @@ def decode(
 
     ``device``: where devices in the graph are moved to.
     """
-    if depth > 50:
-        raise fail("values are nested more than 50 deep")
+    if depth > _DEEPEST:
+        raise fail(f"values are nested more than {_DEEPEST} deep")
 
     def deeper(v: Any) -> Any:
         return decode(v, fail, node, tensor, device, depth + 1)

@@ -66,7 +66,7 @@ def to_nir(snn: ConvertedNetwork, example: Tensor, *, fold_thresholds: bool = Tr
     if not isinstance(example, Tensor):
         raise TypeError(f"example must be a tensor [B, *], got {type(example).__name__}")
     _refuse_methods(snn)
-    graph = Graph(nir, fold_thresholds, snn.T)
+    graph = Graph(nir, fold_thresholds, snn.T, example.dtype)
     with unwatched(snn):
         answer = _read(snn, example, graph)
     names = graph.emit(answer, None)
@@ -184,6 +184,8 @@ def _value(
         number: Any = -1.0 if name == "neg" else other if isinstance(x, Value) else x
         value = x if isinstance(x, Value) else other
         plain = isinstance(number, (int, float)) and isinstance(value, Value)
+        if (plain and not math.isfinite(number)) or ("div" in name and number == 0):
+            raise fail(node, f"{name} by {number} gives no numbers")
         if plain and (isinstance(x, Value) or name in ("mul", "imul")):
             _refuse_more(node, 2, ("input", "other"))
             return _times(value, 1 / number if "div" in name else float(number))
@@ -248,10 +250,13 @@ def _of_module(
             raise fail(node, f"NIR's Affine takes a vector, not {x.shape}")
         return _layer("Linear", module.weight, module.bias, x, shape, node, {})
     if isinstance(module, (ChannelAffine, _BatchNorm)):
+        if isinstance(module, _BatchNorm) and module.running_mean is None:
+            raise fail(node, f"{kind} without running statistics uses those of the batch")
         if isinstance(module, ChannelAffine):
             scale, shift = module.scale.detach(), module.shift.detach()
         else:
-            scale, shift = (t.detach().float() for t in _scale_and_shift(module))
+            dtype = torch.float64 if to.dtype == np.float64 else torch.float32
+            scale, shift = (t.detach().to(dtype) for t in _scale_and_shift(module))
         if len(shape) == 1:
             return _layer("Linear", torch.diag(scale), shift, x, shape, node, {})
         rank = len(shape) - 1

@@ -47,8 +47,9 @@ def fail(node: fx.Node, why: str) -> ConversionError:
 class Graph:
     """Nodes and edges; values are written when it is known in what units they are wanted."""
 
-    def __init__(self, nir: Any, fold: bool, T: int) -> None:
+    def __init__(self, nir: Any, fold: bool, T: int, dtype: torch.dtype) -> None:
         self.nir, self.fold, self.T = nir, fold, T
+        self.dtype: Any = np.float64 if dtype == torch.float64 else np.float32
         self.nodes: dict[str, Any] = {}
         self.edges: list[tuple[str, str]] = []
         self._made: dict[tuple[Value, str], list[str]] = {}
@@ -72,7 +73,7 @@ class Graph:
         return name
 
     def _scale(self, value: Any, shape: Any) -> Any:
-        full = np.broadcast_to(np.asarray(value, dtype=np.float32), tuple(map(int, shape)))
+        full = np.broadcast_to(np.asarray(value, dtype=self.dtype), tuple(map(int, shape)))
         return self.nir.Scale(scale=np.array(full))
 
     def emit(self, value: Value, scale: Tensor | None) -> list[str]:
@@ -90,7 +91,7 @@ class Graph:
             weight = _product(value.weight, scale)
             if weight is None or bool((weight == 1).all()):
                 return [value.name]
-            full = np.asarray(_spread(weight, value.shape).float())
+            full = np.array(_spread(weight, value.shape).cpu().numpy(), dtype=self.dtype)
             return [self.add(f"{value.name}_scale", self.nir.Scale(scale=full), [value.name])]
         if kind == "sum":
             return [name for part in value.inputs for name in self.emit(part, scale)]
@@ -100,7 +101,7 @@ class Graph:
             raise ConversionError("to_nir: a constant meets the values of a step; NIR has none")
         if kind == "flatten" and scale is not None and scale.dim():
             names = self.emit(value, None)
-            full = np.asarray(scale.float().numpy())
+            full = np.array(scale.cpu().numpy(), dtype=self.dtype)
             return [self.add("flatten_scale", self.nir.Scale(scale=full), names)]
         if kind in ("flatten", "AvgPool2d"):
             return [self._shaped(value, self.emit(value.inputs[0], scale))]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from ..conversion.errors import ConversionError
+from ..conversion.graphs import is_steps
 from ..conversion.network import ConvertedNetwork
 from ..conversion.spiking import (
     CountSpikes,
@@ -40,9 +41,7 @@ class _Steps(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         # The number of elements of a constant input times T: here the input has T already.
-        if n.target is operator.mul and any(
-            isinstance(a, fx.Node) and a.op == "placeholder" and a.name == "T" for a in n.args
-        ):
+        if n.target is operator.mul and any(map(is_steps, n.args)):
             return self.env[n.args[0]]  # type: ignore[index]
         return super().run_node(n)
 

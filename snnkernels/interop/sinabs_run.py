@@ -39,9 +39,11 @@ def _number(threshold: Any) -> float | None:
     return float(held[0]) if held.numel() and bool((held == held[0]).all()) else None
 
 
-def _finite(value: Any) -> bool:
-    number = _number(value)
-    return number is not None and math.isfinite(number)
+def _least(min_v_mem: Any) -> float | None:
+    number = None if min_v_mem is None else _number(min_v_mem)
+    if min_v_mem is not None and (number is None or not math.isfinite(number)):
+        raise Refused("min_v_mem is not one finite number")
+    return number
 
 
 def check(module: Any, look: bool = True) -> None:
@@ -79,8 +81,8 @@ def _check(
     if min_v_mem is not None:
         if isinstance(min_v_mem, Tensor) and min_v_mem.requires_grad:
             raise Refused("its min_v_mem is learned")
-        if look and not _finite(min_v_mem):
-            raise Refused("min_v_mem is not one finite number")
+        if look:
+            _least(min_v_mem)
     if threshold is None or spike_fn is None:
         raise Refused("it gives membranes, not spikes (no spike_fn)")
     if isinstance(threshold, Tensor):
@@ -90,6 +92,8 @@ def _check(
             )
         if (look or not threshold.is_cuda) and not positive(threshold):
             raise Refused("a threshold is not positive and finite")
+    elif not 0 < threshold < math.inf:
+        raise Refused("a threshold is not positive and finite")
     most_spikes(spike_fn)
     resets(reset_fn)
     if look:
@@ -199,6 +203,7 @@ def forward(
     leaves = (x, v) if alpha is None else (x, v, alpha)
     try:
         _check_call(x, v, shape, alpha is not None)
+        v_min = _least(min_v_mem)  # it may have been changed since it was looked at
         if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves):
             surrogate = surrogate_of(surrogate_grad_fn, threshold)
     except Refused as refused:
@@ -207,7 +212,6 @@ def forward(
     v_reset, most = resets(reset_fn), most_spikes(spike_fn)
     scale = None
     more = NO_OPTIONS
-    v_min = None if min_v_mem is None else _number(min_v_mem)
     if alpha is not None or most is not None or v_min is not None:
         more = Options(beta=alpha, max_spikes=most, v_min=v_min)
     if alpha is not None and norm_input:
