@@ -127,3 +127,54 @@ def test_what_else_has_the_modules_name_is_no_call_of_it() -> None:
     new = nn.Identity()
     assert graphs.place_module(net, net.graph, called, new) == "relu"
     assert net.relu is new
+
+
+class Taken(nn.Module):
+    """Names that torch.fx's modules have for themselves, and some that only look like them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.graph = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
+        self.graph_ = nn.Linear(3, 3)  # where graph would move to
+        self.graphic = nn.Linear(3, 3)
+        self.code = nn.Parameter(torch.rand(3))
+        self.register_buffer("recompile", torch.rand(3))
+        self.print_readable = torch.rand(3)
+        self.deep = nn.Sequential()
+        self.deep.graph = nn.Linear(3, 3)
+        self.to_folder = nn.Linear(3, 3)  # nothing calls it
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.deep.graph(self.graphic(self.graph_(self.graph(x))))
+        return (x * self.code + self.recompile) * self.print_readable
+
+
+def test_names_of_graph_modules_are_freed() -> None:
+    torch.manual_seed(0)
+    net, x = Taken(), torch.rand(2, 3)
+    want, graph = net(x), fx.Tracer().trace(net)
+    held = (net.graph, net.graph_, net.code, net.recompile, net.print_readable)
+    graphs.free_names(net, graph)
+    found = (net.graph__, net.graph_, net.code_, net.recompile_, net.print_readable_)
+    assert all(a is b for a, b in zip(held, found, strict=True))
+    assert not any(hasattr(net, name) for name in ("graph", "code", "recompile", "print_readable"))
+    assert isinstance(net.to_folder, nn.Linear)
+    targets = [str(n.target) for n in graph.nodes if n.op in ("call_module", "get_attr")]
+    assert targets == [
+        *("graph__.0", "graph__.1", "graph_", "graphic", "deep.graph"),
+        *("code_", "recompile_", "print_readable_"),
+    ]
+    assert torch.equal(fx.GraphModule(net, graph)(x), want)
+    before = str(graph)
+    graphs.free_names(net, graph)  # nothing is left to do
+    assert str(graph) == before
+
+
+def test_steps_are_the_last_input_whatever_it_is_called() -> None:
+    graph = fx.Graph()
+    first, steps = graph.placeholder("T"), graph.placeholder("steps")
+    product = graph.call_function(torch.mul, (first, steps))
+    graph.output(product)
+    assert [graphs.is_steps(v) for v in (first, steps, product, "steps", 3, None)] == [
+        *(False, True), *(False,) * 4,
+    ]  # fmt: skip
