@@ -26,6 +26,11 @@ from snnkernels.conversion.methods import LTB, Advanced
 from snnkernels.distributed import Split, evaluate, passes, shardable
 from snnkernels.distributed.team import launched
 
+# CPython before 3.12 can hang when it forks while another thread starts or ends
+# (python/cpython#112275), as those of a process group and of earlier loaders do.
+FORK_MAY_HANG = sys.version_info < (3, 12)
+WORKERS = {"num_workers": 1, "multiprocessing_context": "spawn" if FORK_MAY_HANG else "fork"}
+
 IMAGES, SIZE = 86, 8
 STEPS = [1, 4]
 
@@ -101,7 +106,7 @@ def loaders(group: Any, folder: Path) -> dict[str, Any]:
         "iterator": lambda: iter(batches()),
         "after an empty batch": lambda: [x[:0], *x.split(SIZE)],
         "indices": lambda: DataLoader(both, SIZE),
-        "workers": lambda: DataLoader(both, SIZE, num_workers=1),
+        "workers": lambda: DataLoader(both, SIZE, **WORKERS),
         "shuffled": lambda: DataLoader(both, SIZE, shuffle=True),
         "stream": lambda: DataLoader(Stream(), batch_size=None),
     }
