@@ -244,3 +244,28 @@ def test_scaling_page_is_what_the_results_say(monkeypatch: pytest.MonkeyPatch) -
         rows = list(csv.DictReader(file))
     page = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
     assert bench.markdown(rows) in page
+
+
+def test_trust_page_is_what_the_results_say() -> None:
+    page = (ROOT / "docs" / "trust.md").read_text()
+
+    def rows(name: str) -> list[dict[str, str]]:
+        with (BENCHMARKS / "results" / name).open(newline="") as file:
+            return list(csv.DictReader(file))
+
+    mutants = killed = 0
+    for row in rows("mutation.csv"):
+        cells = (row["mutants"], row["killed"], row["survived"])
+        assert f"| `{row['module']}` | {' | '.join(cells)} | " in page, row
+        mutants, killed = mutants + int(cells[0]), killed + int(cells[1])
+    assert f"{100 * killed / mutants:.1f} % of {mutants:,} killed" in page
+    whole = {row["file"]: row for row in rows("coverage.csv")}["TOTAL"]
+    lines, missed = int(whole["lines"]), int(whole["lines_missed"])
+    assert f"{100 * (1 - missed / lines):.1f} % of {lines:,} lines" in page
+    assert f"of {int(whole['branches']):,} branches" in page
+    examples = rows("fuzz_nightly.csv")
+    assert {(row["examples_passed"], row["examples_failed"]) for row in examples} == {
+        ("20000", "0")
+    }
+    operators = [row for row in examples if row["test"].startswith("tests/test_fuzz.py")]
+    assert f"{len(operators)} x 20,000" in page
